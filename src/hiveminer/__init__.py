@@ -1,0 +1,38 @@
+"""Hiveminer: a Bittensor miner that trains a language model together with other miners.
+
+`from hiveminer import Miner` is all that a subnet's own miner needs. The names below are
+loaded when they are first used, so that `import hiveminer` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hiveminer.base import BaseMinerNeuron
+    from hiveminer.miner import Miner
+    from hiveminer.protocol import IsAlive, Train
+    from hiveminer.validator import Validator
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BaseMinerNeuron": "hiveminer.base",
+    "IsAlive": "hiveminer.protocol",
+    "Miner": "hiveminer.miner",
+    "Train": "hiveminer.protocol",
+    "Validator": "hiveminer.validator",
+}
+
+__all__ = ["BaseMinerNeuron", "IsAlive", "Miner", "Train", "Validator", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,77 @@
+"""What every test relies on: an environment of its own, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+MARK = "TESTS_OF_HIVEMINER"
+"""A variable that our processes inherit, so that an orphan is known to be ours."""
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads the developer's settings or writes into the developer's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.upper().startswith("HIVEMINER_") or name == "WANDB_API_KEY":
+                patch.delenv(name)
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv(MARK, uuid.uuid4().hex)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left_behind(own_environment: None) -> Iterator[None]:
+    """At the end, no process and no shared memory of ours is left."""
+    before = _shared_memory()
+    yield
+    deadline = time.monotonic() + 10
+    while (left := _left(before)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left, f"left behind: {left}"
+
+
+def _left(before: set[str]) -> list[str]:
+    processes = [f"process {process.pid} ({process.name()})" for process in _processes()]
+    files = [name for name in _shared_memory() - before if not _has_living_maker(name)]
+    return processes + files
+
+
+def _processes() -> list[psutil.Process]:
+    me = os.getpid()
+    return [process for process in psutil.process_iter() if process.pid != me and _is_ours(process)]
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE or "resource_tracker" in _command(process):
+            return False  # dead already; Python's own helper, which ends with this process
+        return process.environ().get(MARK) == os.environ[MARK]
+    except psutil.Error:
+        return False  # gone meanwhile, or another user's
+
+
+def _command(process: psutil.Process) -> str:
+    return " ".join(process.cmdline())
+
+
+def _shared_memory() -> set[str]:
+    if not SHARED_MEMORY.is_dir():
+        return set()
+    return {path.name for path in SHARED_MEMORY.glob("torch_*")}
+
+
+def _has_living_maker(name: str) -> bool:
+    """torch_<pid>_<...>: a living maker is another program's, or cleans up when it ends."""
+    found = re.match(r"torch_(\d+)_", name)
+    return found is not None and psutil.pid_exists(int(found[1]))

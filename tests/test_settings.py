@@ -1,0 +1,404 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hiveminer import flags, protocol
+from hiveminer.errors import ChainError, NotRegistered, OperatorError
+from hiveminer.settings import (
+    PROGRAMS,
+    DemoSettings,
+    MinerSettings,
+    ProgramSettings,
+    ValidatorSettings,
+    exit_on_operator_error,
+    parse,
+    run_program,
+)
+
+PEER = "/ip4/192.0.2.1/tcp/8009/p2p/12D3KooA"
+OTHER_PEER = "/ip4/192.0.2.2/tcp/8009/p2p/12D3KooB"
+
+
+def miner(*argv: str, **env: str) -> MinerSettings:
+    return parse(argv, cls=MinerSettings, prog="hiveminer miner", env=env)
+
+
+def validator(*argv: str, **env: str) -> ValidatorSettings:
+    return parse(argv, cls=ValidatorSettings, prog="hiveminer validator", env=env)
+
+
+def told(*argv: str, **env: str) -> str:
+    """The one line that a mistake is told in."""
+    with pytest.raises(OperatorError) as caught:
+        miner(*argv, **env)
+    assert caught.value.exit_code == 2
+    line = str(caught.value)
+    assert line
+    assert line.isprintable()
+    return line
+
+
+def file(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "miner.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# --- where a value comes from ------------------------------------------------------------------
+
+
+def test_defaults_are_the_embedded_network_on_loopback() -> None:
+    settings = miner()
+    assert settings.embedded
+    assert settings.netuid == 1
+    assert (settings.axon_ip, settings.axon.port) == ("127.0.0.1", 8091)
+    assert (settings.dht_ip, settings.dht.port) == ("127.0.0.1", 8009)
+    assert settings.wallet.hotkey is None
+    assert settings.blacklist.force_validator_permit
+    assert not settings.blacklist.allow_non_registered
+    assert settings.neuron.path == Path.home() / ".hiveminer"
+
+
+def test_a_real_network_listens_everywhere_unless_told_otherwise() -> None:
+    settings = miner("--subtensor.network", "finney")
+    assert (settings.axon_ip, settings.dht_ip) == ("0.0.0.0", "0.0.0.0")
+    settings = miner("--subtensor.network", "wss://node.example:443", "--axon.ip", "::1")
+    assert (settings.axon_ip, settings.dht_ip) == ("::1", "0.0.0.0")
+
+
+def test_flags_go_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
+    path = file(tmp_path, "netuid = 2\n[axon]\nport = 2\nmax_waiting = 2\n[dht]\nport = 2\n")
+    settings = miner(
+        "--axon.port", "4", "--config", path, HIVEMINER_AXON__PORT="3", HIVEMINER_DHT__PORT="3"
+    )
+    assert settings.axon.port == 4
+    assert settings.dht.port == 3
+    assert settings.axon.max_waiting == 2
+    assert settings.netuid == 2
+    assert settings.axon.external_port is None
+
+
+def test_the_file_may_be_named_by_a_variable_and_the_flag_goes_over_it(tmp_path: Path) -> None:
+    path = file(tmp_path, "netuid = 2\n")
+    assert miner(HIVEMINER_CONFIG=path).netuid == 2
+    assert miner("--config", path, HIVEMINER_CONFIG="/nowhere.toml").netuid == 2
+
+
+def test_what_was_given_is_known_also_where_it_is_the_default(tmp_path: Path) -> None:
+    settings = miner("--axon.port", "8091", HIVEMINER_NETUID="1")
+    assert settings.given("axon.port")
+    assert settings.given("netuid")
+    assert not settings.given("dht.port")
+    assert miner("--config", file(tmp_path, "[dht]\nport = 8009\n")).given("dht.port")
+
+
+def test_an_empty_variable_counts_as_not_set() -> None:
+    assert not miner(HIVEMINER_AXON__PORT="").given("axon.port")
+
+
+def test_settings_built_by_hand_read_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HIVEMINER_NETUID", "7")
+    assert MinerSettings.model_validate({"axon": {"port": 0}}).netuid == 1
+    assert parse([], cls=MinerSettings, prog="miner").netuid == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], (False, True)),
+        (["--blacklist.allow_non_registered"], (True, True)),
+        (
+            ["--blacklist.allow_non_registered", "--no-blacklist.allow_non_registered"],
+            (False, True),
+        ),
+        (["--blacklist.allow_non_registered", "true"], (True, True)),
+        (["--blacklist.force_validator_permit=false"], (False, False)),
+        (["--no-blacklist.force_validator_permit"], (False, False)),
+    ],
+)
+def test_booleans(words: list[str], expected: tuple[bool, bool]) -> None:
+    blacklist = miner(*words).blacklist
+    assert (blacklist.allow_non_registered, blacklist.force_validator_permit) == expected
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [PEER, OTHER_PEER],
+        [f"{PEER},{OTHER_PEER}"],
+        [PEER, "--dht.initial_peers", OTHER_PEER],
+    ],
+)
+def test_lists_from_flags(words: list[str]) -> None:
+    assert miner("--dht.initial_peers", *words).dht.initial_peers == [PEER, OTHER_PEER]
+
+
+def test_lists_from_environment_and_file(tmp_path: Path) -> None:
+    peers = miner(HIVEMINER_DHT__INITIAL_PEERS=f"{PEER}, {OTHER_PEER}").dht.initial_peers
+    assert peers == [PEER, OTHER_PEER]
+    path = file(tmp_path, f'[dht]\ninitial_peers = ["{PEER}"]\n')
+    assert miner("--config", path).dht.initial_peers == [PEER]
+
+
+def test_one_file_and_one_environment_serve_all_programs(tmp_path: Path) -> None:
+    path = file(tmp_path, "[axon]\nport = 1\n[validator]\nrows = 2\n")
+    assert miner("--config", path, HIVEMINER_VALIDATOR__SEED="3").axon.port == 1
+    settings = validator("--config", path, HIVEMINER_VALIDATOR__SEED="3")
+    assert (settings.validator.rows, settings.validator.seed) == (2, 3)
+
+
+def test_weights_are_set_more_often_on_the_embedded_network() -> None:
+    assert validator().weights_seconds == 10
+    assert validator("--subtensor.network", "test").weights_seconds == 1200
+    assert validator("--validator.weights_seconds", "5").weights_seconds == 5
+
+
+def test_limits_are_those_of_the_protocol() -> None:
+    bounds = {key: option.bounds() for key, option in flags.options(ValidatorSettings).items()}
+    assert bounds["validator.rows"] == f"from 1 to {protocol.MAX_ROWS}"
+    assert bounds["validator.batch_size"] == f"from 1 to {protocol.MAX_BATCH_SIZE}"
+    steps = bounds["validator.gradient_accumulation_steps"]
+    assert steps == f"from 1 to {protocol.MAX_ACCUMULATION_STEPS}"
+    seconds = bounds["validator.timeout_seconds"]
+    assert seconds == f"above 0, at most {protocol.MAX_TIMEOUT_SECONDS:g}"
+
+
+# --- mistakes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--axno.port 1", "--axno.port: no such flag; did you mean --axon.port?"),
+        ("--axno.port=1", "--axno.port: no such flag; did you mean --axon.port?"),
+        ("--port 1", "--port: no such flag; did you mean --dht.port or --axon.port?"),
+        ("--xyzzy", "--xyzzy: no such flag"),
+        ("--axon.por 1", "--axon.por: no such flag; did you mean --axon.port?"),
+        ("--validator.rows 1", "--validator.rows: not a flag of hiveminer miner"),
+        ("stray", "'stray' is not understood: settings are given as --flag value"),
+        ("--axon.port", "--axon.port: expected one value"),
+        ("--dht.initial_peers", "--dht.initial_peers: expected at least one value"),
+        ("--axon.port 80x", "--axon.port: must be a whole number from 0 to 65535, not '80x'"),
+        ("--axon.port 1.5", "--axon.port: must be a whole number from 0 to 65535, not '1.5'"),
+        ("--axon.port -1", "--axon.port: must be a whole number from 0 to 65535, not '-1'"),
+        ("--axon.port 65536", "--axon.port: must be a whole number from 0 to 65535, not '65536'"),
+        (
+            "--blacklist.min_stake nan",
+            "--blacklist.min_stake: must be a number, 0 or more, not 'nan'",
+        ),
+        (
+            "--blacklist.min_stake inf",
+            "--blacklist.min_stake: must be a number, 0 or more, not 'inf'",
+        ),
+        ("--logging.bars maybe", "--logging.bars: must be true or false, not 'maybe'"),
+        (
+            "--logging.level loud",
+            "--logging.level: must be debug, info, warning or error, not 'loud'",
+        ),
+        (
+            "--subtensor.network finny",
+            "--subtensor.network: must be embedded, finney, test, local, or an address such as "
+            "wss://host:443, not 'finny'",
+        ),
+        ("--axon.ip here", "--axon.ip: must be an IP address such as 192.0.2.1, not 'here'"),
+        (
+            "--dht.initial_peers 1.2.3.4:80",
+            "--dht.initial_peers: must be an address such as "
+            "/ip4/192.0.2.1/tcp/8009/p2p/12D3Koo..., not '1.2.3.4:80'",
+        ),
+        (
+            "--wallet.hotkey ../key",
+            "--wallet.hotkey: must be a name, without spaces and slashes, not '../key'",
+        ),
+        (
+            "--neuron.device tpu",
+            "--neuron.device: must be cpu, cuda, cuda:0 (or another number) or mps, not 'tpu'",
+        ),
+        ("--config /no/such.toml", "--config: there is no file '/no/such.toml'"),
+        ("--config /", "--config: cannot read '/': Is a directory"),
+    ],
+)
+def test_a_wrong_flag_is_told_in_one_line(words: str, line: str) -> None:
+    assert told(*words.split()) == line
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        (
+            "HIVEMINER_AXON__PROT",
+            "1",
+            "HIVEMINER_AXON__PROT: nothing reads this variable; did you mean HIVEMINER_AXON__PORT?",
+        ),
+        ("HIVEMINER_ZZZ", "1", "HIVEMINER_ZZZ: nothing reads this variable"),
+        (
+            "HIVEMINER_AXON",
+            "{}",
+            "HIVEMINER_AXON: nothing reads this variable; did you mean HIVEMINER_AXON__IP?",
+        ),
+        (
+            "hiveminer_netuid",
+            "1",
+            "hiveminer_netuid: nothing reads this variable; did you mean HIVEMINER_NETUID?",
+        ),
+        (
+            "HIVEMINER_NETUID",
+            "one",
+            "HIVEMINER_NETUID: must be a whole number from 0 to 65535, not 'one'",
+        ),
+        ("HIVEMINER_CONFIG", "/no.toml", "HIVEMINER_CONFIG: there is no file '/no.toml'"),
+    ],
+)
+def test_a_wrong_variable_is_told_in_one_line(name: str, value: str, line: str) -> None:
+    assert told(**{name: value}) == line
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[axon]\nprot = 1", "nothing reads the key axon.prot; did you mean axon.port?"),
+        ("axon = 1", "axon is a table: write [axon] and its settings under it"),
+        ("[axon.port]\nx = 1", "nothing reads the key axon.port.x; did you mean axon.port?"),
+        ("[axon]\nport = 70000", "axon.port: must be a whole number from 0 to 65535, not 70000"),
+        ("[axon]\nport = true", "axon.port: must not be true or false, not True"),
+        ("[axon]\nip = 7", "axon.ip: must be text, not 7"),
+        ("[dht]\ninitial_peers = 7", "dht.initial_peers: must be text, not 7"),
+        ('config = "x"', "nothing reads the key config"),
+    ],
+)
+def test_a_wrong_key_in_the_file_is_told_in_one_line(tmp_path: Path, text: str, line: str) -> None:
+    path = file(tmp_path, text)
+    assert told("--config", path) == f"{path}: {line}"
+
+
+def test_a_file_that_is_not_toml_is_told_in_one_line(tmp_path: Path) -> None:
+    path = file(tmp_path, "[axon\nport = 1")
+    assert told("--config", path).startswith(f"{path}: not a TOML file: ")
+    Path(path).write_bytes(b"\xff\xfe\x00")
+    assert told("--config", path).startswith(f"{path}: not a TOML file: ")
+
+
+def test_the_source_that_is_wrong_is_the_one_that_is_named(tmp_path: Path) -> None:
+    path = file(tmp_path, '[axon]\nport = "x"\n')
+    assert told("--config", path, HIVEMINER_AXON__PORT="y").startswith("HIVEMINER_AXON__PORT: ")
+    assert told("--axon.port", "z", HIVEMINER_AXON__PORT="1").startswith("--axon.port: ")
+    assert miner("--config", path, HIVEMINER_AXON__PORT="1").axon.port == 1
+
+
+def mistakes(*words: str) -> list[str]:
+    try:
+        miner(*words)
+    except OperatorError as error:
+        return [str(error)]
+    except SystemExit:  # -h
+        pass
+    return []
+
+
+@given(st.lists(st.text(max_size=30), max_size=4))
+def test_any_words_are_read_or_refused_in_one_line(words: list[str]) -> None:
+    assert all(line.isprintable() for line in mistakes(*words))
+
+
+@given(st.sampled_from(sorted(flags.options(MinerSettings))), st.text(max_size=30))
+def test_any_value_is_read_or_refused_in_one_line(key: str, value: str) -> None:
+    for line in mistakes(f"--{key}={value}"):
+        assert line.isprintable()
+        assert line.startswith(f"--{key}: ")
+
+
+# --- words for people ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_setting_has_a_sentence_and_every_number_its_bounds(
+    program: type[ProgramSettings],
+) -> None:
+    for option in flags.options(program).values():
+        assert option.field.description, option.key
+        if {int, float} & set(option.kinds):
+            assert option.bounds(), option.key
+
+
+def test_help_lists_every_flag_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        miner("--help")
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    assert all(option.flag in text for option in flags.options(MinerSettings).values())
+    assert "(default: 8091)" in text
+    assert "--validator.rows" not in text
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        miner("--version")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("hiveminer 0.")
+
+
+def test_a_subnets_own_program_may_add_a_setting() -> None:
+    class Mine(MinerSettings):
+        flavour: str = "plain"
+
+    assert parse(["--flavour", "sweet"], cls=Mine, prog="miner.py", env={}).flavour == "sweet"
+
+
+def test_the_demo_has_few_settings() -> None:
+    settings = parse(["--miners", "2"], cls=DemoSettings, prog="hiveminer demo", env={})
+    assert (settings.miners, settings.seconds) == (2, 90)
+    assert settings.out == Path("demo-out")
+
+
+# --- how a program ends --------------------------------------------------------------------------
+
+
+def _raise(error: BaseException) -> int:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (OperatorError("no wallet:\nmake one"), 2, "hiveminer: no wallet: make one\n"),
+        (NotRegistered("register it"), 3, "hiveminer: register it\n"),
+        (ChainError("the chain is silent"), 1, "hiveminer: the chain is silent\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (SystemExit(4), 4, ""),
+        (SystemExit(), 0, ""),
+    ],
+)
+def test_a_program_ends_with_one_line_and_its_code(
+    capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
+) -> None:
+    assert run_program(lambda: _raise(error)) == code
+    assert capsys.readouterr().err == line
+
+
+def test_a_bug_is_not_hidden() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_program(lambda: _raise(ZeroDivisionError()))
+
+
+def test_exit_on_operator_error_as_a_decorator(capsys: pytest.CaptureFixture[str]) -> None:
+    @exit_on_operator_error()
+    def start() -> None:
+        raise OperatorError("port 8091 is in use")
+
+    with pytest.raises(SystemExit) as end:
+        start()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "hiveminer: port 8091 is in use\n"
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = "import sys, hiveminer, hiveminer.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"bittensor", "hivemind", "torch", "transformers", "wandb"}
+    assert heavy & set(done.stdout.split()) == set()
