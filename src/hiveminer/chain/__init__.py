@@ -1,0 +1,22 @@
+"""The chain: one `bittensor.Client`, real or embedded, behind a synchronous door.
+
+`open_chain` gives a `Chain` for any value of `--subtensor.network`: "embedded" is a
+network in one SQLite file, shared by the processes of this machine, and anything else is
+the real SDK's. The calls are the same on both.
+"""
+
+from hiveminer.chain.client import EMBEDDED, Chain, join_embedded, open_chain
+from hiveminer.chain.embedded import EmbeddedSubstrate
+from hiveminer.chain.wallets import Claimed, embedded_wallet, named_embedded_wallet, open_wallet
+
+__all__ = [
+    "EMBEDDED",
+    "Chain",
+    "Claimed",
+    "EmbeddedSubstrate",
+    "embedded_wallet",
+    "join_embedded",
+    "named_embedded_wallet",
+    "open_chain",
+    "open_wallet",
+]

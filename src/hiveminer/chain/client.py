@@ -1,0 +1,451 @@
+"""A synchronous, thread-safe door to one `bittensor.Client`.
+
+The SDK is asynchronous and this package's threads are not, so a chain runs one private
+event loop in a thread of its own. Each call has a deadline; reads, which may be repeated
+without harm, are tried again when the connection fails; and whatever the SDK raises comes
+out as this package's errors, in one line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import ipaddress
+import logging
+import os
+import threading
+from collections.abc import Awaitable, Callable, Mapping
+from decimal import Decimal
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import bittensor as bt
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential,
+    wait_random,
+)
+
+from hiveminer.chain.embedded import EmbeddedSubstrate
+from hiveminer.errors import ChainError, HiveminerError, NotRegistered, OperatorError
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "embedded"
+"""The value of `--subtensor.network` that means the network in a file."""
+
+REAL_NETWORKS = ("finney", "test", "local")
+
+MAX_RAW_BYTES = 128
+MAX_COMMITMENT_BYTES = 512
+
+READ_ATTEMPTS = 3
+
+_NOT_ON_SUBNET = "AccountNotAllowedCommit"
+_TRANSIENT = (bt.RpcConnectionError, ConnectionError, OSError)
+# A call that hangs in the file system cannot be cancelled; its caller is freed all the same.
+_GRACE_SECONDS = 1.0
+
+T = TypeVar("T")
+Wallet = bt.Wallet | bt.KeyedWallet
+
+
+class Chain:
+    """One subnet of one network, as one wallet sees it; usable from any thread.
+
+    `network` is "embedded" or what the SDK was given, `netuid` the subnet, and `wallet`
+    holds the hotkey that signs (a coldkey is needed by `join_embedded` only). Each read
+    has `timeout_seconds`, each write twice that, because it waits for its block.
+
+    The loop's thread does not follow into a forked child: there, calls raise `ChainError`
+    at once, and the parent's chain goes on as before.
+
+    Raises `ChainError` if the network cannot be reached in time, and `OperatorError` if
+    the embedded network's file cannot be used.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: str,
+        netuid: int,
+        wallet: Wallet,
+        client: bt.Client,
+        timeout_seconds: float = 30.0,
+    ):
+        self.network = network
+        self.netuid = netuid
+        self.wallet = wallet
+        self.hotkey: str = wallet.hotkey.ss58_address
+        self._client = client
+        self._timeout_seconds = timeout_seconds
+        self._block_seconds: float | None = None
+        self._pid = os.getpid()
+        self._closing = threading.Lock()
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(_log_quietly)
+        self._thread = threading.Thread(target=self._loop.run_forever, name="chain", daemon=True)
+        self._thread.start()
+        try:
+            self.read("connecting", lambda client: client.connect())
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def embedded(self) -> bool:
+        """Is this the network in a file?"""
+        return self.network == EMBEDDED
+
+    def __enter__(self) -> Chain:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Reads ------------------------------------------------------------------------
+
+    def read(self, doing: str, ask: Callable[[bt.Client], Awaitable[T]]) -> T:
+        """Any read of the SDK, with this chain's deadline, retries and errors.
+
+        `doing` names it in an error: `chain.read("reading the price", lambda client:
+        client.subnets.burn(netuid))`. Raises as the class says, and `NotRegistered`.
+        """
+        return self._call(
+            doing, ask, seconds=self._timeout_seconds, attempts=READ_ATTEMPTS, hint=""
+        )
+
+    def block(self) -> int:
+        """The number of the block that is now."""
+        return self.read("reading the block", lambda client: client.block())
+
+    def block_seconds(self) -> float:
+        """Seconds a block; asked for once."""
+        if self._block_seconds is None:
+            self._block_seconds = self.read(
+                "reading the block time", lambda client: client.block_time()
+            )
+        return self._block_seconds
+
+    def metagraph(self) -> bt.Metagraph:
+        """The subnet's neurons with their axons, stakes and commitments.
+
+        Raises `OperatorError` if the network has no such subnet.
+        """
+        found = self.read(
+            "reading the metagraph", lambda client: client.subnets.metagraph(self.netuid)
+        )
+        if found is None:
+            raise self._no_subnet()
+        return found
+
+    def uid(self) -> int | None:
+        """This wallet's uid, or None if its hotkey is not registered."""
+        return self.read(
+            "reading the uid",
+            lambda client: client.neurons.uid(hotkey_ss58=self.hotkey, netuid=self.netuid),
+        )
+
+    def commitments(self, metagraph: bt.Metagraph | None = None) -> dict[str, bytes]:
+        """What the registered neurons committed, by hotkey; asks the chain if no metagraph
+        is given. A commitment that is not plain bytes is left out."""
+        graph = self.metagraph() if metagraph is None else metagraph
+        found = {}
+        for commitment in graph.commitments.values():
+            data = _committed_bytes(commitment.fields)
+            if data is not None:
+                found[commitment.hotkey] = data
+        return found
+
+    # Writes -----------------------------------------------------------------------
+
+    def serve_axon(self, ip: str, port: int) -> None:
+        """Publish where this neuron listens.
+
+        Raises `OperatorError` for an address that cannot be or that the real chain
+        refuses, and `ChainError` if it was served too short a while ago.
+        """
+        self._check_address(ip, port)
+        intent = bt.ServeAxon(netuid=self.netuid, ip=ip, port=port)
+        self._write("serving the axon", lambda client: self._execute(client, intent))
+
+    def commit(self, data: bytes) -> None:
+        """Publish up to 512 bytes beside this neuron; they replace what it committed before.
+
+        Raises `ValueError` if they are too long.
+        """
+        if len(data) > MAX_COMMITMENT_BYTES:
+            raise ValueError(f"a commitment holds {MAX_COMMITMENT_BYTES} bytes, not {len(data)}")
+        kind = f"Raw{len(data)}" if len(data) <= MAX_RAW_BYTES else "BigRaw"
+        call = bt.calls.Commitments.set_commitment(
+            netuid=self.netuid, info={"fields": [{kind: "0x" + data.hex()}]}
+        )
+        self._write("committing", lambda client: self._submit(client, call, signer="hotkey"))
+
+    def set_weights(self, weights: Mapping[int, float], *, version_key: int = 0) -> None:
+        """Set this validator's weights, {uid: weight}; only their proportions matter.
+
+        The SDK fits them to the subnet's limits and chooses between plain and
+        commit-reveal. `version_key` must not be older than the subnet's. Raises
+        `ChainError` if they were set too short a while ago, or without a permit.
+        """
+        intent = bt.SetWeights(
+            netuid=self.netuid,
+            weights={int(uid): float(weight) for uid, weight in weights.items()},
+            version_key=version_key,
+        )
+        self._write("setting weights", lambda client: self._execute(client, intent))
+
+    def submit_as_coldkey(self, doing: str, call: Any) -> None:
+        """Submit a generated call (`bittensor.calls`), signed by the wallet's coldkey."""
+        self._write(doing, lambda client: self._submit(client, call, signer="coldkey"))
+
+    async def _execute(self, client: bt.Client, intent: bt.Intent) -> None:
+        # In a block is enough: waiting for its finality would hold the caller for half a
+        # minute, and what comes next is read from the chain anyway.
+        result = await client.execute(intent, self.wallet, wait_for_finalization=False)
+        result.raise_for_failure()
+
+    async def _submit(self, client: bt.Client, call: Any, *, signer: str) -> None:
+        result = await client.submit_call(
+            call, self.wallet, signer=signer, wait_for_finalization=False
+        )
+        result.raise_for_failure()
+
+    def _check_address(self, ip: str, port: int) -> None:
+        try:
+            address = ipaddress.ip_address(ip)
+        except ValueError:
+            raise OperatorError(
+                f"{ip!r} is not an IP address; give the one to be called at: --axon.external_ip"
+            ) from None
+        if not 1 <= port <= 65535:
+            raise OperatorError(f"{port} is not a port; choose one from 1 to 65535: --axon.port")
+        if not self.embedded and (address.is_loopback or address.is_unspecified):
+            raise OperatorError(
+                f"{self.network} refuses {ip} as an axon's address; give the one to be called "
+                "at from outside: --axon.external_ip"
+            )
+
+    # The loop ---------------------------------------------------------------------
+
+    def _write(self, doing: str, ask: Callable[[bt.Client], Awaitable[T]]) -> T:
+        # Once: whether a write that failed on the way has arrived, nobody knows.
+        hint = "; it may still go through, so look before it is sent again"
+        return self._call(doing, ask, seconds=2 * self._timeout_seconds, attempts=1, hint=hint)
+
+    def _call(
+        self,
+        doing: str,
+        ask: Callable[[bt.Client], Awaitable[T]],
+        *,
+        seconds: float,
+        attempts: int,
+        hint: str,
+    ) -> T:
+        if os.getpid() != self._pid:
+            raise ChainError(f"{doing}: this chain belongs to process {self._pid}")
+        with self._closing:
+            if self._closed:
+                raise ChainError(f"{doing}: the chain is closed")
+            future = asyncio.run_coroutine_threadsafe(
+                asyncio.wait_for(_try(ask, self._client, attempts), seconds), self._loop
+            )
+        try:
+            return future.result(seconds + _GRACE_SECONDS)
+        except HiveminerError:
+            raise
+        except (TimeoutError, concurrent.futures.TimeoutError):
+            raise ChainError(
+                f"{doing}: no answer from {self.network} within {seconds:g} s{hint}"
+            ) from None
+        except concurrent.futures.CancelledError:
+            raise ChainError(f"{doing}: the chain was closed meanwhile{hint}") from None
+        except Exception as error:
+            raise self._explained(doing, error, hint) from error
+        finally:
+            future.cancel()
+
+    def _explained(self, doing: str, error: Exception, hint: str) -> HiveminerError:
+        if isinstance(error, bt.ChainError):
+            if error.code is bt.ErrorCode.NOT_REGISTERED or error.name == _NOT_ON_SUBNET:
+                return self._not_registered(doing)
+            if error.code is bt.ErrorCode.SUBNET_NOT_EXISTS:
+                return self._no_subnet()
+        text = " ".join(str(error).split())[:500] or type(error).__name__
+        lost = hint if isinstance(error, _TRANSIENT) else ""
+        return ChainError(f"{doing} on {self.network}: {text}{lost}")
+
+    def _not_registered(self, doing: str) -> NotRegistered:
+        cure = "start it again to join anew"
+        if not self.embedded:
+            name = getattr(self.wallet, "name", "NAME")
+            hotkey = getattr(self.wallet, "hotkey_str", "HOTKEY")
+            cure = (
+                f"register it with: btcli tx burned-register --netuid {self.netuid} "
+                f"--wallet {name} --wallet-hotkey {hotkey} --network {self.network}"
+            )
+        return NotRegistered(
+            f"{doing}: hotkey {self.hotkey} is not registered on subnet {self.netuid} of "
+            f"{self.network}; {cure}"
+        )
+
+    def _no_subnet(self) -> OperatorError:
+        return OperatorError(
+            f"{self.network} has no subnet {self.netuid}; choose one that exists: --netuid"
+        )
+
+    def close(self) -> None:
+        """End the connection, the loop and its thread; calls under way fail. Idempotent."""
+        if os.getpid() != self._pid:
+            return
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        with contextlib.suppress(Exception):
+            asyncio.run_coroutine_threadsafe(self._wind_up(), self._loop).result(4.0)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(2.0)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    async def _wind_up(self) -> None:
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(self._client.close(), 2.0)
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._loop.shutdown_asyncgens()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._loop.shutdown_default_executor(), 1.0)
+
+
+async def _try(ask: Callable[[bt.Client], Awaitable[T]], client: bt.Client, attempts: int) -> T:
+    retrying = AsyncRetrying(
+        stop=stop_after_attempt(attempts),
+        wait=wait_exponential(multiplier=0.2, max=5.0) + wait_random(0.0, 0.2),
+        retry=retry_if_exception_type(_TRANSIENT),
+        reraise=True,
+    )
+    async for attempt in retrying:
+        with attempt:
+            return await ask(client)
+    raise AssertionError("tenacity gives one attempt at least")
+
+
+def _log_quietly(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    # The SDK's background tasks fail together with the calls that wait for them, and
+    # those have told the caller already.
+    logger.debug("chain: %s", context.get("message"), exc_info=context.get("exception"))
+
+
+def _committed_bytes(fields: list[Any]) -> bytes | None:
+    data = b""
+    for field in fields:
+        for variant, value in field.items() if isinstance(field, dict) else [("", None)]:
+            if not variant.startswith(("Raw", "BigRaw")) or not isinstance(value, str):
+                return None
+            if len(data) + len(value) // 2 > MAX_COMMITMENT_BYTES + 1:
+                return None
+            try:
+                data += bytes.fromhex(value.removeprefix("0x"))
+            except ValueError:
+                return None
+    return data if fields else None
+
+
+def open_chain(
+    *,
+    network: str,
+    netuid: int,
+    wallet: Wallet,
+    path: Path | None = None,
+    block_seconds: float = 1.0,
+    timeout_seconds: float = 30.0,
+) -> Chain:
+    """A chain for a value of `--subtensor.network`.
+
+    "embedded" is the network in the file `path`, which is made, with blocks of
+    `block_seconds`, if there is none; finney, test, local and ws:// or wss:// addresses
+    are the real SDK's. Raises `OperatorError` for any other value, and as `Chain` does.
+    """
+    if network == EMBEDDED:
+        assert path is not None, "the embedded network needs a file"
+        substrate = EmbeddedSubstrate(path, block_seconds=block_seconds)
+        # The label has no meaning there; it must only not be a public network's.
+        client = bt.Client("local", substrate=substrate)
+    else:
+        _check_network(network)
+        client = bt.Client(network)
+    return Chain(
+        network=network,
+        netuid=netuid,
+        wallet=wallet,
+        client=client,
+        timeout_seconds=timeout_seconds,
+    )
+
+
+def _check_network(network: str) -> None:
+    if network in REAL_NETWORKS:
+        return
+    try:
+        url = urlsplit(network)
+        good = url.scheme in ("ws", "wss") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        good = False
+    if not good:
+        raise OperatorError(
+            f"--subtensor.network: {network[:80]!r} is not a network; use {EMBEDDED}, "
+            f"{', '.join(REAL_NETWORKS)}, or a ws:// or wss:// address"
+        )
+
+
+def join_embedded(chain: Chain, *, stake_tao: float = 0.0) -> int:
+    """Make sure that this wallet is a neuron of the embedded network; gives its uid.
+
+    Registers its hotkey if need be, and stakes on it (on the root subnet, which counts on
+    every subnet) until `stake_tao` TAO lie there. The network funds the coldkey by itself.
+    Raises `OperatorError` on any other network.
+    """
+    if not chain.embedded:
+        raise OperatorError(
+            f"only the embedded network registers by itself; on {chain.network}, use btcli"
+        )
+    if chain.uid() is None:
+        chain.submit_as_coldkey(
+            "registering",
+            bt.calls.SubtensorModule.burned_register(netuid=chain.netuid, hotkey=chain.hotkey),
+        )
+    _stake(chain, rao=int(Decimal(str(stake_tao)) * 10**9))
+    uid = chain.uid()
+    if uid is None:
+        raise ChainError(f"hotkey {chain.hotkey} lost its uid right after it registered")
+    return uid
+
+
+def _stake(chain: Chain, *, rao: int) -> None:
+    held = chain.read(
+        "reading the stake",
+        lambda client: client.query(("SubtensorModule", "TotalHotkeyAlpha"), [chain.hotkey, 0]),
+    )
+    if rao > int(held):
+        chain.submit_as_coldkey(
+            "staking",
+            bt.calls.SubtensorModule.add_stake(
+                hotkey=chain.hotkey, netuid=0, amount_staked=rao - int(held)
+            ),
+        )

@@ -1,0 +1,187 @@
+"""Wallets: throwaway ones for the embedded network, and real ones by Bittensor's layout.
+
+A key of the embedded network belongs to one process at a time, which holds a lock on a
+file beside it; so a second miner started without any flag takes the next key. The lock
+goes with the process, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import bittensor as bt
+
+from hiveminer.errors import OperatorError
+
+EMBEDDED_WALLET = "embedded"
+"""The wallet, so one coldkey, to which `embedded_wallet` adds its hotkeys."""
+
+MAX_KEYS = 4096
+
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+
+
+class Claimed:
+    """A wallet whose hotkey this process, and no other, may use until `release`."""
+
+    def __init__(self, wallet: bt.Wallet, hotkey_name: str, descriptor: int):
+        self.wallet = wallet
+        self.hotkey_name = hotkey_name
+        self._descriptor: int | None = descriptor
+        _claims.add(self)
+
+    def release(self) -> None:
+        """Let other processes have the key. Idempotent."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def __enter__(self) -> Claimed:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+_claims: weakref.WeakSet[Claimed] = weakref.WeakSet()
+
+
+def _drop_inherited() -> None:
+    # The lock lives as long as any copy of its descriptor, so a child that outlives its
+    # parent would keep the key. Closing a copy does not unlock the parent's.
+    for claim in list(_claims):
+        claim.release()
+
+
+os.register_at_fork(after_in_child=_drop_inherited)
+
+
+def embedded_wallet(place: Path, *, prefix: str) -> Claimed:
+    """The first of `prefix-0`, `prefix-1`, ... that no process uses, made if need be.
+
+    `place` is the embedded network's folder; keys lie under `place/wallets`, unencrypted,
+    because they are worth nothing. No mnemonic is printed. Raises `OperatorError` if the
+    folder cannot be used.
+    """
+    for index in range(MAX_KEYS):
+        claimed = _claim(place, EMBEDDED_WALLET, f"{prefix}-{index}")
+        if isinstance(claimed, Claimed):
+            return claimed
+    raise OperatorError(f"all {MAX_KEYS} keys {prefix}-N under {place} are in use")
+
+
+def named_embedded_wallet(place: Path, name: str, hotkey: str) -> Claimed:
+    """This wallet's hotkey under `place/wallets`, made if there is none.
+
+    Raises `OperatorError` if another process uses it, or the folder cannot be used.
+    """
+    claimed = _claim(place, name, hotkey)
+    if isinstance(claimed, Claimed):
+        return claimed
+    raise OperatorError(
+        f"hotkey {name}/{hotkey} is in use by process {claimed}; "
+        "stop that, or choose another with --wallet.hotkey"
+    )
+
+
+def open_wallet(name: str, hotkey: str, path: Path | str) -> bt.Wallet:
+    """A wallet for a real network: its hotkey is read now, its coldkey never.
+
+    `path` is the folder of wallets (`~` is expanded). Raises `OperatorError` if the hotkey
+    is missing or cannot be read.
+    """
+    _check_name("--wallet.name", name)
+    _check_name("--wallet.hotkey", hotkey)
+    folder = Path(path).expanduser()
+    file = folder / name / "hotkeys" / hotkey
+    wallet = bt.Wallet(name, hotkey, str(folder))
+    if not file.is_file():
+        raise OperatorError(
+            f"there is no hotkey at {file}; make one with: btcli wallet new-hotkey "
+            f"--wallet {name} --wallet-hotkey {hotkey} --wallet-path {folder}"
+        )
+    try:
+        wallet.unlock_hotkey()
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        raise OperatorError(f"the hotkey at {file} cannot be read: {text}") from error
+    return wallet
+
+
+def _claim(place: Path, name: str, hotkey: str) -> Claimed | str:
+    """The key, or the process that has it, as far as that is known."""
+    _check_name("--wallet.name", name)
+    _check_name("--wallet.hotkey", hotkey)
+    folder = Path(place).expanduser() / "wallets"
+    try:
+        locks = folder / name / "locks"
+        locks.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = os.open(locks / hotkey, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            if not _lock(descriptor):
+                holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+                os.close(descriptor)
+                return holder if holder.isdigit() else "unknown"
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+            wallet = bt.Wallet(name, hotkey, str(folder))
+            _make_keys(wallet, locks)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+            raise
+    except OSError as error:
+        raise OperatorError(
+            f"wallets cannot be kept under {folder}: {error}; choose a folder that can be "
+            "written to"
+        ) from error
+    return Claimed(wallet, hotkey, descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _make_keys(wallet: bt.Wallet, locks: Path) -> None:
+    with _locked(locks / ".coldkey"):
+        # Both are missing, or the process that made them was killed between the two, and
+        # then nobody has used the first.
+        if not (
+            wallet.coldkey_file.exists_on_device() and wallet.coldkeypub_file.exists_on_device()
+        ):
+            wallet.create_new_coldkey(use_password=False, overwrite=True, suppress=True)
+    if not wallet.hotkey_file.exists_on_device():
+        wallet.create_new_hotkey(use_password=False, overwrite=True, suppress=True)
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_name(flag: str, value: str) -> None:
+    if not _NAME.fullmatch(value):
+        raise OperatorError(
+            f"{flag}: {value[:64]!r} cannot be a name; use up to 64 letters, digits, -, _ and ."
+        )

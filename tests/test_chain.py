@@ -1,0 +1,977 @@
+"""The chain: the embedded network through the SDK's own calls, wallets, and `Chain`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import bittensor as bt
+import pytest
+from bittensor.keyfiles import Keypair
+from chain_worker import Keys, new_keys
+
+from hiveminer.chain import (
+    Chain,
+    EmbeddedSubstrate,
+    embedded_wallet,
+    join_embedded,
+    named_embedded_wallet,
+    open_chain,
+    open_wallet,
+)
+from hiveminer.chain.consensus import Standing, permits, scores
+from hiveminer.chain.ledger import FAUCET_RAO
+from hiveminer.errors import ChainError, NotRegistered, OperatorError
+
+WORKER = Path(__file__).with_name("chain_worker.py")
+RAO = 10**9
+VALIDATOR_STAKE = 2000.0
+
+
+class Clock:
+    """A clock that stands until a test moves it; blocks are one second."""
+
+    def __init__(self) -> None:
+        self.seconds = 1_700_000_000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+    def blocks(self, count: int) -> None:
+        self.seconds += count
+
+
+class Network:
+    """One embedded network with a clock of its own, and the SDK's calls in short."""
+
+    def __init__(self, path: Path):
+        self.clock = Clock()
+        self.path = path
+        self.substrate = EmbeddedSubstrate(path, clock=self.clock)
+        self.client = bt.Client("local", substrate=self.substrate)
+
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run(coroutine)
+
+    def submit(self, call: Any, keys: Any, signer: str = "coldkey") -> bt.ExtrinsicResult:
+        result: bt.ExtrinsicResult = self.run(self.client.submit_call(call, keys, signer=signer))
+        return result
+
+    def execute(self, intent: bt.Intent, keys: Any) -> bt.ExtrinsicResult:
+        result: bt.ExtrinsicResult = self.run(self.client.execute(intent, keys))
+        return result
+
+    def register(self, keys: Any, netuid: int = 1) -> bt.ExtrinsicResult:
+        hotkey = keys.hotkey.ss58_address
+        call = bt.calls.SubtensorModule.burned_register(netuid=netuid, hotkey=hotkey)
+        return self.submit(call, keys)
+
+    def stake(self, keys: Keys, tao: float, netuid: int = 0) -> bt.ExtrinsicResult:
+        call = bt.calls.SubtensorModule.add_stake(
+            hotkey=keys.hotkey.ss58_address, netuid=netuid, amount_staked=int(tao * RAO)
+        )
+        return self.submit(call, keys)
+
+    def join(self, *, tao: float = 0.0) -> Keys:
+        keys = new_keys()
+        self.register(keys).raise_for_failure()
+        if tao:
+            self.stake(keys, tao).raise_for_failure()
+        return keys
+
+    def serve(self, keys: Any, ip: str = "127.0.0.1", port: int = 8091) -> bt.ExtrinsicResult:
+        return self.execute(bt.ServeAxon(netuid=1, ip=ip, port=port), keys)
+
+    def commit(self, keys: Any, *fields: Any) -> bt.ExtrinsicResult:
+        call = bt.calls.Commitments.set_commitment(netuid=1, info={"fields": list(fields)})
+        return self.submit(call, keys, signer="hotkey")
+
+    def weigh(self, keys: Any, weights: dict[int, int], version_key: int = 0) -> Any:
+        """Plain `set_weights`, without the SDK's preflight, so that the network decides."""
+        call = bt.calls.SubtensorModule.set_weights(
+            netuid=1, dests=list(weights), weights=list(weights.values()), version_key=version_key
+        )
+        return self.submit(call, keys, signer="hotkey")
+
+    def metagraph(self) -> Any:
+        return self.run(self.client.subnets.metagraph(1))
+
+    def uid(self, keys: Keys) -> int | None:
+        uid: int | None = self.run(
+            self.client.neurons.uid(hotkey_ss58=keys.hotkey.ss58_address, netuid=1)
+        )
+        return uid
+
+    def balance(self, keys: Keys) -> int:
+        return int(self.run(self.client.balances.get(keys.coldkey.ss58_address)).rao)
+
+
+@pytest.fixture
+def network(tmp_path: Path) -> Iterator[Network]:
+    made = Network(tmp_path / "chain.sqlite3")
+    yield made
+    made.run(made.client.close())
+
+
+def code_of(result: bt.ExtrinsicResult) -> bt.ErrorCode | None:
+    return None if result.error is None else result.error.code
+
+
+def refused(result: bt.ExtrinsicResult, name: str, code: bt.ErrorCode) -> None:
+    assert not result.success
+    assert result.error is not None
+    assert (result.error.name, result.error.code) == (name, code)
+    with pytest.raises(bt.ChainError):
+        result.raise_for_failure()
+
+
+# A neuron's life -----------------------------------------------------------------
+
+
+def test_the_life_of_a_neuron_through_the_sdk(network: Network) -> None:
+    validator, miner = network.join(tao=VALIDATOR_STAKE), network.join()
+    assert (network.uid(validator), network.uid(miner)) == (0, 1)
+    assert network.balance(miner) == FAUCET_RAO - 1 * RAO
+    assert network.balance(validator) == FAUCET_RAO - (1 + 2000) * RAO
+    network.clock.blocks(10)
+    assert network.serve(miner, "127.0.0.1", 8091).success
+    assert network.commit(miner, {"Raw6": "0x" + b"peer-a".hex()}).success
+    assert network.execute(bt.SetWeights(netuid=1, weights={1: 0.5}), validator).success
+
+    graph = network.metagraph()
+    first, second = graph.neurons
+    assert (first.hotkey, first.validator_permit) == (validator.hotkey.ss58_address, True)
+    assert first.tao_stake.tao == first.total_stake.amount == VALIDATOR_STAKE
+    assert (second.coldkey, second.validator_permit) == (miner.coldkey.ss58_address, False)
+    assert second.axon == "127.0.0.1:8091"
+    assert (second.commitment.data, second.commitment.block) == ("peer-a", 11)
+    assert (second.incentive, second.consensus, second.dividends) == (1.0, 1.0, 0.0)
+    assert (first.incentive, first.dividends, first.last_update) == (0.0, 1.0, 11)
+    assert (graph.block, graph.num_uids, graph.max_uids) == (11, 2, 256)
+    assert network.run(network.client.read("weights", netuid=1)) == {0: {1: 1.0}}
+
+
+def test_the_sdks_other_reads_and_calls(network: Network) -> None:
+    keys = network.join()
+    client, hotkey, coldkey = network.client, keys.hotkey.ss58_address, keys.coldkey.ss58_address
+    network.clock.blocks(3)
+
+    async def ask() -> None:
+        assert await client.block() == await client.finalized_block() == 4
+        assert (await client.timestamp()).timestamp() == network.clock.seconds
+        assert (await client.timestamp(block=2)).timestamp() == network.clock.seconds - 2
+        info = await client.block_info(2)
+        assert info is not None
+        assert info.timestamp == await client.timestamp(block=2)
+        assert await client.block_info(5) is None
+        assert await client.block_time() == 1.0
+        assert [s.netuid for s in await client.subnets.all()] == [0, 1]
+        limits = await client.read("subnet_hyperparameters", netuid=1)
+        assert (limits["weights_rate_limit"], limits["registration_allowed"]) == (5, True)
+        assert await client.read("weights_rate_limit", netuid=1) == 5
+        assert await client.subnets.metagraph(7) is None
+        assert await client.read("hotkey_owner", hotkey_ss58=hotkey) == coldkey
+        assert await client.read("owned_hotkeys", coldkey_ss58=coldkey) == [hotkey]
+        assert await client.read("netuids_for_hotkey", hotkey_ss58=hotkey) == [1]
+        assert [n.uid for n in await client.neurons.all(1)] == [0]
+        intent = bt.AddStake(hotkey_ss58=hotkey, netuid=1, amount_tao=5)
+        assert (await client.execute(intent, keys)).success
+        assert (await client.staking.get(coldkey, hotkey, 1)).amount == 5
+        intent = bt.RemoveStake(hotkey_ss58=hotkey, netuid=1, amount_alpha="all")
+        assert (await client.execute(intent, keys)).success
+        assert (await client.staking.get(coldkey, hotkey, 1)).amount == 0
+
+    network.run(ask())
+    assert network.balance(keys) == FAUCET_RAO - RAO
+
+
+def test_blocks_come_from_the_clock_one_by_one(tmp_path: Path) -> None:
+    substrate = EmbeddedSubstrate(tmp_path / "chain.sqlite3", block_seconds=0.02)
+
+    async def watch() -> list[int]:
+        async with bt.Client("local", substrate=substrate) as client:
+            seen = []
+            async for header in client.blocks():
+                seen.append(header.number)
+                if len(seen) == 5:
+                    return seen
+            return []
+
+    seen = asyncio.run(asyncio.wait_for(watch(), 10))
+    assert seen == list(range(seen[0], seen[0] + 5))
+
+
+def test_connecting_leaves_the_users_own_cache_alone(network: Network) -> None:
+    network.run(network.client.connect())
+    with pytest.raises(bt.ChainError, match="does not keep"):
+        network.run(network.client.query_map(("SubtensorModule", "TokenSymbol")))
+
+
+# What is refused -----------------------------------------------------------------
+
+
+def test_strangers_are_refused(network: Network) -> None:
+    keys = new_keys()
+    code = bt.ErrorCode.NOT_REGISTERED
+    network.join()
+    refused(network.serve(keys), "HotKeyNotRegisteredInNetwork", code)
+    refused(network.weigh(keys, {0: 1}), "HotKeyNotRegisteredInSubNet", code)
+    refused(
+        network.commit(keys, {"Raw1": "0x00"}),
+        "AccountNotAllowedCommit",
+        bt.ErrorCode.NOT_AUTHORIZED,
+    )
+    refused(network.stake(keys, 1), "HotKeyAccountNotExists", code)
+    with pytest.raises(bt.ChainError) as raised:
+        network.execute(bt.SetWeights(netuid=1, weights={0: 1.0}), keys)
+    assert raised.value.code is code
+    # Nothing of it stays: whoever was refused has never been seen.
+    assert network.balance(keys) == FAUCET_RAO
+
+
+def test_registration_is_paid_for_and_happens_once(network: Network) -> None:
+    keys = network.join()
+    refused(network.register(keys), "HotKeyAlreadyRegisteredInSubNet", bt.ErrorCode.ALREADY_EXISTS)
+    refused(network.register(keys, 7), "SubnetNotExists", bt.ErrorCode.SUBNET_NOT_EXISTS)
+    refused(
+        network.register(keys, 0),
+        "RegistrationNotPermittedOnRootSubnet",
+        bt.ErrorCode.INVALID_ARGUMENT,
+    )
+    spent = network.stake(keys, 999_999.5)
+    refused(spent, "NotEnoughBalanceToStake", bt.ErrorCode.INSUFFICIENT_BALANCE)
+    assert network.stake(keys, 999_998.5).success
+    other = Keys(new_keys().hotkey, keys.coldkey)
+    refused(network.register(other), "NotEnoughBalanceToStake", bt.ErrorCode.INSUFFICIENT_BALANCE)
+    network.substrate.set_hyperparameters(1, registration_allowed=0)
+    closed = network.register(new_keys())
+    refused(closed, "SubNetRegistrationDisabled", bt.ErrorCode.DISABLED)
+    assert len(network.metagraph()) == 1
+
+
+def test_only_the_right_key_signs(network: Network) -> None:
+    keys, other = network.join(tao=VALIDATOR_STAKE), network.join()
+    network.clock.blocks(10)
+
+    class Claims:
+        """Says that it is `keys`' hotkey, and signs with its own."""
+
+        ss58_address = keys.hotkey.ss58_address
+        public_key = bytes(keys.hotkey.public_key)
+        crypto_type = 1
+
+        def sign(self, payload: bytes) -> bytes:
+            return bytes(other.hotkey.sign(payload))
+
+    forged = network.weigh(Claims(), {0: 1})
+    refused(forged, "BadProof", bt.ErrorCode.INVALID_ARGUMENT)
+    public = Keypair(ss58_address=keys.hotkey.ss58_address)
+    with pytest.raises(bt.ChainError, match="cannot sign"):
+        network.weigh(public, {0: 1})
+    # A coldkey where a hotkey signs, and the other way round.
+    refused(
+        network.weigh(keys.coldkey, {0: 1}),
+        "HotKeyNotRegisteredInSubNet",
+        bt.ErrorCode.NOT_REGISTERED,
+    )
+    target = new_keys().hotkey.ss58_address
+    register = bt.calls.SubtensorModule.burned_register(netuid=1, hotkey=target)
+    refused(
+        network.submit(register, keys, signer="hotkey"),
+        "NonAssociatedColdKey",
+        bt.ErrorCode.NOT_AUTHORIZED,
+    )
+    # Another's hotkey cannot be registered, even when it has lost its uid.
+    network.substrate.deregister(keys.hotkey.ss58_address, netuid=1)
+    stolen = Keys(keys.hotkey, other.coldkey)
+    refused(network.register(stolen), "NonAssociatedColdKey", bt.ErrorCode.NOT_AUTHORIZED)
+    assert network.metagraph().by_hotkey(keys.hotkey.ss58_address) is None
+
+
+def test_a_nonce_out_of_turn_is_refused(network: Network) -> None:
+    keys = network.join()
+    address = keys.coldkey.ss58_address
+    call = bt.calls.SubtensorModule.add_stake(
+        hotkey=keys.hotkey.ss58_address, netuid=0, amount_staked=1
+    )
+
+    async def submit(nonce: int) -> bt.ExtrinsicResult:
+        composed = await network.substrate.compose(call)
+        return await network.substrate.submit(composed, keys.coldkey, nonce=nonce)
+
+    assert network.run(network.substrate.account_next_index(address)) == 1
+    assert network.run(submit(0)).error.name == "Stale"
+    assert network.run(submit(2)).error.name == "Future"
+    assert network.run(submit(1)).success
+
+
+def test_weights_need_stake_a_permit_time_and_the_version(network: Network) -> None:
+    network.substrate.set_hyperparameters(
+        1, max_validators=2, weights_rate_limit=10, weights_version=3
+    )
+    poor, small, *large = (network.join(tao=tao) for tao in (999, 1500, 2000, 2500))
+    small_stake = network.weigh(poor, {0: 1}, 3)
+    refused(small_stake, "NotEnoughStakeToSetWeights", bt.ErrorCode.INSUFFICIENT_BALANCE)
+    soon = network.weigh(large[0], {0: 1}, 3)
+    refused(soon, "SettingWeightsTooFast", bt.ErrorCode.RATE_LIMITED)
+    network.clock.blocks(10)
+    old = network.weigh(large[0], {0: 1}, 2)
+    refused(old, "IncorrectWeightVersionKey", bt.ErrorCode.INVALID_ARGUMENT)
+    third = network.weigh(small, {0: 1}, 3)
+    refused(third, "NeuronNoValidatorPermit", bt.ErrorCode.NOT_AUTHORIZED)
+    assert network.weigh(small, {1: 1}, 3).success  # on itself only
+    intent = bt.SetWeights(netuid=1, weights={0: 0.25, 1: 0.75}, version_key=3)
+    assert network.execute(intent, large[0]).success
+    with pytest.raises(bt.ChainError, match="rate limit is 10 blocks") as raised:
+        network.execute(intent, large[0])
+    assert raised.value.code is bt.ErrorCode.RATE_LIMITED
+    network.clock.blocks(10)
+    assert network.execute(intent, large[0]).success
+    # More stake takes the permit from whoever has least of those that hold one.
+    network.stake(small, 1000).raise_for_failure()
+    assert network.weigh(small, {0: 1}, 3).success
+    assert [n.validator_permit for n in network.metagraph()] == [False, True, False, True]
+
+
+def test_weights_out_of_shape_are_refused(network: Network) -> None:
+    keys = network.join(tao=VALIDATOR_STAKE)
+    network.join()
+    network.clock.blocks(10)
+    code = bt.ErrorCode.INVALID_ARGUMENT
+
+    def weigh(uids: list[int], values: Any) -> bt.ExtrinsicResult:
+        call = bt.calls.SubtensorModule.set_weights(
+            netuid=1, dests=uids, weights=values, version_key=0
+        )
+        return network.submit(call, keys, signer="hotkey")
+
+    refused(weigh([0, 1], [1]), "WeightVecNotEqualSize", code)
+    refused(weigh([1, 1], [1, 1]), "DuplicateUids", code)
+    refused(weigh([1, 2], [1, 1]), "UidVecContainInvalidOne", code)
+    refused(
+        weigh([0, 1, 2], [1, 1, 1]), "UidsLengthExceedUidsInSubNet", bt.ErrorCode.LIMIT_EXCEEDED
+    )
+    refused(weigh([], []), "WeightVecLengthIsLow", code)
+    refused(weigh([1], [0]), "WeightVecLengthIsLow", code)
+    for values in ([-1], [65536], [True], ["1"], list(range(5000))):
+        assert code_of(weigh([1], values)) is code
+    network.substrate.set_hyperparameters(1, min_allowed_weights=2, max_weights_limit=40000)
+    refused(weigh([1], [1]), "WeightVecLengthIsLow", code)
+    refused(weigh([0, 1], [1, 9]), "MaxWeightExceeded", bt.ErrorCode.LIMIT_EXCEEDED)
+    # The SDK clips to the limit by itself.
+    assert network.execute(bt.SetWeights(netuid=1, weights={0: 0.1, 1: 0.9}), keys).success
+    network.substrate.set_hyperparameters(1, commit_reveal_weights_enabled=1)
+    refused(weigh([0, 1], [1, 1]), "CommitRevealEnabled", bt.ErrorCode.DISABLED)
+
+
+def test_an_axon_has_a_host_a_port_and_a_rate_limit(network: Network) -> None:
+    keys = network.join()
+    code = bt.ErrorCode.INVALID_ARGUMENT
+    network.substrate.set_hyperparameters(1, serving_rate_limit=10)
+    refused(network.serve(keys, port=0), "InvalidPort", code)
+    refused(network.serve(keys, "255.255.255.255"), "InvalidIpAddress", code)
+    assert code_of(network.serve(keys, port=70000)) is code
+    assert network.serve(keys, "::1", 8091).success
+    assert network.metagraph().neuron(0).axon == "[::1]:8091"
+    network.clock.blocks(9)
+    refused(network.serve(keys), "ServingRateLimitExceeded", bt.ErrorCode.RATE_LIMITED)
+    network.clock.blocks(1)
+    assert network.execute(bt.ResetAxon(netuid=1), keys).success
+    assert network.metagraph().neuron(0).axon is None
+
+
+def test_a_commitment_has_a_size(network: Network) -> None:
+    keys = network.join()
+    code = bt.ErrorCode.INVALID_ARGUMENT
+    assert network.commit(keys, {"Raw128": "0x" + "ab" * 128}).success
+    assert network.commit(keys, {"BigRaw": "0x" + "ab" * 512}).success
+    for field in (
+        {"Raw129": "0x" + "ab" * 129},
+        {"Raw2": "0xabab" + "ab"},
+        {"BigRaw": "0x" + "ab" * 513},
+        {"BigRaw": "0x" + "ab" * 100_000},
+        {"Raw1": "0xzz"},
+        {"Sha256": "0x" + "ab" * 32},
+        "None",
+    ):
+        assert code_of(network.commit(keys, field)) is code
+    two = network.commit(keys, {"Raw1": "0x00"}, {"Raw1": "0x00"})
+    refused(two, "TooManyFieldsInCommitmentInfo", bt.ErrorCode.LIMIT_EXCEEDED)
+    assert network.metagraph().commitments[0].fields == [{"BigRaw": "0x" + "ab" * 512}]
+    results = [network.commit(keys, {"BigRaw": "0x" + "ab" * 512}) for _ in range(5)]
+    refused(results[-1], "SpaceLimitExceeded", bt.ErrorCode.LIMIT_EXCEEDED)
+    network.clock.blocks(360)
+    assert network.commit(keys, {"Raw0": "0x"}).success
+
+
+def test_what_makes_no_sense_here_says_so(network: Network) -> None:
+    keys, substrate, client = network.join(), network.substrate, network.client
+    for ask in (
+        lambda: client.execute(bt.BurnedRegister(netuid=1), new_keys()),
+        lambda: client.submit_call(bt.calls.Balances.transfer_all(dest="x", keep_alive=True), keys),
+        lambda: client.multisig([keys.hotkey.ss58_address], 1),
+        lambda: client.decode_scale("u8", "0x00"),
+        lambda: client.query(("SubtensorModule", "Bonds"), [1]),
+        lambda: client.runtime(("Other", "method"), []),
+        lambda: client.constant(("Other", "Constant")),
+        lambda: substrate.sign_extrinsic(None, None, nonce=0, period=0),
+        lambda: substrate.prepare(None, address=""),
+        lambda: substrate.find_extrinsic("0x", "0x"),
+    ):
+        with pytest.raises(bt.ChainError, match="embedded network"):
+            network.run(ask())
+
+
+# Who stays and who goes -------------------------------------------------------------
+
+
+def test_a_full_subnet_prunes_the_lowest_outside_its_immunity(network: Network) -> None:
+    network.substrate.set_hyperparameters(
+        1, max_allowed_uids=3, immunity_period=100, weights_rate_limit=0
+    )
+    validator = network.join(tao=VALIDATOR_STAKE)
+    network.clock.blocks(1)
+    lazy, good = network.join(), network.join()
+    full = network.register(new_keys())
+    refused(full, "NoNeuronIdAvailable", bt.ErrorCode.LIMIT_EXCEEDED)
+    network.serve(lazy).raise_for_failure()
+    network.commit(lazy, {"Raw1": "0x00"}).raise_for_failure()
+    network.clock.blocks(100)
+    network.weigh(validator, {2: 1}).raise_for_failure()
+    new = network.join()
+    assert (network.uid(lazy), network.uid(new), network.uid(good)) == (None, 1, 2)
+    # The uid's new holder inherits nothing, and is immune.
+    neuron = network.metagraph().neuron(1)
+    assert (neuron.axon, neuron.commitment, neuron.incentive) == (None, None, 0.0)
+    assert not network.metagraph().unregistered_commitments
+    again = network.register(lazy)
+    assert again.success  # of two that earn the same, the one that came first goes
+    assert (network.uid(validator), network.uid(good), network.uid(lazy)) == (None, 2, 0)
+
+
+def test_a_neuron_that_lost_its_uid_and_the_next_that_takes_it(network: Network) -> None:
+    network.substrate.set_hyperparameters(1, weights_rate_limit=0)
+    validator, miner = network.join(tao=VALIDATOR_STAKE), network.join()
+    network.clock.blocks(1)
+    network.serve(miner).raise_for_failure()
+    network.weigh(validator, {1: 1}).raise_for_failure()
+    assert network.metagraph().neuron(1).incentive == 1.0
+    network.substrate.deregister(miner.hotkey.ss58_address, netuid=1)
+    assert network.uid(miner) is None
+    gone = network.metagraph()
+    assert (len(gone), gone.neuron(1).axon, gone.neuron(1).incentive) == (2, None, 0.0)
+    assert gone.by_hotkey(miner.hotkey.ss58_address) is None
+    refused(network.serve(miner), "HotKeyNotRegisteredInNetwork", bt.ErrorCode.NOT_REGISTERED)
+    with pytest.raises(bt.ChainError):
+        network.substrate.deregister(miner.hotkey.ss58_address, netuid=1)
+    newcomer = network.join()
+    assert network.uid(newcomer) == 1
+    # The weight was set for the one before, so it counts for nothing until it is set anew.
+    assert network.metagraph().neuron(1).incentive == 0.0
+    network.clock.blocks(1)
+    network.weigh(validator, {1: 1}).raise_for_failure()
+    assert network.metagraph().neuron(1).incentive == 1.0
+    assert network.register(miner).success
+    assert network.uid(miner) == 2
+
+
+def test_the_columns_follow_their_formula() -> None:
+    neurons = [Standing(3000, 10, 1), Standing(1000, 10, 1), Standing(0, 1, 1), Standing(0, 1, 1)]
+    weights = {0: {2: 1, 3: 1}, 1: {2: 1}, 3: {3: 9}}
+    permitted = [True, True, False, False]
+    found = scores(neurons, weights, permitted=permitted, block=10, activity_cutoff=100)
+    assert found.rank == pytest.approx([0, 0, 0.625, 0.375])
+    assert found.incentive == pytest.approx([0, 0, 0.625, 0.375])
+    assert found.consensus == pytest.approx([0, 0, 1, 0.6])
+    assert found.trust == pytest.approx([0, 0, 1, 0.75])
+    earned = [0.75 * (0.5 * 0.625 + 0.5 * 0.375), 0.25 * 0.625]
+    assert found.dividends == pytest.approx(
+        [earned[0] / sum(earned), earned[1] / sum(earned), 0, 0]
+    )
+    assert sum(found.emission) == pytest.approx(1)
+    late = scores(neurons, weights, permitted=permitted, block=111, activity_cutoff=100)
+    assert late.rank == late.emission == [0, 0, 0, 0]
+    tao = 10**9
+    stakes = [999 * tao, 1000 * tao, 2000 * tao, 2000 * tao]
+    assert permits(stakes, max_validators=2) == [False, False, True, True]
+    assert permits(stakes, max_validators=9) == [False, True, True, True]
+    assert permits([], max_validators=9) == []
+
+
+def test_subnets_may_be_added_and_have_owners(network: Network) -> None:
+    keys = network.join()
+    hotkey = keys.hotkey.ss58_address
+    network.substrate.create_subnet(7, owner_hotkey=hotkey)
+    network.substrate.create_subnet(7, owner_hotkey=hotkey)
+    assert network.register(keys, 7).success
+    graph = network.run(network.client.subnets.metagraph(7))
+    assert (graph.owner_hotkey, graph.owner_coldkey) == (hotkey, keys.coldkey.ss58_address)
+    for bad in ({"no_such": 1}, {"tempo": -1}, {"max_allowed_uids": 10**6}):
+        with pytest.raises(ValueError, match="no hyperparameter"):
+            network.substrate.set_hyperparameters(1, **bad)
+    with pytest.raises(bt.ChainError):
+        network.substrate.set_hyperparameters(9, tempo=1)
+
+
+# The file ---------------------------------------------------------------------------
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(WORKER), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate(timeout=30)
+
+
+@contextlib.contextmanager
+def running(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    process = start(*arguments)
+    try:
+        yield process
+    finally:
+        kill(process)
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def sound(path: Path) -> bool:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return bool(db.execute("PRAGMA integrity_check").fetchone() == ("ok",))
+
+
+def test_six_processes_at_once_on_a_file_that_none_of_them_finds(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "chain.sqlite3"
+    processes = [start("cycles", path, 15) for _ in range(6)]
+    outcomes = [(*process.communicate(timeout=120), process.returncode) for process in processes]
+    assert [(error, code) for _, error, code in outcomes] == [("", 0)] * 6
+    uids = sorted(int(uid) for output, _, _ in outcomes for uid in output.split())
+    assert uids == list(range(90))
+    assert sound(path)
+    assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
+
+
+def test_kill_9_in_mid_write_leaves_the_file_sound(network: Network) -> None:
+    network.clock.seconds = time.time()
+    network.substrate.set_hyperparameters(1, weights_rate_limit=0, serving_rate_limit=0)
+    keys = network.join(tao=VALIDATOR_STAKE)
+    with running("stay-in-mid-write", network.path) as process:
+        assert line(process) == "writing"
+        assert network.uid(keys) == 0  # readers do not wait, and see none of it
+    assert network.uid(keys) == 0
+    assert network.serve(keys).success  # the lock went with its holder
+    with running("write-for-ever", network.path) as process:
+        assert [line(process) for _ in range(10)] == [str(count) for count in range(10)]
+    assert sound(network.path)
+    before = len(network.metagraph())
+    network.join()
+    assert len(network.metagraph()) == before + 1 >= 12
+
+
+def test_the_files_own_block_length_wins(tmp_path: Path) -> None:
+    path = tmp_path / "chain.sqlite3"
+    for asked in (0.5, 3.0):
+        substrate = EmbeddedSubstrate(path, block_seconds=asked)
+        assert asyncio.run(substrate.block_time()) == 0.5
+        asyncio.run(substrate.close())
+    for bad in (0.0, -1.0, float("nan"), 1e9):
+        with pytest.raises(ValueError, match="block_seconds"):
+            EmbeddedSubstrate(path, block_seconds=bad)
+
+
+def test_a_file_that_is_not_ours_is_refused_in_one_line(tmp_path: Path) -> None:
+    keys, path = new_keys(), tmp_path / "chain.sqlite3"
+
+    def opened() -> str:
+        with pytest.raises(OperatorError) as raised:
+            open_chain(network="embedded", netuid=1, wallet=keys, path=path)
+        message = str(raised.value)
+        assert str(path) in message
+        assert "\n" not in message
+        return message
+
+    path.write_bytes(b"")
+    assert "not an embedded network" in opened()
+    path.write_bytes(b"garbage" * 1000)
+    assert "cannot be read" in opened()
+    path.unlink()
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE other (x)")
+    assert "not an embedded network" in opened()
+    path.unlink()
+    asyncio.run(EmbeddedSubstrate(path).connect())
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 99")
+    assert "version 99" in opened()
+    path = tmp_path / "folder"
+    path.mkdir()
+    opened()
+
+
+def test_oversized_data_in_the_file_are_not_read(network: Network) -> None:
+    honest, victim = network.join(), network.join()
+    network.commit(honest, {"Raw2": "0x" + b"ok".hex()}).raise_for_failure()
+    network.commit(victim, {"Raw2": "0x" + b"ok".hex()}).raise_for_failure()
+    with contextlib.closing(sqlite3.connect(network.path)) as db:
+        db.execute("PRAGMA ignore_check_constraints = ON")
+        huge = bytes(50_000_000)
+        address = victim.hotkey.ss58_address
+        db.execute("UPDATE commitments SET data = ? WHERE hotkey = ?", (huge, address))
+        db.execute("UPDATE neurons SET ip = 'x' WHERE hotkey = ?", (address,))
+        db.commit()
+    graph = network.metagraph()
+    assert (graph.neuron(0).commitment.data, graph.neuron(1).commitment) == ("ok", None)
+    assert graph.neuron(1).axon is None
+
+
+# Wallets ------------------------------------------------------------------------------
+
+
+def test_the_next_process_takes_the_next_key_and_kill_9_frees_one(tmp_path: Path) -> None:
+    with running("claim", tmp_path) as first, running("claim", tmp_path) as second:
+        owners = {}
+        for process in (first, second):
+            name, address, _ = line(process).split()
+            owners[name] = (process, address)
+        assert sorted(owners) == ["miner-0", "miner-1"]
+        holder, address = owners["miner-0"]
+        with pytest.raises(OperatorError, match=f"in use by process {holder.pid};"):
+            named_embedded_wallet(tmp_path, "embedded", "miner-0")
+        kill(holder)
+        with embedded_wallet(tmp_path, prefix="miner") as mine:
+            assert (mine.hotkey_name, mine.wallet.hotkey.ss58_address) == ("miner-0", address)
+
+
+def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_key(tmp_path: Path) -> None:
+    with running("claim-and-fork", tmp_path) as process:
+        name, _, child = line(process).split()
+        try:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait(30)
+            with embedded_wallet(tmp_path, prefix="miner") as mine:
+                assert mine.hotkey_name == name == "miner-0"
+        finally:
+            os.kill(int(child), signal.SIGKILL)
+
+
+def test_wallets_are_made_in_silence_and_kept(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        embedded_wallet(tmp_path, prefix="miner") as a,
+        embedded_wallet(tmp_path, prefix="validator") as b,
+    ):
+        assert (a.hotkey_name, b.hotkey_name) == ("miner-0", "validator-0")
+        assert a.wallet.coldkeypub.ss58_address == b.wallet.coldkeypub.ss58_address
+        hotkey = a.wallet.hotkey.ss58_address
+        with embedded_wallet(tmp_path, prefix="miner") as c:
+            assert c.hotkey_name == "miner-1"
+    with named_embedded_wallet(tmp_path, "embedded", "miner-0") as again:
+        assert again.wallet.hotkey.ss58_address == hotkey
+        again.release()
+        again.release()
+    with named_embedded_wallet(tmp_path, "mine", "default") as named:
+        assert named.wallet.coldkeypub.ss58_address != again.wallet.coldkeypub.ss58_address
+    assert capfd.readouterr() == ("", "")
+    file = tmp_path / "wallets" / "embedded" / "hotkeys" / "miner-0"
+    assert file.stat().st_mode & 0o077 == 0
+    assert open_wallet("embedded", "miner-0", tmp_path / "wallets").hotkey.ss58_address == hotkey
+
+
+def test_bad_names_and_places_are_refused(tmp_path: Path) -> None:
+    for name in ("../x", "a/b", "", ".x", "x" * 65, "a b"):
+        with pytest.raises(OperatorError, match=r"--wallet\.hotkey"):
+            named_embedded_wallet(tmp_path, "w", name)
+        with pytest.raises(OperatorError, match=r"--wallet\.name"):
+            open_wallet(name, "h", tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OperatorError, match="cannot be kept"):
+        embedded_wallet(tmp_path / "file", prefix="miner")
+
+
+def test_a_real_wallet_needs_its_hotkey_and_no_coldkey(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(OperatorError) as raised:
+        open_wallet("cold", "hot", tmp_path)
+    assert str(tmp_path / "cold" / "hotkeys" / "hot") in str(raised.value)
+    assert "btcli wallet new-hotkey --wallet cold --wallet-hotkey hot" in str(raised.value)
+    made = bt.Wallet("cold", "hot", str(tmp_path)).create_new_hotkey(suppress=True)
+    wallet = open_wallet("cold", "hot", tmp_path)
+    assert wallet.hotkey.ss58_address == made.hotkey.ss58_address
+    # All that a neuron does works without a coldkey; another's pays for the registration.
+    path, payer = tmp_path / "chain.sqlite3", new_keys()
+    with network_at(path) as network:
+        network.register(Keys(wallet.hotkey, payer.coldkey)).raise_for_failure()
+    with open_chain(network="embedded", netuid=1, wallet=wallet, path=path) as chain:
+        chain.serve_axon("127.0.0.1", 8091)
+        chain.commit(b"me")
+        assert chain.uid() == 0
+    (tmp_path / "cold" / "hotkeys" / "hot").write_text("not a key")
+    with pytest.raises(OperatorError, match="cannot be read"):
+        open_wallet("cold", "hot", tmp_path)
+    assert capfd.readouterr() == ("", "")
+
+
+@contextlib.contextmanager
+def network_at(path: Path) -> Iterator[Network]:
+    network = Network(path)
+    network.clock.seconds = time.time()
+    yield network
+    network.run(network.client.close())
+
+
+# Chain --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Iterator[Chain]:
+    with open_chain(
+        network="embedded",
+        netuid=1,
+        wallet=new_keys(),
+        path=tmp_path / "chain.sqlite3",
+        block_seconds=0.02,
+        timeout_seconds=10.0,
+    ) as opened:
+        yield opened
+
+
+def settings(place: Path, **values: int) -> None:
+    substrate = EmbeddedSubstrate(place / "chain.sqlite3")
+    substrate.set_hyperparameters(1, **values)
+    asyncio.run(substrate.close())
+
+
+def test_a_chain_does_all_that_a_neuron_does(chain: Chain, tmp_path: Path) -> None:
+    assert chain.embedded
+    assert (chain.uid(), chain.block_seconds()) == (None, 0.02)
+    with pytest.raises(NotRegistered, match=chain.hotkey):
+        chain.serve_axon("127.0.0.1", 8091)
+    with pytest.raises(NotRegistered):
+        chain.commit(b"x")
+    with pytest.raises(NotRegistered):
+        chain.set_weights({0: 1.0})
+    assert join_embedded(chain, stake_tao=VALIDATOR_STAKE) == 0
+    assert join_embedded(chain, stake_tao=VALIDATOR_STAKE) == 0
+    assert chain.metagraph().neuron(0).total_stake.amount == VALIDATOR_STAKE
+    chain.serve_axon("127.0.0.1", 8091)
+    for data in (b"", b"\xff" * 128, bytes(range(256)) * 2):
+        chain.commit(data)
+        assert chain.commitments() == {chain.hotkey: data}
+    with pytest.raises(ValueError, match="513"):
+        chain.commit(bytes(513))
+    joined = chain.block()
+    wait_for(lambda: chain.block() >= joined + 5)
+    chain.set_weights({0: 1.0})
+    assert chain.metagraph().neuron(0).incentive == 1.0
+    settings(tmp_path, weights_rate_limit=1_000_000)
+    with pytest.raises(ChainError, match="rate limit") as raised:
+        chain.set_weights({0: 1.0})
+    assert isinstance(raised.value.__cause__, bt.ChainError)
+    assert raised.value.__cause__.code is bt.ErrorCode.RATE_LIMITED
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_mistakes_are_told_in_one_line(chain: Chain, tmp_path: Path) -> None:
+    for ip, port, match in (
+        ("nowhere", 8091, r"--axon\.external_ip"),
+        ("127.0.0.1", 0, r"--axon\.port"),
+    ):
+        with pytest.raises(OperatorError, match=match):
+            chain.serve_axon(ip, port)
+    settings(tmp_path, weights_rate_limit=0)
+    join_embedded(chain, stake_tao=VALIDATOR_STAKE)
+    with pytest.raises(ChainError, match="All weights are zero"):
+        chain.set_weights({0: 0.0})
+    path = tmp_path / "chain.sqlite3"
+    with open_chain(network="embedded", netuid=7, wallet=new_keys(), path=path) as other:
+        with pytest.raises(OperatorError, match="no subnet 7"):
+            other.metagraph()
+        with pytest.raises(OperatorError, match="no subnet 7"):
+            join_embedded(other)
+    for network in ("finneyy", "archive", "http://x", "ws://", "", "ws://h:99999"):
+        with pytest.raises(OperatorError, match=r"--subtensor\.network.*finney, test, local"):
+            open_chain(network=network, netuid=1, wallet=new_keys())
+
+
+def test_commitments_that_are_not_plain_bytes_are_left_out(chain: Chain) -> None:
+    join_embedded(chain)
+    graph = chain.metagraph()
+    fields: list[tuple[list[Any], bytes | None]] = [
+        ([{"Raw2": "0x6f6b"}], b"ok"),
+        ([{"Raw1": "0x6f"}, {"BigRaw": "0x6b"}], b"ok"),
+        ([], None),
+        (["None"], None),
+        ([{"Raw2": "0xzz"}], None),
+        ([{"Sha256": "0x" + "00" * 32}], None),
+        ([{"TimelockEncrypted": {"reveal_round": 1}}], None),
+        ([{"BigRaw": "0x" + "00" * 600}], None),
+    ]
+    for given, wanted in fields:
+        commitment = bt.NeuronCommitment(
+            "5Hot", 1, 0, 1, 1, bt.Balance.from_rao(0), "", False, None, [], given
+        )
+        graph.commitments[0] = commitment
+        found = chain.commitments(graph)
+        assert found == ({} if wanted is None else {"5Hot": wanted})
+
+
+def test_a_chain_is_safe_in_threads_and_when_it_is_closed_under_way(chain: Chain) -> None:
+    join_embedded(chain)
+    seen: list[int] = []
+
+    def ask() -> None:
+        seen.extend(len(chain.metagraph()) for _ in range(20))
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert seen == [1] * 160
+
+    outcome: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            chain.read("waiting", lambda client: client.wait_for_block(10**9))
+        except ChainError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    wait_for(thread.is_alive)
+    chain.close()
+    chain.close()
+    thread.join(10)
+    assert len(outcome) == 1
+    with pytest.raises(ChainError, match="closed"):
+        chain.block()
+    assert not any(thread.name == "chain" for thread in threading.enumerate())
+
+
+def _in_a_child(chain: Chain, path: Path, results: Any) -> None:
+    try:
+        chain.block()
+    except ChainError as error:
+        results.put(str(error))
+    chain.close()  # the parent's: nothing must happen to it
+    with open_chain(network="embedded", netuid=1, wallet=new_keys(), path=path) as own:
+        results.put(join_embedded(own))
+
+
+def test_a_fork_leaves_the_parents_chain_alone(chain: Chain, tmp_path: Path) -> None:
+    assert join_embedded(chain) == 0
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    child = context.Process(target=_in_a_child, args=(chain, tmp_path / "chain.sqlite3", results))
+    child.start()
+    assert f"belongs to process {os.getpid()}" in results.get(timeout=30)
+    assert results.get(timeout=30) == 1
+    child.join(30)
+    assert child.exitcode == 0
+    assert [n.uid for n in chain.metagraph()] == [0, 1]
+    chain.commit(b"still here")
+
+
+class Faulty(EmbeddedSubstrate):
+    """Fails as often as it is told to, by losing the connection, or hangs."""
+
+    failures = 0
+    hangs = False
+
+    async def _falter(self) -> None:
+        if self.hangs:
+            await asyncio.sleep(3600)
+        if self.failures > 0:
+            self.failures -= 1
+            raise bt.RpcConnectionError("the connection is lost")
+
+    async def block_number(self) -> int:
+        await self._falter()
+        return await super().block_number()
+
+    async def submit(self, *arguments: Any, **named: Any) -> bt.ExtrinsicResult:
+        result = await super().submit(*arguments, **named)
+        await self._falter()
+        return result
+
+
+def test_reads_are_tried_again_writes_are_not_and_both_have_deadlines(tmp_path: Path) -> None:
+    substrate = Faulty(tmp_path / "chain.sqlite3")
+    client = bt.Client("local", substrate=substrate)
+    with Chain(
+        network="embedded", netuid=1, wallet=new_keys(), client=client, timeout_seconds=1.5
+    ) as chain:
+        join_embedded(chain)
+        substrate.failures = 2
+        assert chain.block() >= 1
+        assert substrate.failures == 0
+        substrate.failures = 99
+        with pytest.raises(ChainError, match="the connection is lost"):
+            chain.block()
+        assert substrate.failures == 99 - 3
+        substrate.failures = 2
+        with pytest.raises(ChainError, match="the connection is lost; it may still go through"):
+            chain.commit(b"once")
+        assert substrate.failures == 1
+        substrate.failures = 0
+        substrate.hangs = True
+        began = time.monotonic()
+        with pytest.raises(ChainError, match=r"no answer from embedded within 1\.5 s"):
+            chain.block()
+        assert time.monotonic() - began < 3.0
+        substrate.hangs = False
+        assert chain.commitments() == {chain.hotkey: b"once"}
+
+
+def test_a_chain_that_cannot_be_reached_is_one_clear_error(
+    capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    threads = threading.active_count()
+    began = time.monotonic()
+    with pytest.raises(ChainError) as raised:
+        open_chain(
+            network=f"ws://127.0.0.1:{port}", netuid=1, wallet=new_keys(), timeout_seconds=5.0
+        )
+    assert time.monotonic() - began < 5.0
+    assert f"ws://127.0.0.1:{port}" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    # One that takes the connection and never says a word.
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"ws://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(ChainError, match=r"no answer from .* within 1 s"):
+            open_chain(network=address, netuid=1, wallet=new_keys(), timeout_seconds=1.0)
+    assert threading.active_count() == threads
+    assert capfd.readouterr() == ("", "")
+    assert [r.message for r in caplog.records if r.levelname in ("WARNING", "ERROR")] == []
