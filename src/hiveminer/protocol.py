@@ -1,0 +1,129 @@
+"""The synapses: what a validator and a miner say to each other, and within what limits.
+
+A synapse is one JSON object that travels both ways: the caller fills in the request
+fields, the miner the answer fields. Limits stand here, on the fields, so that nothing
+behind the axon meets a number that it has to doubt.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
+
+MAX_ROWS = 4096
+"""Rows in one `Train`."""
+
+MAX_BATCH_SIZE = 1024
+"""Rows in one logical batch."""
+
+MAX_ACCUMULATION_STEPS = 256
+"""Batches in one optimizer step."""
+
+MAX_TIMEOUT_SECONDS = 3600.0
+"""The longest that a caller may ask a miner to train for."""
+
+Name = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9._:+-]*$")]
+Index = Annotated[int, Field(ge=0, lt=2**48)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Terminal(BaseModel):
+    """One end of a call, as far as the axon knows it: `hotkey` is an ss58 address."""
+
+    hotkey: str = ""
+    ip: str = ""
+
+
+class Synapse(BaseModel):
+    """What all synapses share: a name on the wire, a cap on the body, the caller.
+
+    `dendrite` is filled in by the axon and never travels.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    max_request_bytes: ClassVar[int] = 4096
+    max_response_bytes: ClassVar[int] = 4096
+
+    _dendrite: Terminal = PrivateAttr(default_factory=Terminal)
+
+    @property
+    def dendrite(self) -> Terminal:
+        """Who called."""
+        return self._dendrite
+
+    @classmethod
+    def name(cls) -> str:
+        """The synapse's name: the last part of its URL."""
+        return cls.__name__
+
+
+class IsAlive(Synapse):
+    """Are you there, and which run are you in? Answered at once, also while training."""
+
+    completion: bool = False
+    """Set by the miner: it is up and takes work."""
+    version: Name = ""
+    """Set by the miner: its version of this package."""
+    run_id: Name = ""
+    """Set by the miner: the run it trains, with the run's hash and the model's schema."""
+    data_hash: Name = ""
+    """Set by the miner: the hash of its data set."""
+    epoch: Annotated[int, Field(ge=0)] = 0
+    """Set by the miner: the swarm's epoch as it knows it."""
+    queued: Annotated[int, Field(ge=0)] = 0
+    """Set by the miner: requests that wait."""
+
+
+class Train(Synapse):
+    """Train on these rows, and say what the loss was."""
+
+    max_request_bytes: ClassVar[int] = 128 * 1024
+    max_response_bytes: ClassVar[int] = 512 * 1024
+
+    request_id: Annotated[Name, Field(min_length=1)]
+    """The caller's name for this request: the same one again is answered with the first
+    one's result and trains once."""
+    run_id: Annotated[Name, Field(min_length=1)]
+    """The run; a miner in another one refuses."""
+    data_hash: Annotated[Name, Field(min_length=1)]
+    """The data set's hash; a miner that holds other data refuses."""
+    dataset_indices: Annotated[list[Index], Field(min_length=1, max_length=MAX_ROWS)]
+    """The rows to train on, each once, in this order."""
+    version: Name = ""
+    """The caller's version of this package."""
+    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)] = 8
+    """Rows in a logical batch; the miner may cut it to fit its memory."""
+    gradient_accumulation_steps: Annotated[int, Field(ge=1, le=MAX_ACCUMULATION_STEPS)] = 1
+    """Batches in an optimizer step; the last step may hold fewer."""
+    timeout_seconds: Annotated[Finite, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] = 60.0
+    """Stop at a batch's edge before this many seconds, and answer with what was done."""
+
+    loss: Finite | None = None
+    """Answer: mean over the real tokens of all trained rows, nats a token."""
+    losses: Annotated[list[Finite], Field(max_length=MAX_ROWS)] = []
+    """Answer: the same by optimizer step, each before that step."""
+    epoch: Annotated[int, Field(ge=0)] | None = None
+    """Answer: the swarm's epoch when training began."""
+    epoch_steps: Annotated[int, Field(ge=0)] = 0
+    """Answer: how many of the steps were taken before the swarm averaged; what comes after
+    cannot be replayed from the same state."""
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Answer: optimizer steps taken."""
+    samples: Annotated[int, Field(ge=0)] = 0
+    """Answer: rows trained, counted from the first of `dataset_indices`."""
+    tokens: Annotated[int, Field(ge=0)] = 0
+    """Answer: real tokens (padding not counted) in those rows."""
+    discarded: Annotated[int, Field(ge=0)] = 0
+    """Answer: rows of these whose step the swarm threw away (they are not in `samples`)."""
+
+    @field_validator("dataset_indices")
+    @classmethod
+    def _each_row_once(cls, indices: list[int]) -> list[int]:
+        if len(set(indices)) != len(indices):
+            raise ValueError("a row is given twice")
+        return indices
+
+
+SYNAPSES: tuple[type[Synapse], ...] = (IsAlive, Train)

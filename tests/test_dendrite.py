@@ -1,0 +1,414 @@
+"""The dendrite: what it believes, what it retries, and what a bad neuron cannot do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import bittensor
+import httpx
+import pytest
+from bittensor import http_auth
+from bittensor.keyfiles import Keypair
+
+from hiveminer.axon import Axon
+from hiveminer.blacklist import STRANGER, Standing
+from hiveminer.dendrite import ANSWER_METHOD, Dendrite, Endpoint, answer_path
+from hiveminer.errors import MinerError, OperatorError
+from hiveminer.protocol import IsAlive, Synapse, Train
+
+Wallet = SimpleNamespace
+Handler = Callable[[httpx.Request], httpx.Response]
+
+
+def wallet(name: str, **options: Any) -> Wallet:
+    key = Keypair.create_from_uri(f"//{name}", **options)
+    return Wallet(hotkey=key, coldkey=key, coldkeypub=key)
+
+
+def ss58(who: Wallet) -> str:
+    return str(who.hotkey.ss58_address)
+
+
+MINER, VALIDATOR, OTHER = wallet("Alice"), wallet("Bob"), wallet("Charlie")
+ENDPOINT = Endpoint(hotkey=ss58(MINER), ip="127.0.0.1", port=9)
+
+
+class Once(Synapse):
+    """A synapse without a request id, which must not arrive twice."""
+
+    value: int = 0
+
+
+def train(request_id: str = "one") -> Train:
+    return Train(request_id=request_id, run_id="run", data_hash="data", dataset_indices=[1])
+
+
+def answer(
+    request: httpx.Request,
+    body: bytes = b'{"completion": true}',
+    *,
+    by: Wallet = MINER,
+    to: Wallet = VALIDATOR,
+    status: int = 200,
+    signed_status: int = 200,
+    nonce: str | None = None,
+) -> httpx.Response:
+    """What an axon answers, or nearly so."""
+    nonce = nonce or request.headers[http_auth.HEADER_NONCE]
+    path = answer_path(request.url.raw_path.decode(), nonce, signed_status)
+    headers = http_auth.sign(
+        by.hotkey, method=ANSWER_METHOD, path=path, body=body, receiver_ss58=ss58(to)
+    )
+    return httpx.Response(status, content=body, headers=headers)
+
+
+def streamed(response: httpx.Response) -> httpx.Response:
+    """The same, as it comes from a network: not read yet."""
+    stream = httpx.ByteStream(response.content)
+    return httpx.Response(response.status_code, headers=response.headers, stream=stream)
+
+
+def call(
+    handler: Handler, synapse: Synapse | None = None, *, timeout_seconds: float = 10.0
+) -> Synapse:
+    async def one() -> Synapse:
+        transport = httpx.MockTransport(lambda request: streamed(handler(request)))
+        async with Dendrite(VALIDATOR, transport=transport) as dendrite:
+            return await dendrite.call(
+                ENDPOINT, synapse or IsAlive(), timeout_seconds=timeout_seconds
+            )
+
+    return asyncio.run(one())
+
+
+def error_of(handler: Handler, synapse: Synapse | None = None) -> MinerError:
+    with pytest.raises(MinerError) as raised:
+        call(handler, synapse)
+    assert raised.value.hotkey == ss58(MINER)
+    return raised.value
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hiveminer.dendrite.FIRST_PAUSE_SECONDS", 0.001)
+
+
+@pytest.fixture
+def axon() -> Iterator[Axon]:
+    def standing(hotkey: str) -> Standing:
+        if hotkey != ss58(VALIDATOR):
+            return STRANGER
+        return Standing(uid=0, registered=True, validator_permit=True, stake=1.0)
+
+    def is_alive(synapse: IsAlive) -> IsAlive:
+        synapse.completion = True
+        return synapse
+
+    axon = Axon(MINER, standing=standing).attach(is_alive)
+    with axon:
+        yield axon
+
+
+# What it believes
+
+
+def test_an_answer_that_is_signed_for_this_call_is_believed() -> None:
+    assert call(answer) == IsAlive(completion=True)
+
+
+BAD_ANSWERS: dict[str, tuple[Handler, str]] = {
+    "unsigned": (lambda r: httpx.Response(200, content=b"{}"), "signature"),
+    "another's": (lambda r: answer(r, by=OTHER), "another hotkey"),
+    "for another": (lambda r: answer(r, to=OTHER), "signature"),
+    "to another request": (lambda r: answer(r, nonce="123"), "signature"),
+    "with another status": (lambda r: answer(r, signed_status=429), "signature"),
+    "ed25519": (
+        lambda r: answer(r, by=wallet("Alice", crypto_type=bittensor.CRYPTO_ED25519)),
+        "sr25519",
+    ),
+    "not JSON": (lambda r: answer(r, b"{"), "does not fit"),
+    "with an unknown field": (lambda r: answer(r, b'{"loss": 1}'), "does not fit: loss"),
+    "with a wrong type": (lambda r: answer(r, b'{"epoch": "x"}'), "does not fit: epoch"),
+    "with a long hotkey": (
+        lambda r: httpx.Response(
+            200,
+            content=b"{}",
+            headers={**answer(r).headers, http_auth.HEADER_HOTKEY: "5" * 60_000},
+        ),
+        "that long",
+    ),
+    "too large": (lambda r: answer(r, b" " * 5000), "larger than 4096 bytes"),
+    "a redirect": (lambda r: httpx.Response(307, headers={"location": "/"}), "HTTP 307"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ANSWERS)
+def test_any_other_answer_is_that_miners_error(case: str) -> None:
+    handler, reason = BAD_ANSWERS[case]
+    assert reason in error_of(handler).reason
+
+
+def test_a_body_that_was_changed_on_the_way_is_not_believed() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        signed = answer(request)
+        return httpx.Response(200, content=b'{"completion": false}', headers=signed.headers)
+
+    assert "signature" in error_of(handler).reason
+
+
+def test_an_old_answer_is_not_believed_again() -> None:
+    old: list[httpx.Response] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        if not old:
+            old.append(answer(request))
+            return old[0]
+        return httpx.Response(200, content=old[0].content, headers=old[0].headers)
+
+    assert call(handler) == IsAlive(completion=True)
+    assert "signature" in error_of(handler).reason
+
+
+def test_an_answer_to_another_request_id_is_an_error() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        return answer(request, train("two").model_dump_json().encode())
+
+    assert "another request" in error_of(handler, train("one")).reason
+
+
+def test_a_refusal_has_its_status_and_a_reason_fit_for_a_terminal() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        detail = "full\x1b[31m\n" + "x" * 9000
+        return httpx.Response(429, json={"detail": detail[:3000]}, headers={"retry-after": "7"})
+
+    error = error_of(handler)
+    assert (error.status, error.retry_after_seconds) == (429, 7.0)
+    assert error.reason.startswith("full [31m xxx")
+    assert error.reason.isprintable()
+    assert len(error.reason) == 300
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"detail": 3}', b"[" * 4000])
+def test_a_refusal_without_a_reason_is_told_by_its_status(body: bytes) -> None:
+    error = error_of(lambda request: httpx.Response(503, content=body))
+    assert (error.status, error.reason) == (503, "HTTP 503")
+
+
+# What it tries again
+
+
+def test_a_connection_that_failed_is_tried_again_under_a_fresh_signature() -> None:
+    nonces = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        nonces.append(request.headers[http_auth.HEADER_NONCE])
+        if len(nonces) < 3:
+            raise httpx.ConnectError("no route")
+        return answer(request)
+
+    assert call(handler) == IsAlive(completion=True)
+    assert len(set(nonces)) == 3
+
+
+@pytest.mark.parametrize(("synapse", "attempts"), [(IsAlive(), 3), (train(), 3), (Once(), 1)])
+def test_what_may_have_arrived_is_sent_again_only_if_twice_is_once(
+    synapse: Synapse, attempts: int
+) -> None:
+    seen = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        raise httpx.ReadError("cut")
+
+    assert error_of(handler, synapse).reason == "cut"
+    assert len(seen) == attempts
+
+
+def test_a_refusal_is_not_tried_again() -> None:
+    seen = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return httpx.Response(403, json={"detail": "no"})
+
+    assert error_of(handler).status == 403
+    assert len(seen) == 1
+
+
+# On a real socket
+
+
+def on_socket(serve: Callable[[socket.socket], None], *, timeout_seconds: float = 5.0) -> None:
+    """Call a neuron that speaks as `serve` does, until it or the call has ended."""
+
+    def accept() -> None:
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except TimeoutError:
+                return
+            with connection, contextlib.suppress(OSError):
+                connection.settimeout(5)
+                serve(connection)
+
+    async def one() -> None:
+        async with Dendrite(VALIDATOR) as dendrite:
+            endpoint = Endpoint(ss58(MINER), "127.0.0.1", listening.getsockname()[1])
+            await dendrite.call(endpoint, IsAlive(), timeout_seconds=timeout_seconds)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(0.3)
+        server = threading.Thread(target=accept)
+        server.start()
+        try:
+            asyncio.run(one())
+        finally:
+            server.join()
+
+
+def test_an_endless_answer_is_cut_at_the_cap() -> None:
+    def serve(connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n")
+        while True:
+            connection.sendall(b"400\r\n" + b"x" * 1024 + b"\r\n")
+
+    with pytest.raises(MinerError, match="larger than 4096 bytes"):
+        on_socket(serve)
+
+
+def test_a_neuron_that_says_nothing_is_given_up_in_time() -> None:
+    def serve(connection: socket.socket) -> None:
+        while connection.recv(65536):
+            pass
+
+    with pytest.raises(MinerError, match=r"no answer within 0\.2 s"):
+        on_socket(serve, timeout_seconds=0.2)
+
+
+def test_a_neuron_that_speaks_no_http_is_an_error() -> None:
+    def serve(connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(b"\x00\x01hello\r\n\r\n")
+
+    with pytest.raises(MinerError):
+        on_socket(serve)
+
+
+def test_nobody_there_is_an_error() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        endpoint = Endpoint(ss58(MINER), "127.0.0.1", taken.getsockname()[1])
+
+        async def one() -> None:
+            async with Dendrite(VALIDATOR) as dendrite:
+                await dendrite.call(endpoint, IsAlive(), timeout_seconds=5)
+
+        with pytest.raises(MinerError) as raised:
+            asyncio.run(one())
+    assert raised.value.status is None
+
+
+@pytest.mark.parametrize(
+    ("ip", "port"),
+    [
+        ("0.0.0.0", 8091),
+        ("::", 8091),
+        ("127.0.0.1", 0),
+        ("127.0.0.1", 70000),
+        ("224.0.0.1", 8091),
+        ("169.254.169.254", 80),
+        ("example.com", 80),
+        ("127.0.0.1/x?", 80),
+        ("", 80),
+    ],
+)
+def test_an_endpoint_where_nobody_can_be_is_not_called(ip: str, port: int) -> None:
+    with pytest.raises(MinerError):
+        Endpoint(ss58(MINER), ip, port).url  # noqa: B018
+
+
+def test_endpoints_have_urls() -> None:
+    assert Endpoint("5x", "1.2.3.4", 80).url == "http://1.2.3.4:80"
+    assert Endpoint("5x", "2001:db8::1", 80).url == "http://[2001:db8::1]:80"
+
+
+def test_a_proxy_in_the_environment_sees_nothing(
+    axon: Axon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+
+    async def one() -> IsAlive:
+        async with Dendrite(VALIDATOR) as dendrite:
+            endpoint = Endpoint(ss58(MINER), "127.0.0.1", axon.port)
+            return await dendrite.call(endpoint, IsAlive(), timeout_seconds=5)
+
+    assert asyncio.run(one()).completion
+
+
+def test_a_refusal_by_a_real_axon_has_status_and_reason(axon: Axon) -> None:
+    async def one() -> None:
+        async with Dendrite(OTHER) as dendrite:
+            endpoint = Endpoint(ss58(MINER), "127.0.0.1", axon.port)
+            await dendrite.call(endpoint, IsAlive(), timeout_seconds=5)
+
+    with pytest.raises(MinerError, match="not registered") as raised:
+        asyncio.run(one())
+    assert raised.value.status == 403
+
+
+# Many
+
+
+def test_a_broadcast_answers_in_order_within_its_bound() -> None:
+    running = 0
+    most = 0
+
+    async def handler(request: httpx.Request) -> httpx.Response:
+        nonlocal running, most
+        port = request.url.port or 0
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.001)
+        running -= 1
+        if port % 2:
+            raise httpx.ConnectError("nobody")
+        return streamed(answer(request, b'{"epoch": %d}' % port))
+
+    endpoints = [Endpoint(ss58(MINER), "127.0.0.1", port) for port in range(1000, 1256)]
+    endpoints.append(Endpoint(ss58(OTHER), "0.0.0.0", 0))
+
+    async def all_of_them() -> list[IsAlive | MinerError]:
+        transport = httpx.MockTransport(handler)
+        async with Dendrite(VALIDATOR, concurrency=16, transport=transport) as dendrite:
+            return await dendrite.broadcast(endpoints, lambda _: IsAlive(), timeout_seconds=20)
+
+    answers = asyncio.run(all_of_them())
+    assert len(answers) == 257
+    assert [one.epoch for one in answers if isinstance(one, IsAlive)] == list(range(1000, 1256, 2))
+    assert all(isinstance(one, MinerError) for one in answers[1::2])
+    assert most <= 16
+    assert isinstance(answers[-1], MinerError)
+    assert answers[-1].hotkey == ss58(OTHER)
+
+
+def test_a_synapse_over_its_own_cap_is_the_callers_mistake() -> None:
+    big = train().model_copy(update={"losses": [1.0] * 60_000})
+    with pytest.raises(ValueError, match="larger than"):
+        call(answer, big)
+
+
+def test_a_hotkey_that_is_not_sr25519_is_the_operators_mistake() -> None:
+    with pytest.raises(OperatorError, match="sr25519"):
+        Dendrite(wallet("Alice", crypto_type=bittensor.CRYPTO_ED25519))
+
+
+def test_nothing_is_left_running() -> None:
+    assert [thread.name for thread in threading.enumerate() if thread.name == "axon"] == []

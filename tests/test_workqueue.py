@@ -1,0 +1,245 @@
+"""The line in front of the worker: its order, its bounds, and what the worker survives."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future
+from typing import Any
+
+import pytest
+
+from hiveminer.errors import Refused, TrainingError
+from hiveminer.workqueue import WorkQueue
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.005)
+
+
+class Held:
+    """A queue whose worker is held by a first job until `release`."""
+
+    def __init__(self, **options: Any) -> None:
+        self.queue = WorkQueue(**options)
+        self.done: list[str] = []
+        self._gate = threading.Event()
+        self.queue.start()
+        self.first = self.queue.submit(
+            self._gate.wait, caller="first", key="first", priority=1.0, expires_seconds=60
+        )
+        until(lambda: self.queue.busy)
+
+    def submit(
+        self, key: str, *, caller: str = "", priority: float = 1.0, expires_seconds: float = 60.0
+    ) -> Future[Any]:
+        def job() -> str:
+            self.done.append(key)
+            return f"did {key}"
+
+        return self.queue.submit(
+            job,
+            caller=caller or key,
+            key=key,
+            priority=priority,
+            expires_seconds=expires_seconds,
+        )
+
+    def release(self) -> None:
+        self._gate.set()
+
+
+@pytest.fixture
+def held() -> Iterator[Held]:
+    held = Held(capacity=6, share=3)
+    yield held
+    held.release()
+    held.queue.stop(5)
+
+
+def test_the_highest_priority_is_first_and_equals_in_order(held: Held) -> None:
+    futures = [
+        held.submit(key, priority=priority)
+        for key, priority in [("low", 1), ("a", 5), ("high", 9), ("b", 5), ("none", 0)]
+    ]
+    held.release()
+    assert {future.result(10) for future in futures} >= {"did low", "did high"}
+    assert held.done == ["high", "a", "b", "low", "none"]
+
+
+def test_one_caller_is_served_by_its_own_priorities(held: Held) -> None:
+    futures = [held.submit(f"p{p}", caller="one", priority=p) for p in (1, 3, 2)]
+    held.release()
+    for future in futures:
+        future.result(10)
+    assert held.done == ["p3", "p2", "p1"]
+
+
+def test_a_caller_that_always_waits_does_not_keep_the_others_out() -> None:
+    """The rich one has four times the stake, so it gets four turns to one, and no more."""
+    held = Held(capacity=32, share=16)
+    futures = [held.submit(f"rich {i}", caller="rich", priority=4.0) for i in range(9)]
+    futures += [held.submit(f"poor {i}", caller="poor", priority=1.0) for i in range(2)]
+    held.release()
+    for future in futures:
+        future.result(10)
+    assert held.done[0] == "rich 0"
+    assert held.done.index("poor 0") <= 4
+    assert held.done.index("poor 1") <= 9
+    held.queue.stop(5)
+
+
+def test_a_priority_that_is_no_number_comes_last(held: Held) -> None:
+    futures = [held.submit(key, priority=p) for key, p in [("odd", float("nan")), ("low", 0.5)]]
+    futures.append(held.submit("most", priority=float("inf")))
+    held.release()
+    for future in futures:
+        future.result(10)
+    assert held.done == ["most", "low", "odd"]
+
+
+def test_the_line_and_each_share_of_it_are_bounded(held: Held) -> None:
+    for i in range(3):
+        held.submit(f"a{i}", caller="a")
+    with pytest.raises(Refused, match="wait already") as own:
+        held.submit("a3", caller="a")
+    for i in range(3):
+        held.submit(f"b{i}", caller="b")
+    with pytest.raises(Refused, match="full") as full:
+        held.submit("c0", caller="c")
+    for refused in (own.value, full.value):
+        assert refused.status == 429
+        assert refused.retry_after_seconds is not None
+        assert refused.retry_after_seconds >= 1
+    assert held.queue.waiting == 6
+
+
+def test_the_same_key_runs_once_while_it_waits_and_afterwards(held: Held) -> None:
+    first = held.submit("x", caller="a")
+    assert held.submit("x", caller="a") is first
+    other = held.submit("x", caller="b")
+    assert other is not first
+    held.release()
+    assert first.result(10) == other.result(10) == "did x"
+    assert held.submit("x", caller="a") is first
+    assert held.done == ["x", "x"]
+
+
+def test_only_the_last_answers_of_a_caller_are_remembered() -> None:
+    queue = WorkQueue(remember=2)
+    queue.start()
+    runs: list[str] = []
+
+    def run(key: str) -> None:
+        queue.submit(
+            lambda: runs.append(key), caller="a", key=key, priority=1, expires_seconds=10
+        ).result(10)
+
+    for key in ("1", "2", "3", "3", "2", "1"):
+        run(key)
+    assert runs == ["1", "2", "3", "1"]
+    queue.stop(5)
+
+
+def test_an_error_is_remembered_and_a_refusal_is_not() -> None:
+    queue = WorkQueue()
+    queue.start()
+    runs: list[str] = []
+
+    def run(error: Exception) -> BaseException | None:
+        def job() -> None:
+            runs.append(str(error))
+            raise error
+
+        return queue.submit(
+            job, caller="a", key=str(error), priority=1, expires_seconds=10
+        ).exception(10)
+
+    for error in (TrainingError("no"), TrainingError("no"), Refused(409, "x"), Refused(409, "x")):
+        assert type(run(error)) is type(error)
+    assert runs == ["no", "x", "x"]
+    queue.stop(5)
+
+
+def test_who_leaves_frees_the_place_unless_another_waits_for_it(held: Held) -> None:
+    future = held.submit("x", caller="a")
+    held.submit("x", caller="a")
+    assert not held.queue.leave(future)
+    assert held.queue.waiting == 1
+    assert held.queue.leave(future)
+    assert held.queue.waiting == 0
+    assert future.cancelled()
+    again = held.submit("x", caller="a")
+    again.cancel()
+    assert held.queue.waiting == 0
+    assert not held.queue.leave(held.first)
+    held.release()
+    assert held.first.result(10) is True
+    assert held.done == []
+
+
+def test_nobody_waits_beyond_the_deadline_though_the_worker_is_busy(held: Held) -> None:
+    late = held.submit("late", expires_seconds=0.05)
+    with pytest.raises(Refused, match="too long") as refused:
+        late.result(10)
+    assert refused.value.status == 503
+    assert held.queue.waiting == 0
+    assert not held.first.done()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("error", [ValueError("x"), SystemExit(3), StopIteration(), MemoryError()])
+def test_the_worker_survives_whatever_a_job_raises(held: Held, error: BaseException) -> None:
+    def job() -> None:
+        raise error
+
+    future = held.queue.submit(job, caller="a", key="bad", priority=1, expires_seconds=10)
+    good = held.submit("good")
+    held.release()
+    assert isinstance(future.exception(10), Exception)
+    assert good.result(10) == "did good"
+
+
+def test_idle_is_called_in_the_worker_while_nothing_waits_and_may_fail() -> None:
+    threads: list[str] = []
+
+    def idle() -> None:
+        threads.append(threading.current_thread().name)
+        raise ValueError("an idle step that fails")
+
+    queue = WorkQueue(idle=idle, idle_seconds=0.01, name="trainer")
+    queue.start()
+    until(lambda: len(threads) >= 3)
+    assert set(threads) == {"trainer"}
+    name = queue.submit(
+        lambda: threading.current_thread().name, caller="a", key="k", priority=1, expires_seconds=9
+    )
+    assert name.result(10) == "trainer"
+    queue.stop(5)
+
+
+def test_stop_turns_away_who_waits_and_names_what_was_dropped(held: Held) -> None:
+    waiting = held.submit("x")
+    assert held.queue.stop(0.05) == ["x", "first"]
+    with pytest.raises(Refused) as refused:
+        waiting.result(0)
+    assert refused.value.status == 503
+    with pytest.raises(Refused, match="stopping"):
+        held.submit("y")
+    held.release()
+    assert held.first.result(10) is True
+    assert held.queue.stop(5) == []
+
+
+def test_a_cancelled_job_never_runs(held: Held) -> None:
+    future = held.submit("x")
+    future.cancel()
+    held.release()
+    held.queue.stop(5)
+    with pytest.raises(CancelledError):
+        future.result(0)
+    assert held.done == []
