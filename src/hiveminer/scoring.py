@@ -1,0 +1,203 @@
+"""What work is worth. Pure: numbers in, numbers out.
+
+A validator replays a sample of the answers. From its own copy of the swarm's state of the
+answer's epoch it runs the same rows twice: once training on them, once only measuring.
+Three curves of loss by step then lie side by side: what the miner answered, what training
+gives (`trained`), what no training gives (`untrained`). Two numbers are read off them.
+
+- `fit`: how much of the trained curve's ups and downs the answer shares (1 minus the
+  variance of their difference over the curve's own variance). Rows differ in difficulty
+  far more than two honest copies of the swarm differ, so an answer that was invented, or
+  was given for other rows, has a fit below zero.
+- `learning`: where the answer lies between the untrained curve (0) and the trained one
+  (1), by least squares. A miner that only runs forward lies at 0.
+
+What this cannot see: a miner that trains and withholds, or one that forges a curve by
+replaying the training as the validator does (which costs it the training). So these
+scores tell the idle and the lying from the working; they are not yet safe for emissions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+FULL_FIT = 0.7
+"""From this fit on an answer counts as given for these rows."""
+
+LEAST_FIT = 0.2
+
+FULL_LEARNING = 0.5
+"""From here on an answer counts as trained: honest ones lie between 0.5 and 1.5."""
+
+LEAST_LEARNING = 0.25
+
+FEWEST_STEPS = 4
+"""Shorter curves say nothing."""
+
+AVERAGE_OVER = 4.0
+"""The weight of a new score in the average is one over this, once there are as many."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One replayed answer.
+
+    answered, trained, untrained: loss by optimizer step, nats a token, of equal length.
+    claimed_samples, given_samples: rows the miner says it trained, and was given.
+    """
+
+    hotkey: str
+    request_id: str
+    epoch: int
+    answered: tuple[float, ...]
+    trained: tuple[float, ...]
+    untrained: tuple[float, ...]
+    claimed_samples: int
+    given_samples: int
+    tokens: int
+
+    @property
+    def fit(self) -> float:
+        """Share of the trained curve's variance that the answer has in common; at most 1."""
+        return fit(self.answered, self.trained)
+
+    @property
+    def learning(self) -> float:
+        """0 where the answer is the untrained curve, 1 where it is the trained one."""
+        return learning(self.answered, trained=self.trained, untrained=self.untrained)
+
+
+def score(evidence: Evidence) -> float:
+    """What one replayed answer is worth, between 0 and 1."""
+    steps = len(evidence.trained)
+    if len(evidence.answered) != steps or len(evidence.untrained) != steps:
+        return 0.0
+    if steps < FEWEST_STEPS or not all(map(math.isfinite, evidence.answered)):
+        return 0.0
+    if evidence.claimed_samples > evidence.given_samples:
+        return 0.0
+    fits = ramp(evidence.fit, LEAST_FIT, FULL_FIT)
+    learns = ramp(evidence.learning, LEAST_LEARNING, FULL_LEARNING)
+    return fits * learns
+
+
+def fit(answered: Sequence[float], trained: Sequence[float]) -> float:
+    """1 - Var(answered - trained) / Var(trained), at least -10.
+
+    A common offset is taken off: the miner has trained other rows since the epoch began,
+    and the validator's copy has not.
+    """
+    spread = _variance(trained)
+    rest = _variance([a - t for a, t in zip(answered, trained, strict=True)])
+    if spread == 0:
+        return 1.0 if rest == 0 else -10.0
+    return max(-10.0, 1.0 - rest / spread)
+
+
+def learning(
+    answered: Sequence[float], *, trained: Sequence[float], untrained: Sequence[float]
+) -> float:
+    """The x that brings untrained + x * (trained - untrained) closest to the answer.
+
+    Least squares twice, with and without a common offset, and the mean of both. Without,
+    it also sees what was learnt since the epoch began; with, it is not moved by how old
+    the validator's copy is. Clipped to [-2, 2].
+    """
+    gains = [u - t for u, t in zip(untrained, trained, strict=True)]
+    shown = [u - a for u, a in zip(untrained, answered, strict=True)]
+    return (_clip(_slope(shown, gains)) + _clip(_slope(_centred(shown), _centred(gains)))) / 2
+
+
+def ramp(value: float, low: float, high: float) -> float:
+    """0 up to `low`, 1 from `high` on, straight in between."""
+    return min(1.0, max(0.0, (value - low) / (high - low)))
+
+
+@dataclass
+class Standing:
+    """What is known of one hotkey: the averaged score, and the work it answered for."""
+
+    score: float = 0.0
+    replays: int = 0
+    tokens: float = 0.0
+    """Claimed tokens, old ones fading."""
+
+    def add_score(self, value: float) -> None:
+        """Take one replayed answer into the average."""
+        self.replays += 1
+        self.score += (value - self.score) / min(float(self.replays), AVERAGE_OVER)
+
+
+@dataclass
+class ScoreTable:
+    """Scores by hotkey: uids are recycled, and a newcomer must not inherit.
+
+    A hotkey's weight is its averaged score times the tokens it answered for, so that work
+    counts and unproved work does not: without a replay the score is zero.
+    """
+
+    standings: dict[str, Standing] = field(default_factory=dict)
+    fade: float = 0.9
+
+    def of(self, hotkey: str) -> Standing:
+        return self.standings.setdefault(hotkey, Standing())
+
+    def add_work(self, hotkey: str, tokens: int) -> None:
+        """Count the tokens of an answer."""
+        self.of(hotkey).tokens += tokens
+
+    def add_score(self, hotkey: str, value: float) -> None:
+        self.of(hotkey).add_score(value)
+
+    def fade_work(self) -> None:
+        """Let old work count less; call it each time weights are set."""
+        for standing in self.standings.values():
+            standing.tokens *= self.fade
+
+    def keep(self, hotkeys: set[str]) -> None:
+        """Forget who is no longer registered."""
+        for gone in set(self.standings) - hotkeys:
+            del self.standings[gone]
+
+    def weights(self) -> dict[str, float]:
+        """Weight by hotkey, summing to 1; empty when nobody has earned any."""
+        earned = {who: s.score * s.tokens for who, s in self.standings.items()}
+        total = sum(earned.values())
+        return {who: value / total for who, value in earned.items() if value > 0} if total else {}
+
+    def dump(self) -> dict[str, dict[str, float]]:
+        return {
+            who: {"score": s.score, "replays": s.replays, "tokens": s.tokens}
+            for who, s in self.standings.items()
+        }
+
+    @classmethod
+    def restore(cls, said: Mapping[str, Mapping[str, float]]) -> ScoreTable:
+        """The table that `dump` wrote. Raises ValueError for anything else."""
+        table = cls()
+        for who, row in said.items():
+            values = (float(row["score"]), int(row["replays"]), float(row["tokens"]))
+            if not 0 <= values[0] <= 1 or values[1] < 0 or not 0 <= values[2] < math.inf:
+                raise ValueError(f"score of {who}")
+            table.standings[who] = Standing(*values)
+        return table
+
+
+def _slope(values: Sequence[float], along: Sequence[float]) -> float:
+    power = sum(x * x for x in along)
+    return sum(v * x for v, x in zip(values, along, strict=True)) / power if power else 0.0
+
+
+def _clip(value: float) -> float:
+    return min(2.0, max(-2.0, value))
+
+
+def _centred(values: Sequence[float]) -> list[float]:
+    mean = sum(values) / len(values)
+    return [value - mean for value in values]
+
+
+def _variance(values: Sequence[float]) -> float:
+    return sum(value * value for value in _centred(values)) / len(values)

@@ -1,0 +1,11 @@
+"""The swarm: hivemind, behind one door.
+
+`Peer` is this machine's place in the DHT, `Swarm` a miner's optimizer over it, and
+`Observer` what a validator sees of it.
+"""
+
+from hiveminer.swarm.observer import Observer, SwarmState
+from hiveminer.swarm.optimizer import Round, Swarm, build_optimizer
+from hiveminer.swarm.peer import Peer
+
+__all__ = ["Observer", "Peer", "Round", "Swarm", "SwarmState", "build_optimizer"]

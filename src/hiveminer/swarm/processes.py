@@ -1,0 +1,82 @@
+"""What each of hivemind's processes does first, and what ends it.
+
+Hivemind forks: the DHT node (which starts the libp2p daemon) and the averager. Left to
+themselves they outlive a parent that was killed and keep its ports, and a Ctrl-C on the
+terminal reaches the daemon before anybody could say goodbye.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from pathlib import Path
+
+import psutil
+from hivemind.utils.logging import use_hivemind_log_handler
+
+LOOK_SECONDS = 0.5
+
+
+def log_to_root() -> None:
+    """Send hivemind's log lines to the root logger, like everybody's."""
+    use_hivemind_log_handler("nowhere")
+
+
+def settle(parent: int) -> None:
+    """To be called first in a forked process: leave the terminal's group, watch the parent."""
+    os.setpgid(0, 0)
+    threading.Thread(target=_end_with, args=(parent,), name="watch-parent", daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """Kill this process and its children once it has another parent.
+
+    A look at the parent's number works on every system that forks; it costs nothing
+    measurable twice a second.
+    """
+    while os.getppid() == parent:
+        time.sleep(LOOK_SECONDS)
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    os._exit(1)
+
+
+def sweep(*, shared_memory: Path = Path("/dev/shm"), sockets: Path = Path("/tmp")) -> int:
+    """Remove what dead processes of this user left: torch's shared memory, p2p sockets.
+
+    Returns how many files. Only names that carry a dead process's number, and sockets that
+    nobody holds open, are touched.
+    """
+    removed = 0
+    for path in shared_memory.glob("torch_*_*"):
+        owner = path.name.split("_")[1]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            removed += _remove(path)
+    open_sockets = _open_sockets()
+    if open_sockets is not None:
+        closed = (p for p in sockets.glob("hivemind-p2p*.sock") if str(p) not in open_sockets)
+        removed += sum(map(_remove, closed))
+    return removed
+
+
+def _remove(path: Path) -> int:
+    try:
+        if path.stat().st_uid != os.getuid():
+            return 0
+        path.unlink()
+    except OSError:  # gone already, or not ours to remove
+        return 0
+    return 1
+
+
+def _open_sockets(table: Path = Path("/proc/net/unix")) -> set[str] | None:
+    """Paths of the Unix sockets that are open on this machine; None where the system does
+    not tell. (To knock on one would disturb the program behind it.)"""
+    try:
+        lines = table.read_text().splitlines()
+    except OSError:
+        return None
+    return {line.split()[-1] for line in lines if "/" in line}
