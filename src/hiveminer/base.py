@@ -1,0 +1,458 @@
+"""The life of a neuron, without a word about training.
+
+`Neuron` is what every neuron holds: a hotkey, the chain, the metagraph kept fresh, signals
+and an end. `BaseMinerNeuron` adds an axon and Bittensor's override points. Training is
+the subclass's affair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import psutil
+
+from hiveminer import __version__
+from hiveminer.axon import Axon
+from hiveminer.blacklist import Policy, Standing, refusal
+from hiveminer.chain import (
+    Chain,
+    Claimed,
+    embedded_wallet,
+    join_embedded,
+    named_embedded_wallet,
+    open_chain,
+    open_wallet,
+)
+from hiveminer.errors import ChainError, HiveminerError, NotRegistered, OperatorError
+from hiveminer.protocol import IsAlive, Synapse, Train
+from hiveminer.settings import MinerSettings, Settings
+from hiveminer.swarm.processes import log_to_root
+from hiveminer.workqueue import WorkQueue
+
+logger = logging.getLogger(__name__)
+
+SYNC_BLOCKS = 5
+"""The metagraph is read again after so many blocks."""
+
+SHUTDOWN_SECONDS = 8.0
+"""After this the program ends, whatever is still going on."""
+
+
+class Neuron:
+    """What every neuron holds.
+
+    settings: the operator's.
+    role: "miner" or "validator"; names throwaway keys and log lines.
+    stake: TAO that a neuron of this role stakes on the embedded network (where it is free).
+    chain: another door to a chain than the settings say; for tests.
+
+    Raises OperatorError or ChainError when it cannot take its place on the subnet.
+    """
+
+    def __init__(
+        self, settings: Settings, *, role: str, stake: float = 0.0, chain: Chain | None = None
+    ):
+        self.settings = settings
+        self.role = role
+        self.stopping = threading.Event()
+        self._claim: Claimed | None = None
+        self._old_handlers: dict[int, Any] = {}
+        self._syncing: threading.Thread | None = None
+        self._on_sync: list[Callable[[], None]] = []
+        self._signalled_at: float | None = None
+        configure_logging(settings, role)
+        # The network's thread gets its turn five times sooner than Python would give it
+        # beside a training thread: answers take a few milliseconds.
+        sys.setswitchinterval(0.001)
+        wallet = self._open_wallet() if chain is None else chain.wallet
+        self.chain = chain or open_chain(
+            network=settings.subtensor.network,
+            netuid=settings.netuid,
+            wallet=wallet,
+            path=settings.subtensor.path / "chain.sqlite",
+            block_seconds=settings.subtensor.block_seconds,
+        )
+        self.hotkey = self.chain.hotkey
+        try:
+            if self.chain.embedded:
+                join_embedded(self.chain, stake_tao=stake)
+            self.read_metagraph()
+            self.check_registered()
+        except BaseException:
+            self.close()
+            raise
+        self.folder = (
+            settings.neuron.path
+            / settings.subtensor.network.replace("/", "_")
+            / str(settings.netuid)
+            / self.hotkey
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._introduce()
+
+    @property
+    def uid(self) -> int | None:
+        """Our uid, by the metagraph as last read; None when we have lost it."""
+        neuron = self._by_hotkey.get(self.hotkey)
+        return neuron.uid if neuron is not None else None
+
+    @property
+    def network(self) -> str:
+        return self.settings.subtensor.network
+
+    def check_registered(self) -> None:
+        """Raise NotRegistered, with the line that registers, unless we hold a uid."""
+        if self.uid is None:
+            wallet = self.settings.wallet
+            raise NotRegistered(
+                f"hotkey {self.hotkey} is not registered on subnet {self.settings.netuid} of "
+                f"{self.network}; register it where the coldkey is: btcli tx burned-register "
+                f"--netuid {self.settings.netuid} --wallet {wallet.name} "
+                f"--wallet-hotkey {wallet.hotkey or 'default'} --network {self.network}"
+            )
+
+    def standing(self, hotkey: str) -> Standing:
+        """Where a hotkey stands on the subnet, by the metagraph as last read."""
+        neuron = self._by_hotkey.get(hotkey)
+        if neuron is None:
+            return Standing(uid=None, registered=False, validator_permit=False, stake=0.0)
+        return Standing(
+            uid=neuron.uid,
+            registered=True,
+            validator_permit=neuron.validator_permit,
+            stake=float(neuron.total_stake.amount),
+        )
+
+    def peer_addresses(self) -> frozenset[str]:
+        """Addresses to meet the swarm at: `--dht.initial_peers`, or what the registered
+        neurons have committed (ours left out; empty while the chain does not answer)."""
+        if self.settings.dht.initial_peers:
+            return frozenset(self.settings.dht.initial_peers)
+        try:
+            commitments = self.chain.commitments()
+        except ChainError as error:
+            logger.warning("the peers' addresses could not be read from the chain: %s", error)
+            return frozenset()
+        committed = (said for who, said in commitments.items() if who != self.hotkey)
+        texts = (said.decode(errors="replace") for said in committed)
+        return frozenset(text for text in texts if text.startswith("/"))
+
+    def keep_in_sync(self, on_sync: Callable[[], None] | None = None) -> None:
+        """Read the metagraph every few blocks in a thread of its own, from now on.
+
+        `on_sync` is called after each reading. A chain that stutters changes nothing:
+        what was last read stays, and the log says so.
+        """
+        if on_sync is not None:
+            self._on_sync.append(on_sync)
+        if self._syncing is None:
+            self._syncing = threading.Thread(target=self._sync, name="metagraph", daemon=True)
+            self._syncing.start()
+
+    def read_metagraph(self) -> None:
+        """Read the metagraph now. Raises ChainError."""
+        self.metagraph = self.chain.metagraph()
+        self._by_hotkey = {neuron.hotkey: neuron for neuron in self.metagraph}
+
+    def sync(self) -> None:
+        """Read the metagraph, and tell those who wait for it. Raises ChainError."""
+        self.read_metagraph()
+        for callback in self._on_sync:
+            callback()
+
+    def take_signals(self) -> None:
+        """Ctrl-C and SIGTERM end the program in order; a second one at once.
+
+        In the main thread, and after the swarm was built: hivemind ignores SIGINT.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._old_handlers.setdefault(number, signal.getsignal(number))
+            signal.signal(number, self._on_signal)
+
+    def give_signals_back(self) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self._old_handlers.clear()
+
+    def close(self) -> None:
+        """Let go of the chain and of the hotkey."""
+        self.stopping.set()
+        if self._syncing is not None:
+            self._syncing.join(timeout=2)
+        if hasattr(self, "chain"):
+            self.chain.close()
+        if self._claim is not None:
+            self._claim.release()
+
+    def _open_wallet(self) -> Any:
+        wallet = self.settings.wallet
+        if self.settings.subtensor.network != "embedded":
+            return open_wallet(wallet.name, wallet.hotkey or "default", wallet.path)
+        place = self.settings.subtensor.path
+        if wallet.hotkey is not None:
+            self._claim = named_embedded_wallet(place, wallet.name, wallet.hotkey)
+        else:
+            self._claim = embedded_wallet(place, prefix=self.role)
+        return self._claim.wallet
+
+    def _introduce(self) -> None:
+        if self.chain.embedded:
+            logger.info(
+                "This is the embedded network: a chain in %s, on this machine alone. To join a "
+                "real one: --subtensor.network finney --netuid N --wallet.name W --wallet.hotkey H",
+                self.settings.subtensor.path,
+            )
+        key = f" (key {self._claim.hotkey_name})" if self._claim is not None else ""
+        logger.info(
+            "%s %s: uid %s on subnet %d of %s, hotkey %s%s",
+            self.role, __version__, self.uid, self.settings.netuid, self.network, self.hotkey, key,
+        )  # fmt: skip
+
+    def _sync(self) -> None:
+        pause = 1.0 if self.chain.embedded else min(60.0, SYNC_BLOCKS * self._block_seconds())
+        while not self.stopping.wait(pause):
+            try:
+                self.sync()
+            except ChainError as error:
+                logger.warning("the metagraph could not be read, keeping the last: %s", error)
+            except HiveminerError as error:
+                logger.error("%s", error)
+            except Exception:
+                logger.exception("reading the metagraph failed")
+
+    def _block_seconds(self) -> float:
+        with contextlib.suppress(HiveminerError):
+            return self.chain.block_seconds()
+        return 12.0
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._signalled_at is not None:
+            # One Ctrl-C can arrive twice: for this process, and for its group.
+            if now - self._signalled_at > 0.2:
+                end_at_once(128 + number)
+            return
+        self._signalled_at = now
+        logger.info("stopping (%s); once more to end at once", signal.Signals(number).name)
+        self.stopping.set()
+        threading.Thread(target=_watch_shutdown, args=(number,), daemon=True).start()
+
+
+class BaseMinerNeuron(ABC):
+    """The life of any miner: a neuron, an axon, and four methods to override.
+
+    `blacklist` and `priority` are asked by the axon; `is_alive` is answered at once, on
+    the server's thread; `forward` runs in the one worker thread, whatever it does.
+    """
+
+    def __init__(self, settings: MinerSettings, *, chain: Chain | None = None):
+        self.settings = settings
+        self.neuron = Neuron(settings, role="miner", chain=chain)
+        self.queue = WorkQueue(capacity=settings.axon.max_waiting, idle=self.idle)
+        self.policy = Policy(
+            allow_non_registered=settings.blacklist.allow_non_registered,
+            force_validator_permit=settings.blacklist.force_validator_permit,
+            min_stake=settings.blacklist.min_stake,
+        )
+        self.axon: Axon | None = None
+        self._closed = False
+
+    def blacklist(self, synapse: Synapse) -> tuple[bool, str]:
+        """(refuse?, why): asked before the body is read, so only `synapse.dendrite` is filled."""
+        reason = refusal(
+            self.neuron.standing(synapse.dendrite.hotkey),
+            self.policy,
+            needs_permit=isinstance(synapse, Train),
+        )
+        return (reason is not None, reason or "")
+
+    def accept(self, synapse: Train) -> None:  # noqa: B027 - nothing to refuse, unless overridden
+        """Raise Refused for a request that is not worth a place in the queue; asked on the
+        server's thread, once the caller is proved and the request parsed."""
+
+    def priority(self, synapse: Synapse) -> float:
+        """Who is served first: the caller's stake, in TAO."""
+        return self.neuron.standing(synapse.dendrite.hotkey).stake
+
+    @abstractmethod
+    def is_alive(self, synapse: IsAlive) -> IsAlive:
+        """Answer at once; runs on the server's thread, so it must not wait for anything."""
+
+    @abstractmethod
+    def forward(self, synapse: Train) -> Train:
+        """Do the work; runs in the worker thread, one request at a time."""
+
+    def idle(self) -> None:  # noqa: B027 - nothing to do, unless overridden
+        """Called in the worker thread about once a second while there is no work."""
+
+    def run(self) -> None:
+        """Serve until Ctrl-C or SIGTERM. Raises NotRegistered when our uid is lost."""
+        self.neuron.take_signals()
+        self.queue.start()
+        self.axon = self._start_axon()
+        self._announce(self.axon)
+        self.neuron.keep_in_sync()
+        logger.info("serving on %s port %d", self.settings.axon_ip, self.axon.port)
+        while not self.neuron.stopping.wait(1.0):
+            self.neuron.check_registered()
+
+    def close(self) -> None:
+        """Stop serving, let the running job come to a batch's edge, let go of everything."""
+        if self._closed:
+            return
+        self._closed = True
+        self.neuron.stopping.set()
+        # The queue first: who waits is told so, and the running job's answer still goes out.
+        dropped = self.queue.stop(SHUTDOWN_SECONDS / 2)
+        if self.axon is not None:
+            self.axon.stop(1.0)
+        if dropped:
+            logger.info("dropped %d requests: %s", len(dropped), ", ".join(dropped))
+        self.neuron.close()
+        self.neuron.give_signals_back()
+        logger.info("stopped")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _start_axon(self) -> Axon:
+        """Bind the axon's port: the one asked for, or the next free one where none was."""
+        settings = self.settings
+        free = self.neuron.chain.embedded and not settings.given("axon.port")
+        for port in ports_to_try(settings.axon.port, free=free):
+            axon = Axon(
+                self.neuron.chain.wallet,
+                host=settings.axon_ip,
+                port=port,
+                standing=self.neuron.standing,
+                policy=self.policy,
+                metrics_port=settings.axon.metrics_port,
+            )
+            axon.attach(self.is_alive, self.blacklist, self.priority, synapse=IsAlive)
+            axon.attach(
+                self.forward,
+                self.blacklist,
+                self.priority,
+                synapse=Train,
+                queue=self.queue,
+                check_fn=self.accept,
+            )
+            try:
+                axon.start()
+            except OperatorError:
+                if not free:
+                    raise
+                continue
+            if port not in (settings.axon.port, 0):
+                logger.info("port %d is in use: the axon takes %d", settings.axon.port, axon.port)
+            return axon
+        raise OperatorError(f"no free port from {settings.axon.port} on; choose with --axon.port")
+
+    def _announce(self, axon: Axon) -> None:
+        """Put our address on the chain, unless it stands there already."""
+        settings = self.settings
+        ip = settings.axon.external_ip or settings.axon_ip
+        port = settings.axon.external_port or axon.port
+        if ip in ("0.0.0.0", "::"):
+            raise OperatorError(
+                "validators cannot call 0.0.0.0: give this machine's public address with "
+                "--axon.external_ip"
+            )
+        ours = self.neuron.metagraph.by_hotkey(self.neuron.hotkey)
+        address = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
+        if ours is None or ours.axon != address:
+            self.neuron.chain.serve_axon(ip, port)
+
+
+def ports_to_try(first: int, *, free: bool, count: int = 64) -> Iterator[int]:
+    """The port itself; where any free one will do, the ones after it as well."""
+    if first == 0 or not free:
+        yield first
+        return
+    yield from range(first, min(first + count, 65536))
+
+
+def port_is_free(ip: str, port: int) -> bool:
+    """Whether a TCP listener could have this port now."""
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((ip, port))
+        except OSError:
+            return False
+    return True
+
+
+def configure_logging(settings: Settings, role: str) -> None:
+    """One configuration for ours, Bittensor's and Hivemind's lines, on stderr."""
+    level = getattr(logging, settings.logging.level.upper())
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        JsonFormatter()
+        if settings.logging.format == "json"
+        else logging.Formatter(f"%(asctime)s {role} %(levelname)s %(message)s", "%H:%M:%S")
+    )
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        if getattr(old, "hiveminer", False):
+            root.removeHandler(old)
+    handler.hiveminer = True  # type: ignore[attr-defined]
+    root.addHandler(handler)
+    log_to_root()
+    root.setLevel(logging.WARNING)
+    logging.getLogger("hiveminer").setLevel(level)
+    # Theirs are chatty at info, and worth reading when something is wrong.
+    for name in ("bittensor", "hivemind"):
+        logging.getLogger(name).setLevel(max(level, logging.WARNING))
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time, level, logger, message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        said = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            said["error"] = self.formatException(record.exc_info)
+        return json.dumps(said)
+
+
+def end_at_once(code: int) -> None:
+    """Kill our children and end, without ceremony."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    os._exit(code)
+
+
+def _watch_shutdown(number: int) -> None:
+    time.sleep(SHUTDOWN_SECONDS)
+    logger.error("still not stopped after %.0f seconds: ending", SHUTDOWN_SECONDS)
+    end_at_once(128 + number)

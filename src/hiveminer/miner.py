@@ -1,0 +1,339 @@
+"""The miner: a model, a tokenizer, data and a swarm behind `is_alive` and `forward`.
+
+What a subnet does differently goes into a subclass; what a machine does differently goes
+into flags; what a run has agreed on stands in `run.toml`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import BatchEncoding
+
+from hiveminer import __version__, model
+from hiveminer.base import BaseMinerNeuron, port_is_free, ports_to_try
+from hiveminer.chain import Chain
+from hiveminer.data import Rows, load_rows
+from hiveminer.errors import OperatorError, Refused, TrainingError
+from hiveminer.metrics import Metrics, open_metrics, progress_bar
+from hiveminer.protocol import IsAlive, Train
+from hiveminer.run import RunId, load_run
+from hiveminer.settings import MinerSettings, Settings, parse, script
+from hiveminer.swarm import Peer, Round, Swarm
+from hiveminer.trainer import Trainer, TrainResult
+
+logger = logging.getLogger(__name__)
+
+MEET_AGAIN_SECONDS = 30.0
+
+
+class Miner(BaseMinerNeuron):
+    """Trains the rows that a validator sends, together with the other miners of the run.
+
+    settings: as `hiveminer.settings.parse` reads them; without, the command line is read,
+        and an operator's mistake ends the program with one line.
+    chain, metrics: other places than the settings say; for tests and for embedding.
+
+    After construction: `run_file` (the agreed run), `model` (a causal language model),
+    `tokenizer`, `dataset` (rows by number), `device`, `swarm` (the Hivemind optimizer),
+    `trainer`. Build it in the main thread: Hivemind forks.
+    """
+
+    def __init__(
+        self,
+        settings: MinerSettings | None = None,
+        *,
+        chain: Chain | None = None,
+        metrics: Metrics | None = None,
+    ):
+        self._script = settings is None
+        self.swarm: Swarm | None = None
+        self.peer: Peer | None = None
+        self._metrics = metrics
+        with script() if self._script else contextlib.nullcontext():
+            if settings is None:
+                settings = parse(cls=MinerSettings, prog="miner.py", description=__doc__ or "")
+            self.run_file = load_run(settings.neuron.run)
+            self.run_file.check_version()
+            super().__init__(settings, chain=chain)
+            try:
+                self._build(settings)
+            except BaseException:
+                self.close()
+                raise
+
+    def encode(self, examples: model.Examples) -> BatchEncoding:
+        """Texts to `input_ids` and `attention_mask`, each [rows, longest row].
+
+        `examples` is a list of texts or a mapping whose `text` is one. Rows are truncated
+        to the run's sequence length (512 unless it says otherwise) and padded to the
+        longest of them.
+        """
+        length = self.run_file.model.sequence_length
+        return model.encode(self.tokenizer, examples, max_length=length)
+
+    def is_alive(self, synapse: IsAlive) -> IsAlive:
+        """Say that we are here, and in which run."""
+        synapse.completion = not self.neuron.stopping.is_set()
+        synapse.version = __version__
+        synapse.run_id = str(self.run_id)
+        synapse.data_hash = self.dataset.hash
+        synapse.epoch = self.swarm.epoch if self.swarm is not None else 0
+        synapse.queued = self.queue.waiting
+        return synapse
+
+    def accept(self, synapse: Train) -> None:
+        """Raise Refused for a request that this miner could only get wrong."""
+        limits = self.run_file.limits
+        if not self.run_file.accepts_version(synapse.version or __version__):
+            raise Refused(
+                409,
+                f"version {synapse.version} is older than {self.run_file.oldest_version}, the "
+                "oldest of this run",
+            )
+        difference = self.run_id.difference(synapse.run_id)
+        if difference is not None:
+            raise Refused(409, difference)
+        if synapse.data_hash != self.dataset.hash:
+            raise Refused(
+                409, f"data hash differs: {synapse.data_hash} there, {self.dataset.hash} here"
+            )
+        if len(synapse.dataset_indices) > limits.rows:
+            raise Refused(422, f"dataset_indices: more than this run's {limits.rows} rows")
+        if synapse.batch_size > limits.batch_size:
+            raise Refused(422, f"batch_size: more than this run's {limits.batch_size}")
+        if synapse.timeout_seconds > limits.timeout_seconds:
+            raise Refused(422, f"timeout_seconds: more than this run's {limits.timeout_seconds}")
+        beyond = max(synapse.dataset_indices)
+        if beyond >= len(self.dataset):
+            raise Refused(
+                422, f"dataset_indices: row {beyond}, and the data has {len(self.dataset)} rows"
+            )
+
+    def forward(self, synapse: Train) -> Train:
+        """Train on the rows of the request, average with the swarm, and fill in the answer.
+
+        Raises Refused or TrainingError, whose reason the caller is told.
+        """
+        self.accept(synapse)
+        began = time.monotonic()
+        assert self.swarm is not None
+        synapse.epoch = self.swarm.epoch
+        synapse.epoch_steps = 0
+        try:
+            result = self.train(synapse)
+        except TrainingError as error:
+            logger.warning("request %s: %s", synapse.request_id, error)
+            raise
+        synapse.loss = result.loss
+        synapse.losses = result.losses
+        synapse.steps = result.steps
+        synapse.samples = result.samples
+        synapse.tokens = result.tokens
+        synapse.discarded = result.discarded
+        self._tell(synapse, result, seconds=time.monotonic() - began)
+        return synapse
+
+    def train(self, synapse: Train) -> TrainResult:
+        """Train the rows of a request: what `forward` does between question and answer."""
+        assert self.swarm is not None
+        swarm = self.swarm
+        in_first_epoch = True
+        with progress_bar(
+            title=f"train {synapse.request_id[:8]}",
+            total=len(synapse.dataset_indices),
+            unit="row",
+            shown=self.settings.logging.bars,
+        ) as bar:
+
+            def on_step(rows: int, loss: float) -> None:
+                nonlocal in_first_epoch
+                # The step at whose end the swarm averaged was still made before it.
+                synapse.epoch_steps += in_first_epoch
+                in_first_epoch = in_first_epoch and swarm.epoch == synapse.epoch
+                bar.update(rows)
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+            return self.trainer.train(
+                self.dataset.texts(synapse.dataset_indices),
+                batch_size=synapse.batch_size,
+                gradient_accumulation_steps=synapse.gradient_accumulation_steps,
+                timeout_seconds=synapse.timeout_seconds,
+                on_step=on_step,
+                stopped=self.neuron.stopping.is_set,
+            )
+
+    def idle(self) -> None:
+        """Keep up with the swarm while no validator wants anything."""
+        if self.swarm is not None and self.swarm.peers > 1:
+            self.swarm.idle()
+
+    def run(self) -> None:
+        """Serve until Ctrl-C or SIGTERM."""
+        with script() if self._script else contextlib.nullcontext():
+            super().run()
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        if self.swarm is not None:
+            self.neuron.stopping.set()
+            self.swarm.interrupt()
+        super().close()
+        if self.swarm is not None:
+            self.swarm.close()
+        if self.peer is not None:
+            self.peer.close()
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def _build(self, settings: MinerSettings) -> None:
+        """Everything after the chain, in the order that forking allows: DHT, model,
+        optimizer, and only then a device or a thread of the server."""
+        run = self.run_file
+        torch.set_num_threads(
+            settings.neuron.threads or (1 if settings.embedded else torch.get_num_threads())
+        )
+        self.metrics = self._metrics = self._metrics or open_metrics(
+            self.neuron.folder / "metrics.jsonl",
+            wandb=settings.wandb,
+            name=f"miner-{self.neuron.hotkey[:8]}",
+            config={"run": run.model_dump(mode="json"), "hotkey": self.neuron.hotkey},
+        )
+        self.dataset: Rows = load_rows(run.data)
+        self.model = model.load_model(run.model.name, revision=run.model.revision)
+        self.tokenizer = model.load_tokenizer(run.model.name, revision=run.model.revision)
+        model.check_fit(self.model, self.tokenizer, run.model.sequence_length)
+        self.run_id = RunId.of(
+            run, schema_hash=model.schema_hash(self.model), data_hash=self.dataset.hash
+        )
+        self.peer = self._start_peer()
+        self.swarm = Swarm(
+            self.model, peer=self.peer, run=run, run_id=str(self.run_id), on_round=self._on_round
+        )
+        self.neuron.take_signals()
+        self.device = model.choose_device(settings.neuron.device)
+        self.swarm.move_to(self.device)
+        self.trainer = Trainer(
+            self.model,
+            encode=self._tensors,
+            optimizer=self.swarm,
+            device=self.device,
+            max_grad_norm=run.optimizer.max_grad_norm,
+        )
+        self._join_swarm()
+        logger.info(
+            "run %s: %d parameters on %s, %d rows, epoch %d",
+            self.run_id,
+            model.parameter_count(self.model.parameters()),
+            self.device,
+            len(self.dataset),
+            self.swarm.epoch,
+        )
+
+    def _tensors(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        encoded = self.encode(texts)
+        return {key: encoded[key] for key in ("input_ids", "attention_mask")}
+
+    def _start_peer(self) -> Peer:
+        return start_peer(self.settings, identity=self.neuron.folder / "peer.key")
+
+    def _join_swarm(self) -> None:
+        """Put our peer's address on the chain, meet those that stand there, catch up."""
+        assert self.peer is not None
+        assert self.swarm is not None
+        address = self.peer.address.encode()
+        if self.neuron.chain.commitments().get(self.neuron.hotkey) != address:
+            self.neuron.chain.commit(address)
+        self._met_at = 0.0
+        self._known: frozenset[str] = frozenset()
+        self._meet()
+        self.swarm.catch_up()
+        self.neuron.keep_in_sync(self._meet)
+
+    def _meet(self) -> None:
+        """Meet the peers on the chain, when there are new ones or it is time to look again."""
+        assert self.peer is not None
+        addresses = self.neuron.peer_addresses()
+        again = time.monotonic() - self._met_at > MEET_AGAIN_SECONDS
+        if addresses == self._known and not again:
+            return
+        self._known, self._met_at = addresses, time.monotonic()
+        answered, tried = self.peer.meet(sorted(addresses))
+        if tried:
+            logger.info("%d of %d known peers answered", answered, tried)
+
+    def _on_round(self, ended: Round) -> None:
+        """Told by the swarm, in the worker thread, of each epoch that ended."""
+        logger.info(
+            "epoch %d begins: %s",
+            ended.epoch,
+            f"averaged in a group of {ended.group_size}" if ended.group_size > 1 else "alone",
+        )
+        self.metrics.log("epoch", {"epoch": ended.epoch, "group_size": ended.group_size})
+
+    def _tell(self, synapse: Train, result: TrainResult, *, seconds: float) -> None:
+        loss = "none" if result.loss is None else f"{result.loss:.3f}"
+        logger.info(
+            "trained %d rows for %s in %.1f s: loss %s, %.0f tokens/s, epoch %s%s",
+            result.samples,
+            synapse.dendrite.hotkey[:8] or "ourselves",
+            seconds,
+            loss,
+            result.tokens / max(seconds, 1e-9),
+            synapse.epoch,
+            "" if result.finished else " (the deadline came first)",
+        )
+        self.metrics.log(
+            "train",
+            {
+                "request_id": synapse.request_id,
+                "caller": synapse.dendrite.hotkey,
+                "loss": result.loss,
+                "steps": result.steps,
+                "samples": result.samples,
+                "tokens": result.tokens,
+                "discarded": result.discarded,
+                "epoch": synapse.epoch,
+                "seconds": round(seconds, 3),
+            },
+        )
+
+
+def start_peer(settings: Settings, *, identity: Path) -> Peer:
+    """The DHT node, on the port asked for, or the next free one where none was."""
+    free = settings.embedded and not settings.given("dht.port")
+    ip = settings.dht_ip
+    for port in ports_to_try(settings.dht.port, free=free):
+        if port and not port_is_free(ip, port):
+            if not free:
+                raise OperatorError(f"--dht.port {port}: in use on {ip}; choose another")
+            continue
+        try:
+            peer = Peer(
+                ip=ip,
+                port=port,
+                announce_ip=settings.dht.external_ip,
+                announce_port=settings.dht.external_port,
+                identity_path=identity,
+            )
+        except OperatorError:
+            if not free:
+                raise
+            continue
+        if port not in (settings.dht.port, 0):
+            logger.info("port %d is in use: the swarm's peer takes %d", settings.dht.port, port)
+        return peer
+    raise OperatorError(f"no free port from {settings.dht.port} on; choose with --dht.port")
+
+
+def main(settings: MinerSettings) -> int:
+    """Run a miner to its end; the exit code."""
+    with Miner(settings) as miner:
+        miner.run()
+    return 0

@@ -1,0 +1,585 @@
+"""The validator: gives miners rows, looks at what comes back, and sets weights.
+
+It finds the live miners with `IsAlive`, keeps two requests at each of them so that nobody
+idles, replays a sample of the answers from its own copy of the swarm's state, writes a
+line of evidence for each score, and sets weights. A subclass overrides `assign` (who gets
+which rows) and `score` (what a replayed answer is worth).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import torch
+
+from hiveminer import __version__, model, scoring
+from hiveminer.base import Neuron
+from hiveminer.chain import Chain
+from hiveminer.data import load_rows, split_held_out
+from hiveminer.dendrite import Dendrite, Endpoint
+from hiveminer.errors import ChainError, HiveminerError, MinerError, TrainingError
+from hiveminer.metrics import Metrics, open_metrics
+from hiveminer.protocol import IsAlive, Train
+from hiveminer.replay import Curves, Replayer
+from hiveminer.run import RunId, load_run
+from hiveminer.scoring import Evidence, ScoreTable
+from hiveminer.settings import ValidatorSettings, parse, script
+from hiveminer.swarm import Observer, Peer, SwarmState
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+EMBEDDED_STAKE = 10_000.0
+"""TAO that a validator stakes on the embedded network, where it is free."""
+
+REQUESTS_AT_ONCE = 2
+"""Requests at one miner: the next waits there when the last one ends."""
+
+KEPT_STATES = 3
+"""Epochs whose state is kept for replays."""
+
+MAX_REPLAYED_STEPS = 10
+"""Optimizer steps of one answer that are replayed; more would tell little more."""
+
+MAX_SAMPLES_WAITING = 16
+"""Answers that wait to be replayed; the oldest gives way."""
+
+HELD_OUT_ROWS = 32
+"""Held-out rows that the swarm's state is measured on."""
+
+ALIVE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer that is to be replayed."""
+
+    request: Train
+    answer: Train
+    hotkey: str
+
+    @property
+    def epoch(self) -> int:
+        return self.answer.epoch or 0
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """The part of the answered curve that started from the epoch's state, or its head."""
+        return tuple(self.answer.losses[: min(self.answer.epoch_steps, MAX_REPLAYED_STEPS)])
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows of that part."""
+        group = self.request.batch_size * self.request.gradient_accumulation_steps
+        return self.request.dataset_indices[: group * len(self.losses)]
+
+
+@dataclass
+class LiveMiner:
+    """A miner that answered `IsAlive` and is in our run."""
+
+    endpoint: Endpoint
+    tasks: list[asyncio.Task[None]]
+
+
+class Validator:
+    """Keeps the miners of a run honest.
+
+    settings: as `hiveminer.settings.parse` reads them; without, the command line is read,
+        and an operator's mistake ends the program with one line.
+    chain, metrics: other places than the settings say; for tests and for embedding.
+    """
+
+    def __init__(
+        self,
+        settings: ValidatorSettings | None = None,
+        *,
+        chain: Chain | None = None,
+        metrics: Metrics | None = None,
+    ):
+        self._script = settings is None
+        self._metrics = metrics
+        self._closed = False
+        self.neuron: Neuron | None = None
+        self.peer: Peer | None = None
+        self.observer: Observer | None = None
+        with script() if self._script else contextlib.nullcontext():
+            if settings is None:
+                settings = parse(
+                    cls=ValidatorSettings, prog="validator.py", description=__doc__ or ""
+                )
+            self.settings = settings
+            self._deck: list[int] = []
+            self.run_file = load_run(settings.neuron.run)
+            self.run_file.check_version()
+            try:
+                self.neuron = Neuron(settings, role="validator", stake=EMBEDDED_STAKE, chain=chain)
+                self._build(self.neuron)
+            except BaseException:
+                self.close()
+                raise
+
+    def assign(self, hotkey: str) -> list[int]:
+        """The rows that this miner trains next: fresh ones, different for everybody.
+
+        Rows are dealt from a shuffled deck of all training rows; when it is used up, it is
+        shuffled again.
+        """
+        count = min(self.settings.validator.rows, len(self._training_rows))
+        if len(self._deck) < count:
+            self._deck = list(self._training_rows)
+            self._chance.shuffle(self._deck)
+        dealt, self._deck = self._deck[:count], self._deck[count:]
+        return dealt
+
+    def score(self, evidence: Evidence) -> float:
+        """What a replayed answer is worth, between 0 and 1."""
+        return scoring.score(evidence)
+
+    def run(self) -> None:
+        """Validate until Ctrl-C or SIGTERM."""
+        with script() if self._script else contextlib.nullcontext():
+            assert self.neuron is not None
+            self.neuron.take_signals()
+            asyncio.run(self._main(self.neuron))
+
+    def close(self) -> None:
+        """Keep the scores, and let go of everything."""
+        if self._closed:
+            return
+        self._closed = True
+        if self.neuron is not None:
+            self.neuron.stopping.set()
+            if hasattr(self, "table"):
+                self._save()
+        if hasattr(self, "_compute"):
+            self._compute.shutdown(wait=True, cancel_futures=True)
+            self._io.shutdown(wait=False, cancel_futures=True)
+        if self.observer is not None:
+            self.observer.close()
+        if self.peer is not None:
+            self.peer.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self.neuron is not None:
+            self.neuron.close()
+            self.neuron.give_signals_back()
+            logger.info("stopped")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # --- start ---------------------------------------------------------------------------
+
+    def _build(self, neuron: Neuron) -> None:
+        settings, run = self.settings, self.run_file
+        torch.set_num_threads(
+            settings.neuron.threads or (1 if settings.embedded else torch.get_num_threads())
+        )
+        self.metrics = self._metrics = self._metrics or open_metrics(
+            neuron.folder / "metrics.jsonl",
+            wandb=settings.wandb,
+            name=f"validator-{neuron.hotkey[:8]}",
+            config={"run": run.model_dump(mode="json"), "hotkey": neuron.hotkey},
+        )
+        self.dataset = load_rows(run.data)
+        self._training_rows, self._held_out_rows = split_held_out(
+            len(self.dataset), run.data.held_out
+        )
+        self._chance = random.Random(settings.validator.seed)
+        self.model = model.load_model(run.model.name, revision=run.model.revision)
+        self.tokenizer = model.load_tokenizer(run.model.name, revision=run.model.revision)
+        model.check_fit(self.model, self.tokenizer, run.model.sequence_length)
+        self.run_id = RunId.of(
+            run, schema_hash=model.schema_hash(self.model), data_hash=self.dataset.hash
+        )
+        self.table = ScoreTable()
+        self._restore()
+        self.peer = Peer(ip=settings.dht_ip, client_only=True)
+        self.observer = Observer(self.model, peer=self.peer, run=run, run_id=str(self.run_id))
+        neuron.take_signals()
+        device = model.choose_device(settings.neuron.device)
+        self.replayer = Replayer(self.model, encode=self._tensors, run=run, device=device)
+        self.states: dict[int, SwarmState] = {0: self.observer.initial_state()}
+        self._compute = ThreadPoolExecutor(1, thread_name_prefix="replay")
+        self._io = ThreadPoolExecutor(4, thread_name_prefix="chain")
+        self._samples: list[Sample] = []
+        self._miners: dict[str, LiveMiner] = {}
+        self._complaints: dict[str, str] = {}
+        said = f"run {self.run_id}".encode()
+        if neuron.chain.commitments().get(neuron.hotkey) != said:
+            neuron.chain.commit(said)
+        self._meet()
+        neuron.keep_in_sync(self._meet)
+        logger.info("run %s: %d rows to give out", self.run_id, len(self._training_rows))
+
+    def _tensors(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        length = self.run_file.model.sequence_length
+        encoded = model.encode(self.tokenizer, texts, max_length=length)
+        return {key: encoded[key] for key in ("input_ids", "attention_mask")}
+
+    def _meet(self) -> None:
+        assert self.peer is not None
+        assert self.neuron is not None
+        self.peer.meet(sorted(self.neuron.peer_addresses()))
+
+    # --- the loops -----------------------------------------------------------------------
+
+    async def _main(self, neuron: Neuron) -> None:
+        """All loops at once, until the neuron is told to stop."""
+        async with Dendrite(neuron.chain.wallet) as dendrite:
+            loops = [
+                asyncio.create_task(self._again(self._find_miners, dendrite, self._alive_seconds)),
+                asyncio.create_task(self._again(self._watch_swarm, None, 0.5)),
+                asyncio.create_task(self._again(self._replay_next, None, 0.1)),
+                asyncio.create_task(
+                    self._again(self._set_weights, None, self.settings.weights_seconds)
+                ),
+            ]
+            try:
+                while not neuron.stopping.is_set():
+                    neuron.check_registered()
+                    await asyncio.wait(loops, timeout=0.2, return_when=asyncio.FIRST_EXCEPTION)
+                    for loop in loops:
+                        if loop.done():
+                            loop.result()
+            finally:
+                feeds = [task for miner in self._miners.values() for task in miner.tasks]
+                for task in [*loops, *feeds]:
+                    task.cancel()
+                await asyncio.gather(*loops, *feeds, return_exceptions=True)
+
+    @property
+    def _alive_seconds(self) -> float:
+        return 1.0 if self.settings.embedded else ALIVE_SECONDS
+
+    async def _again(
+        self, act: Callable[[Any], Awaitable[None]], argument: Any, pause_seconds: float
+    ) -> None:
+        """Do something, pause, and do it again; a trouble that passes is logged."""
+        while True:
+            try:
+                await act(argument)
+            except HiveminerError as error:
+                logger.warning("%s", error)
+            await asyncio.sleep(pause_seconds)
+
+    async def _find_miners(self, dendrite: Dendrite) -> None:
+        """Ask every served axon whether it is alive; feed those that are, drop the others."""
+        assert self.neuron is not None
+        endpoints = [
+            endpoint
+            for neuron in self.neuron.metagraph
+            if neuron.hotkey != self.neuron.hotkey and (endpoint := _endpoint(neuron)) is not None
+        ]
+        alive = await asyncio.gather(*(self._probe(dendrite, each) for each in endpoints))
+        live = {each.hotkey: each for each, good in zip(endpoints, alive, strict=True) if good}
+        for hotkey in set(self._miners) - set(live):
+            logger.info("miner %s is gone", hotkey[:8])
+            for task in self._miners.pop(hotkey).tasks:
+                task.cancel()
+        for hotkey, endpoint in live.items():
+            known = self._miners.get(hotkey)
+            if known is not None and known.endpoint == endpoint:
+                continue
+            for task in known.tasks if known is not None else ():
+                task.cancel()
+            logger.info("miner %s is alive at %s:%d", hotkey[:8], endpoint.ip, endpoint.port)
+            self._miners[hotkey] = LiveMiner(
+                endpoint,
+                [
+                    asyncio.create_task(self._feed(dendrite, endpoint))
+                    for _ in range(REQUESTS_AT_ONCE)
+                ],
+            )
+
+    async def _probe(self, dendrite: Dendrite, endpoint: Endpoint) -> bool:
+        """Whether this miner is there and in our run; why not is told once."""
+        began = time.monotonic()
+        try:
+            answer = await dendrite.call(endpoint, IsAlive(), timeout_seconds=5.0)
+        except MinerError as error:
+            self._complain(endpoint.hotkey, error.reason)
+            # A slow answer from a miner that is being fed is no reason to take its work away.
+            known = self._miners.get(endpoint.hotkey)
+            return known is not None and known.endpoint == endpoint and error.status is not None
+        milliseconds = 1000 * (time.monotonic() - began)
+        self.metrics.log("alive", {"hotkey": endpoint.hotkey, "milliseconds": milliseconds})
+        problem = self._problem_with(answer)
+        self._complain(endpoint.hotkey, problem)
+        return problem is None
+
+    def _problem_with(self, answer: IsAlive) -> str | None:
+        if not answer.completion:
+            return "it takes no work"
+        if not self.run_file.accepts_version(answer.version):
+            return (
+                f"its version {answer.version or 'unknown'} is older than "
+                f"{self.run_file.oldest_version}, the oldest of this run"
+            )
+        if answer.data_hash != self.dataset.hash:
+            return f"its data differs: hash {answer.data_hash} there, {self.dataset.hash} here"
+        return self.run_id.difference(answer.run_id)
+
+    def _complain(self, hotkey: str, problem: str | None) -> None:
+        if problem is None:
+            self._complaints.pop(hotkey, None)
+        elif self._complaints.get(hotkey) != problem:
+            self._complaints[hotkey] = problem
+            logger.warning("miner %s is not asked: %s", hotkey[:8], problem)
+
+    async def _feed(self, dendrite: Dendrite, endpoint: Endpoint) -> None:
+        """Give one miner request after request."""
+        pause = 1.0
+        while True:
+            request = self._request(endpoint.hotkey)
+            began = time.monotonic()
+            try:
+                answer = await dendrite.call(
+                    endpoint,
+                    request,
+                    # Its own time, the time of the one before it, and some for the way.
+                    timeout_seconds=REQUESTS_AT_ONCE * request.timeout_seconds + 30.0,
+                )
+            except MinerError as error:
+                logger.warning("%s", error)
+                self.metrics.log("refused", {"hotkey": endpoint.hotkey, "reason": error.reason})
+                await asyncio.sleep(error.retry_after_seconds or pause)
+                pause = min(60.0, 2 * pause)
+                continue
+            pause = 1.0
+            self._take(endpoint.hotkey, request, answer, seconds=time.monotonic() - began)
+
+    def _request(self, hotkey: str) -> Train:
+        work = self.settings.validator
+        return Train(
+            request_id=uuid.uuid4().hex,
+            run_id=str(self.run_id),
+            data_hash=self.dataset.hash,
+            version=__version__,
+            dataset_indices=self.assign(hotkey),
+            batch_size=work.batch_size,
+            gradient_accumulation_steps=work.gradient_accumulation_steps,
+            timeout_seconds=work.timeout_seconds,
+        )
+
+    def _take(self, hotkey: str, request: Train, answer: Train, *, seconds: float) -> None:
+        """Count an answer, and perhaps keep it for a replay."""
+        rows = request.dataset_indices[: min(answer.samples, len(request.dataset_indices))]
+        mask = self._tensors(self.dataset.texts(rows))["attention_mask"] if rows else None
+        tokens = min(answer.tokens, int(mask.sum()) if mask is not None else 0)
+        self.table.add_work(hotkey, tokens)
+        self.metrics.log(
+            "answer",
+            {
+                "hotkey": hotkey,
+                "request_id": request.request_id,
+                "loss": answer.loss,
+                "samples": len(rows),
+                "tokens": tokens,
+                "discarded": answer.discarded,
+                "epoch": answer.epoch,
+                "seconds": round(seconds, 3),
+            },
+        )
+        self._keep_sample(Sample(request, answer, hotkey))
+
+    def _keep_sample(self, sample: Sample) -> None:
+        """Queue an answer for a replay, if chance will have it or nothing is known yet."""
+        hotkey = sample.hotkey
+        unproved = self.table.of(hotkey).replays == 0
+        waiting = any(other.hotkey == hotkey for other in self._samples)
+        by_chance = self._chance.random() < self.settings.validator.sample_rate
+        if (unproved and not waiting) or by_chance:
+            self._samples.append(sample)
+            del self._samples[:-MAX_SAMPLES_WAITING]
+
+    async def _watch_swarm(self, _: None) -> None:
+        """Download the swarm's state when an epoch begins, and measure it."""
+        assert self.observer is not None
+        if 0 in self.states and not hasattr(self, "_measured"):
+            self._measured = -1
+            await self._measure(self.states[0])
+        if self.observer.epoch <= max(self.states):
+            return
+        state = await self._in(self._io, self.observer.fetch)
+        if state is None or state.epoch in self.states:
+            return
+        self.states[state.epoch] = state
+        waited_for = {sample.epoch for sample in self._samples}
+        for old in sorted(self.states)[:-KEPT_STATES]:
+            if old not in waited_for or old < state.epoch - 2 * KEPT_STATES:
+                del self.states[old]
+        await self._measure(state)
+
+    async def _measure(self, state: SwarmState) -> None:
+        texts = self.dataset.texts(list(self._held_out_rows)[:HELD_OUT_ROWS])
+        if not texts:
+            return
+        loss = await self._in(self._compute, lambda: self.replayer.loss(state, texts))
+        logger.info("epoch %d: held-out loss %s", state.epoch, loss and f"{loss:.3f}")
+        self.metrics.log("held_out", {"epoch": state.epoch, "loss": loss})
+
+    async def _replay_next(self, _: None) -> None:
+        """Replay the waiting answer of the miner that was looked at least."""
+        newest = max(self.states)
+        # What there is no state for any more cannot be replayed.
+        self._samples = [s for s in self._samples if s.epoch >= newest or s.epoch in self.states]
+        ready = [s for s in self._samples if s.epoch in self.states]
+        if not ready:
+            return
+        sample = min(ready, key=lambda s: self.table.of(s.hotkey).replays)
+        self._samples.remove(sample)
+        if len(sample.losses) < scoring.FEWEST_STEPS:
+            return
+        texts = self.dataset.texts(sample.rows)
+        state = self.states[sample.epoch]
+        try:
+            curves = await self._in(self._compute, lambda: self._replay(state, texts, sample))
+        except TrainingError as error:
+            logger.warning("an answer of %s cannot be replayed: %s", sample.hotkey[:8], error)
+            return
+        if curves is not None:
+            self._judge(sample, curves)
+
+    def _replay(self, state: SwarmState, texts: list[str], sample: Sample) -> Curves | None:
+        assert self.neuron is not None
+        return self.replayer.curves(
+            state,
+            texts,
+            batch_size=sample.request.batch_size,
+            gradient_accumulation_steps=sample.request.gradient_accumulation_steps,
+            stopped=self.neuron.stopping.is_set,
+        )
+
+    def _judge(self, sample: Sample, curves: Curves) -> None:
+        """Score one answer, and write the evidence down."""
+        evidence = Evidence(
+            hotkey=sample.hotkey,
+            request_id=sample.request.request_id,
+            epoch=sample.epoch,
+            answered=sample.losses,
+            trained=curves.trained,
+            untrained=curves.untrained,
+            claimed_samples=sample.answer.samples,
+            given_samples=len(sample.request.dataset_indices),
+            tokens=sample.answer.tokens,
+        )
+        value = min(1.0, max(0.0, self.score(evidence)))
+        self.table.add_score(sample.hotkey, value)
+        same = len(evidence.answered) == len(evidence.trained) > 0
+        fit = round(evidence.fit, 3) if same else None
+        learning = round(evidence.learning, 3) if same else None
+        logger.info(
+            "score of %s: %.2f (fit %s, learning %s), on average %.2f",
+            sample.hotkey[:8], value, fit, learning, self.table.of(sample.hotkey).score,
+        )  # fmt: skip
+        self.metrics.log(
+            "evidence",
+            {
+                "hotkey": sample.hotkey,
+                "request_id": evidence.request_id,
+                "epoch": evidence.epoch,
+                "score": value,
+                "average": self.table.of(sample.hotkey).score,
+                "fit": fit,
+                "learning": learning,
+                "answered": evidence.answered,
+                "trained": evidence.trained,
+                "untrained": evidence.untrained,
+            },
+        )
+
+    async def _set_weights(self, _: None) -> None:
+        """Set weights from the scores, by the uids of this moment."""
+        await self._in(self._io, self._set_weights_now)
+
+    def _set_weights_now(self) -> None:
+        assert self.neuron is not None
+        self.neuron.read_metagraph()
+        uids = {neuron.hotkey: neuron.uid for neuron in self.neuron.metagraph}
+        self.table.keep(set(uids))
+        weights = {uids[who]: weight for who, weight in self.table.weights().items()}
+        self._save()
+        if not weights:
+            return
+        try:
+            self.neuron.chain.set_weights(weights)
+        except ChainError as error:
+            logger.warning("weights were not set: %s", error)
+            return
+        self.table.fade_work()
+        logger.info("weights set: %s", {uid: round(w, 3) for uid, w in sorted(weights.items())})
+        self.metrics.log("weights", {"weights": {str(uid): w for uid, w in weights.items()}})
+
+    async def _in(self, pool: ThreadPoolExecutor, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, call)
+
+    # --- what survives a restart ---------------------------------------------------------
+
+    @property
+    def _state_file(self) -> Path:
+        assert self.neuron is not None
+        return self.neuron.folder / "scores.json"
+
+    def _save(self) -> None:
+        said = {"run_id": str(self.run_id), "scores": self.table.dump()}
+        draft = self._state_file.with_suffix(".draft")
+        try:
+            with draft.open("w", encoding="utf-8") as stream:
+                json.dump(said, stream, indent=1)
+                stream.flush()
+                os.fsync(stream.fileno())
+            draft.replace(self._state_file)
+        except OSError as error:
+            logger.error("the scores could not be kept: %s", error)
+
+    def _restore(self) -> None:
+        try:
+            said = json.loads(self._state_file.read_text(encoding="utf-8"))
+            if said["run_id"] != str(self.run_id):
+                logger.info("the scores in %s are another run's; starting anew", self._state_file)
+                return
+            self.table = ScoreTable.restore(said["scores"])
+            logger.info("resumed %d scores", len(self.table.standings))
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("%s cannot be used (%s); starting anew", self._state_file, error)
+
+
+def _endpoint(neuron: Any) -> Endpoint | None:
+    """Where a neuron of the metagraph serves its axon; None if it does not."""
+    if not neuron.axon:
+        return None
+    ip, _, port = neuron.axon.rpartition(":")
+    return Endpoint(hotkey=neuron.hotkey, ip=ip.strip("[]"), port=int(port))
+
+
+def main(settings: ValidatorSettings) -> int:
+    """Run a validator to its end; the exit code."""
+    with Validator(settings) as validator:
+        validator.run()
+    return 0
