@@ -7,13 +7,18 @@ import contextlib
 import json
 import logging
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +28,7 @@ import pytest
 from bittensor import http_auth
 from bittensor.keyfiles import Keypair
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from malformed import Malformed, malformed
 
 from hiveminer import axon as axon_module
 from hiveminer.axon import Axon
@@ -631,6 +636,16 @@ def test_what_forward_raises_becomes_a_status_and_the_miner_goes_on(
     assert served.call(train("good")).status_code == 200
 
 
+def test_a_wallet_that_cannot_sign_any_more_is_told_in_the_log(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    served.axon._key = None
+    response = served.alive()
+    assert (response.status_code, served.axon.counts["failed"]) == (500, 1)
+    assert "a request failed" in caplog.text
+    assert not [name for name in response.headers if name.startswith("x-bittensor")]
+
+
 def test_a_check_refuses_before_the_queue_and_an_async_forward_runs_in_the_worker() -> None:
     threads = []
 
@@ -673,6 +688,60 @@ def test_what_was_signed_before_the_start_is_refused() -> None:
         assert refused.status_code == 401
         assert "before this neuron started" in refused.json()["detail"]
         assert served.call(body).status_code == 200
+
+
+@contextlib.contextmanager
+def another_process(*, port: int, train_seconds: float) -> Iterator[subprocess.Popen[str]]:
+    """The same miner's axon in a process of its own; killed in the end."""
+    worker = Path(__file__).with_name("axon_worker.py")
+    process = subprocess.Popen(
+        [sys.executable, str(worker), str(port), str(train_seconds)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def sent(data: bytes, *, port: int) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    connection.sendall(data)
+    return connection
+
+
+def test_after_kill_9_in_mid_work_the_same_bytes_are_refused_and_a_fresh_request_is_not() -> None:
+    body = train("killed")
+
+    def request() -> bytes:
+        head = {**signed(body), "host": "x", "content-length": str(len(body))}
+        lines = [f"{name}: {value}" for name, value in head.items()]
+        return "\r\n".join(["POST /Train HTTP/1.1", *lines, "", ""]).encode() + body
+
+    with another_process(port=0, train_seconds=60) as process:
+        port = int(line_of(process))
+        # Signed after the start, as the first process saw it in time.
+        first = request()
+        with sent(first, port=port) as connection:
+            assert line_of(process) == "killed"
+            process.send_signal(signal.SIGKILL)
+            process.wait(10)
+            assert status_of(connection) == 0
+    with another_process(port=port, train_seconds=0) as process:
+        assert int(line_of(process)) == port
+        with sent(first, port=port) as connection:
+            assert status_of(connection) == 401
+        with sent(request(), port=port) as connection:
+            assert status_of(connection) == 200
+        assert line_of(process) == "killed"
 
 
 def test_nothing_begins_before_the_time_at_which_it_was_signed(served: Served) -> None:
@@ -762,95 +831,78 @@ def test_counts_and_latencies_are_served_and_the_log_is_not_flooded(
     assert len(refusals) == 1
 
 
-def test_silence_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_next_line_of_a_refusal_says_how_many_there_were(
+    served: Served, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(axon_module, "NOTE_SECONDS", 1.0)
+    began = time.monotonic()
+    for _ in range(5):
+        served.alive(by=UNKNOWN)
+    assert time.monotonic() - began < 1.0
+    served.send(b"", {}, path="/nothing")
+    until(lambda: time.monotonic() - began > 2.0)
+    served.alive(by=UNKNOWN)
+    lines = [line for line in caplog.messages if "(blacklist)" in line]
+    assert [line.rpartition("; ")[2][:6] for line in lines] == ["0 more", "4 more"]
+    assert sum("(path)" in line for line in caplog.messages) == 1
+
+
+def test_silence_is_told_each_time_that_it_lasts_too_long(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level(logging.WARNING)
     with serving(quiet_seconds=0.05):
+        until(lambda: caplog.text.count("no validator has called") == 2)
+
+
+def test_only_a_validators_verified_call_ends_the_silence(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    forged = {**signed(b"{}", by=OTHER, path="/IsAlive"), http_auth.HEADER_HOTKEY: ss58(VALIDATOR)}
+    with serving(quiet_seconds=1.0) as served:
+        begun = served.axon._last_validator
+        assert served.send(b"{}", forged, path="/IsAlive").status_code == 401
+        assert served.alive(by=NO_PERMIT).status_code == 200
+        assert served.axon._last_validator == begun
+        until(lambda: time.monotonic() - begun > 0.5)
+        assert served.alive().status_code == 200
         until(lambda: "no validator has called" in caplog.text)
+        assert time.monotonic() - begun >= 1.5
 
 
 # Whatever comes
 
 
-NAMES = [
-    http_auth.HEADER_HOTKEY,
-    http_auth.HEADER_NONCE,
-    http_auth.HEADER_SIGNATURE,
-    http_auth.HEADER_RECEIVER,
-    http_auth.HEADER_CRYPTO,
-    http_auth.HEADER_VERSION,
-    "Content-Length",
-    "Transfer-Encoding",
-    "Connection",
-    "Upgrade",
-    "Expect",
-    "Host",
-]
-VALUES = st.sampled_from(
-    [
-        *("", "0", "-1", "1", "5", "9" * 30, "chunked", "gzip, chunked", "close", "websocket"),
-        *("h2c", "100-continue", "sr25519", "ed25519", "0x" + "ab" * 64),
-        *(ss58(VALIDATOR), ss58(MINER)),
-    ]
-).map(str.encode)
-LINES = st.lists(st.tuples(st.sampled_from(NAMES).map(str.encode), VALUES), max_size=5)
-NOISE = st.lists(st.tuples(st.binary(max_size=12), st.binary(max_size=80)), max_size=2)
-STARTS = st.one_of(
-    st.sampled_from([b"POST /Train HTTP/1.1", b"POST /IsAlive HTTP/1.1"]),
-    st.builds(
-        lambda method, target, version: b" ".join([method, target, version]),
-        st.sampled_from([b"POST", b"GET", b"PUT", b"HEAD", b"CONNECT", b"PRI", b"OPTIONS", b"x"]),
-        st.sampled_from(
-            [
-                *(b"/Train", b"/IsAlive", b"/", b"*", b"/%", b"/%ff", b"/Train?%00", b"//"),
-                *(b"x:1", b"http://[::1/Train", b"/" + b"a" * 9000),
-            ]
-        ),
-        st.sampled_from([b"HTTP/1.1", b"HTTP/1.0", b"HTTP/2.0", b"HTTP/9", b""]),
-    ),
-    st.binary(max_size=60),
-)
-BODIES = st.one_of(
-    st.binary(max_size=60),
-    st.sampled_from([train(), b"{}", b"5\r\nhello\r\n0\r\n\r\n", b"ffffffffff\r\n", b"-1\r\n"]),
-)
-
-
 def test_no_request_however_malformed_brings_a_500() -> None:
-    statuses: set[int] = set()
+    statuses: Counter[int] = Counter()
+
+    def sign(body: bytes, target: str) -> dict[str, str]:
+        return signed(body, path=target)
 
     @settings(
-        max_examples=300,
+        max_examples=1000,
         deadline=None,
         derandomize=True,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    @given(start=STARTS, lines=LINES, noise=NOISE, body=BODIES, sign=st.booleans())
-    def fuzz(
-        start: bytes,
-        lines: list[tuple[bytes, bytes]],
-        noise: list[tuple[bytes, bytes]],
-        body: bytes,
-        sign: bool,
-    ) -> None:
-        head = [start]
-        if sign:
-            target = [*start.split(b" "), b""][1].decode("latin-1")
-            true = {**signed(body, path=target), "Host": "x", "Content-Length": str(len(body))}
-            head += [f"{name}: {value}".encode("latin-1") for name, value in true.items()]
-        head += [name + b": " + value for name, value in lines]
-        if body[:1] != b"{":
-            head += [name + b": " + value for name, value in noise]
-        with fuzzed.raw(b"\r\n".join([*head, b"", b""]) + body) as connection:
-            statuses.add(status_of(connection))
+    @given(request=malformed(hotkeys=[ss58(VALIDATOR), ss58(MINER)]))
+    def fuzz(request: Malformed) -> None:
+        with fuzzed.raw(request.raw(sign)) as connection:
+            statuses[status_of(connection)] += 1
 
-    with serving(header_seconds=0.05, body_seconds=0.05) as fuzzed:
+    # With room for all that is signed: none of it is to end at the caller's budget.
+    with serving(header_seconds=0.02, body_seconds=0.02, burst=5000) as fuzzed:
         fuzz()
-        assert {400, 401, 404, 405} <= statuses
+        assert {400, 401, 404, 405, 422} <= set(statuses)
         assert max(statuses) < 500
         assert fuzzed.axon.counts["failed"] == 0
+        assert fuzzed.axon.counts["fields"] > 10
         assert fuzzed.alive().status_code == 200
-        until(lambda: len(fuzzed.axon._gate.open) == 0)
+        until(lambda: not fuzzed.axon._gate.open)
+        assert not fuzzed.axon._bodies
+        assert fuzzed.axon._ledger.known <= 1000
+        assert fuzzed.queue.waiting == 0
 
 
 def test_many_at_once_are_all_answered(served: Served) -> None:

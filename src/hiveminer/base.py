@@ -35,6 +35,7 @@ from hiveminer.chain import (
     open_chain,
     open_wallet,
 )
+from hiveminer.connections import PortInUse
 from hiveminer.errors import ChainError, HiveminerError, NotRegistered, OperatorError
 from hiveminer.protocol import IsAlive, Synapse, Train
 from hiveminer.settings import MinerSettings, Settings
@@ -175,7 +176,7 @@ class Neuron:
     def take_signals(self) -> None:
         """Ctrl-C and SIGTERM end the program in order; a second one at once.
 
-        In the main thread, and after the swarm was built: hivemind ignores SIGINT.
+        In the main thread, once the program is built; until then they raise as usual.
         """
         if threading.current_thread() is not threading.main_thread():
             return
@@ -360,11 +361,12 @@ class BaseMinerNeuron(ABC):
                 check_fn=self.accept,
             )
             try:
-                axon.start()
-            except OperatorError:
+                axon.bind()
+            except PortInUse:
                 if not free:
                     raise
                 continue
+            axon.start()
             if port not in (settings.axon.port, 0):
                 logger.info("port %d is in use: the axon takes %d", settings.axon.port, axon.port)
             return axon

@@ -41,6 +41,10 @@ _silent = logging.getLogger(f"{__name__}.uvicorn")
 _silent.setLevel(logging.CRITICAL + 1)
 
 
+class PortInUse(OperatorError):
+    """The port that was asked for is another's; the next one may be free."""
+
+
 def bind(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol by name: only then does asyncio set TCP_NODELAY on the connections, and
@@ -68,7 +72,7 @@ def bind(host: str, port: int) -> socket.socket:
 def unbound(error: Exception, flag: str, host: str, port: int) -> OperatorError:
     code = getattr(error, "errno", None)
     if code == errno.EADDRINUSE:
-        return OperatorError(f"{flag} {port}: the port is in use; choose another, or 0 for any")
+        return PortInUse(f"{flag} {port}: the port is in use; choose another, or 0 for any")
     if code == errno.EACCES:
         return OperatorError(f"{flag} {port}: not allowed to this user; choose one above 1023")
     return OperatorError(f"{flag} {port}: cannot listen at {host}: {error}")
@@ -122,10 +126,12 @@ class Gate:
 
 
 def _victim(among: dict[Connection, None], newcomer: Connection) -> Connection:
-    others = [connection for connection in among if connection is not newcomer]
-    strangers = [connection for connection in others if not connection.trusted]
-    idle = [connection for connection in others if connection.idle]
-    return [*strangers, *idle, newcomer][0]
+    # In a flood this runs for each connection: the oldest stranger is found at once.
+    for connection in among:
+        if not connection.trusted and connection is not newcomer:
+            return connection
+    idle = (one for one in among if one.idle and one is not newcomer)
+    return next(idle, newcomer)
 
 
 class Connection(H11Protocol):

@@ -123,6 +123,7 @@ class Miner(BaseMinerNeuron):
         self.accept(synapse)
         began = time.monotonic()
         assert self.swarm is not None
+        self.swarm.catch_up()
         synapse.epoch = self.swarm.epoch
         synapse.epoch_steps = 0
         try:
@@ -169,8 +170,8 @@ class Miner(BaseMinerNeuron):
             )
 
     def idle(self) -> None:
-        """Keep up with the swarm while no validator wants anything."""
-        if self.swarm is not None and self.swarm.peers > 1:
+        """Take part in the swarm's averaging while no validator wants anything."""
+        if self.swarm is not None:
             self.swarm.idle()
 
     def run(self) -> None:

@@ -28,10 +28,10 @@ FULL_FIT = 0.7
 
 LEAST_FIT = 0.2
 
-FULL_LEARNING = 0.5
-"""From here on an answer counts as trained: honest ones lie between 0.5 and 1.5."""
+FULL_LEARNING = 0.4
+"""From here on an answer counts as trained: honest ones mostly lie between 0.5 and 1.7."""
 
-LEAST_LEARNING = 0.25
+LEAST_LEARNING = 0.1
 
 FEWEST_STEPS = 4
 """Shorter curves say nothing."""
@@ -176,13 +176,19 @@ class ScoreTable:
     @classmethod
     def restore(cls, said: Mapping[str, Mapping[str, float]]) -> ScoreTable:
         """The table that `dump` wrote. Raises ValueError for anything else."""
-        table = cls()
-        for who, row in said.items():
-            values = (float(row["score"]), int(row["replays"]), float(row["tokens"]))
-            if not 0 <= values[0] <= 1 or values[1] < 0 or not 0 <= values[2] < math.inf:
-                raise ValueError(f"score of {who}")
-            table.standings[who] = Standing(*values)
-        return table
+        if not isinstance(said, Mapping):
+            raise ValueError("the scores are no table")
+        return cls({who: _standing(who, row) for who, row in said.items()})
+
+
+def _standing(who: str, row: Mapping[str, float]) -> Standing:
+    try:
+        score, replays, tokens = float(row["score"]), int(row["replays"]), float(row["tokens"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ValueError(f"the scores of {who} cannot be read") from None
+    if not 0 <= score <= 1 or replays < 0 or not 0 <= tokens < math.inf:
+        raise ValueError(f"the scores of {who} are out of bounds")
+    return Standing(score, replays, tokens)
 
 
 def _slope(values: Sequence[float], along: Sequence[float]) -> float:

@@ -226,6 +226,7 @@ class Validator:
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="replay")
         self._io = ThreadPoolExecutor(4, thread_name_prefix="chain")
         self._samples: list[Sample] = []
+        self._last_epoch: dict[str, int] = {}
         self._miners: dict[str, LiveMiner] = {}
         self._complaints: dict[str, str] = {}
         said = f"run {self.run_id}".encode()
@@ -407,8 +408,15 @@ class Validator:
         self._keep_sample(Sample(request, answer, hotkey))
 
     def _keep_sample(self, sample: Sample) -> None:
-        """Queue an answer for a replay, if chance will have it or nothing is known yet."""
+        """Queue an answer for a replay, if chance will have it or nothing is known yet.
+
+        Only a miner's first answer of an epoch: it began nearest to the state that the
+        replay begins from. Later ones began from what the miner has learnt since.
+        """
         hotkey = sample.hotkey
+        if self._last_epoch.get(hotkey) == sample.epoch:
+            return
+        self._last_epoch[hotkey] = sample.epoch
         unproved = self.table.of(hotkey).replays == 0
         waiting = any(other.hotkey == hotkey for other in self._samples)
         by_chance = self._chance.random() < self.settings.validator.sample_rate

@@ -10,8 +10,9 @@ against the stock optimizer, each by overriding one of its hooks, and why:
 - `SampleTracker`: an epoch ends by rows, never by the clock's guess, so a slow moment does
   not turn into an epoch of one step.
 
-A peer without work calls `idle()` now and then: it takes part in the averaging with next
-to no weight, and is up to date when work comes.
+A peer without work calls `idle()` now and then: as long as the others count on it, it
+takes part in the averaging. When work comes after a longer rest, `catch_up` loads what the
+swarm has learnt meanwhile.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from hivemind.optim.state_averager import TrainingStateAverager
 from torch import Tensor, nn
 
 from hiveminer.run import OptimizerSection, Run, SwarmSection
-from hiveminer.swarm.peer import Peer
+from hiveminer.swarm.peer import START_SECONDS, Peer
 from hiveminer.swarm.processes import settle
 
 logger = logging.getLogger(__name__)
@@ -157,12 +158,31 @@ class _Guard(DecentralizedAverager):  # type: ignore[misc]
 
 
 class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
-    """The stock state averager, whose group size can follow the number of live peers, and
-    whose process ends with its parent."""
+    """The stock state averager, but: its group size can follow the number of live peers;
+    it hands out the weights that the epoch began with, which are the same for all peers,
+    and not its own of this moment; its process ends with its parent."""
 
     def run(self) -> None:
         settle(self._parent_pid)
         super().run()
+
+    def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
+        """As the stock one, but SIGINT is ignored in the new process only, so that a Ctrl-C
+        while a program starts is not lost."""
+        self.start()
+        if await_ready:
+            self.wait_until_ready(timeout if timeout is not None else START_SECONDS)
+
+    def get_current_state(self) -> tuple[Any, Any, Any]:
+        """What a peer that asks is given: the averaging buffers still hold the epoch's start."""
+        metadata, tensors, infos = super().get_current_state()
+        with self.get_tensors() as averaged:
+            start = [tensor.clone() for tensor in averaged[: len(self.main_parameters)]]
+        return metadata, start + tensors[len(start) :], infos
+
+    def begin_epoch(self) -> None:
+        """Take the weights of this moment for the epoch's start: there was no averaging."""
+        self._load_local_tensors_into_averager_()
 
     @property
     def loaded(self) -> bool:
@@ -232,8 +252,7 @@ class Swarm:
     """A model that trains with a swarm; a `trainer.Step`.
 
     Build it in the main thread, after the DHT and before any server: it starts a process
-    of hivemind's and leaves SIGINT ignored (put your handler back). `step` and `idle` may
-    then be called from one other thread.
+    of hivemind's. `step` and `idle` may then be called from one other thread.
 
     on_round: told of each epoch that ended.
     """
@@ -278,6 +297,7 @@ class Swarm:
         )
         self._target = 2
         self.optimizer.state_averager.set_target_group_size(self._target)
+        self._trained_in: int | None = None
         self._lock = threading.Lock()
 
     @property
@@ -297,13 +317,20 @@ class Swarm:
         the swarm's state instead.
         """
         with self._lock:
+            self._trained_in = self.epoch
             return self._step(batch_size)
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
     def idle(self) -> None:
-        """Keep up with the swarm while there is no work: join a round that is due."""
+        """Join a round that is due, while the others still count on this peer.
+
+        They do for as long as it reports rows: in the epoch it last trained in, and the
+        next.
+        """
+        if self._trained_in is None or self.epoch > self._trained_in + 1:
+            return
         with self._lock:
             self.zero_grad()
             self._step(0)
@@ -379,6 +406,8 @@ class Swarm:
                 size = len(control.result())
             else:
                 logger.warning("epoch %d: averaging failed; going on with our own", self.epoch)
+        if size == 1:
+            averager.begin_epoch()
         if self.on_round is not None:
             self.on_round(Round(epoch=self.epoch, group_size=size))
 

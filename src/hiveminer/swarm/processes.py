@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -25,8 +26,11 @@ def log_to_root() -> None:
 
 
 def settle(parent: int) -> None:
-    """To be called first in a forked process: leave the terminal's group, watch the parent."""
+    """To be called first in a forked process: leave the terminal's group, watch the parent,
+    and take the daemon along when told to end."""
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: _end())
     threading.Thread(target=_end_with, args=(parent,), name="watch-parent", daemon=True).start()
 
 
@@ -38,6 +42,10 @@ def _end_with(parent: int) -> None:
     """
     while os.getppid() == parent:
         time.sleep(LOOK_SECONDS)
+    _end()
+
+
+def _end() -> None:
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()

@@ -1,0 +1,1 @@
+"""Benchmarks: `scripts/bench NAME` runs one, results lie in `benchmarks/results`."""

@@ -1,0 +1,76 @@
+"""Miners that do not do the work, and one that does; `python dishonest.py KIND ...flags`."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+from hiveminer import Miner, Train
+from hiveminer.trainer import TrainResult
+
+
+class Honest(Miner):
+    """Does the work, and lets a friend read its answers."""
+
+    def forward(self, synapse: Train) -> Train:
+        answer = super().forward(synapse)
+        draft = BOARD.with_suffix(".draft")
+        draft.write_text(json.dumps(answer.losses))
+        draft.replace(BOARD)
+        return answer
+
+
+class ForwardOnly(Miner):
+    """Measures the loss with the swarm's weights, and never trains: it loads the average of
+    the others before each request."""
+
+    def train(self, synapse: Train) -> TrainResult:
+        group = synapse.batch_size * synapse.gradient_accumulation_steps
+        texts = self.dataset.texts(synapse.dataset_indices)
+        result = self.trainer.measure(texts, batch_size=synapse.batch_size, group_rows=group)
+        result.steps = synapse.epoch_steps = len(result.losses)
+        return result
+
+
+class Inventor(Miner):
+    """Writes down a curve that looks right."""
+
+    start = 4.0
+
+    def train(self, synapse: Train) -> TrainResult:
+        steps = -(-len(synapse.dataset_indices) // synapse.batch_size)
+        self.start = max(2.8, self.start - 0.2)
+        losses = [self.start - 0.01 * k + random.gauss(0, 0.1) for k in range(steps)]
+        return _claim(synapse, losses)
+
+
+class Copycat(Miner):
+    """Answers with what another miner answered to other rows."""
+
+    def train(self, synapse: Train) -> TrainResult:
+        self.idle()
+        losses = json.loads(BOARD.read_text()) if BOARD.exists() else [3.0]
+        steps = -(-len(synapse.dataset_indices) // synapse.batch_size)
+        return _claim(synapse, (losses * steps)[:steps])
+
+
+def _claim(synapse: Train, losses: list[float]) -> TrainResult:
+    synapse.epoch_steps = len(losses)
+    return TrainResult(
+        loss=sum(losses) / len(losses),
+        losses=losses,
+        steps=len(losses),
+        samples=len(synapse.dataset_indices),
+        tokens=256 * len(synapse.dataset_indices),
+    )
+
+
+KINDS = {kind.__name__.lower(): kind for kind in (Honest, ForwardOnly, Inventor, Copycat)}
+
+if __name__ == "__main__":
+    chosen = KINDS[sys.argv.pop(1)]
+    BOARD = Path(sys.argv.pop(1))
+    with chosen() as miner:
+        miner.run()

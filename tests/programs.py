@@ -1,0 +1,179 @@
+"""Programs as processes: start them, read what they say, end them, and see that they are gone."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import psutil
+
+from hiveminer.swarm.processes import sweep
+
+ROOT = Path(__file__).resolve().parent.parent
+T = TypeVar("T")
+
+
+def wait_for(what: Callable[[], T], *, seconds: float, about: str = "") -> T:
+    """What the condition gives, as soon as it is true."""
+    deadline = time.monotonic() + seconds
+    while not (value := what()):
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds} s: {about or what}")
+        time.sleep(0.05)
+    return value
+
+
+class Program:
+    """One started program and its log."""
+
+    def __init__(self, words: Sequence[str], *, folder: Path, env: dict[str, str] | None = None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / "log"
+        with self.log.open("wb") as stream:
+            self.process = subprocess.Popen(
+                [sys.executable, *words],
+                cwd=folder,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | (env or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                start_new_session=True,
+            )
+
+    @property
+    def words(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def says(self, text: str, *, seconds: float = 60.0) -> str:
+        """Wait until the log holds the text; the log."""
+
+        def said() -> str:
+            words = self.words
+            assert text in words or self.process.poll() is None, f"ended: {words}"
+            return words if text in words else ""
+
+        with contextlib.suppress(AssertionError):
+            return wait_for(said, seconds=seconds)
+        raise AssertionError(f"{text!r} was not said in {seconds} s; but:\n{self.words}")
+
+    def family(self) -> list[psutil.Process]:
+        """The process and all its descendants."""
+        with contextlib.suppress(psutil.Error):
+            root = psutil.Process(self.process.pid)
+            return [root, *root.children(recursive=True)]
+        return []
+
+    def interrupt(self, *, seconds: float = 10.0) -> int:
+        """Ctrl-C, as a terminal sends it to one process; the exit code."""
+        self.process.send_signal(signal.SIGINT)
+        return self.process.wait(seconds)
+
+    def end(self) -> None:
+        family = self.family()
+        for process in family:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        self.process.wait(10)
+        psutil.wait_procs(family, timeout=10)
+        sweep()  # who is killed cannot clean up
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.end()
+
+
+class Network:
+    """An embedded network in a folder, and the programs on it."""
+
+    def __init__(self, folder: Path, *, run: str | None = None):
+        self.folder = folder
+        self.programs: list[Program] = []
+        self.run_file = folder / "run.toml"
+        folder.mkdir(parents=True, exist_ok=True)
+        if run is not None:
+            self.run_file.write_text(run)
+        self.flags = [
+            *("--subtensor.path", str(folder / "network")),
+            *("--neuron.path", str(folder / "state")),
+            *(("--neuron.run", str(self.run_file)) if run is not None else ()),
+        ]
+
+    def start(
+        self, name: str, *flags: str, script: str | Path | None = None, ports: bool = True
+    ) -> Program:
+        """Start `hiveminer miner` or `validator` (by the name's first word), or a script."""
+        words = [str(script)] if script else ["-m", "hiveminer", name.split("-")[0]]
+        free = ["--axon.port", "0", "--dht.port", "0"] if ports and "miner" in name else []
+        program = Program([*words, *flags, *self.flags, *free], folder=self.folder / name)
+        self.programs.append(program)
+        return program
+
+    def numbers(self, kind: str) -> list[dict[str, Any]]:
+        """All lines of this kind that any program has written so far."""
+        return [
+            line
+            for path in (self.folder / "state").glob("*/*/*/metrics.jsonl")
+            for raw in path.read_text().splitlines(keepends=True)
+            if raw.endswith("\n") and (line := json.loads(raw))["kind"] == kind
+        ]
+
+    def wait_for_numbers(
+        self, kind: str, enough: Callable[[list[dict[str, Any]]], bool], *, seconds: float
+    ) -> list[dict[str, Any]]:
+        """Wait until the lines of this kind are enough, while all programs live."""
+
+        def look() -> list[dict[str, Any]]:
+            for program in self.programs:
+                assert program.process.poll() is None, f"ended: {program.words}"
+            lines = self.numbers(kind)
+            return lines if enough(lines) else []
+
+        try:
+            return wait_for(look, seconds=seconds, about=f"enough lines of {kind}")
+        except AssertionError as error:
+            logs = "\n".join(f"--- {p.log.parent.name}\n{p.words[-3000:]}" for p in self.programs)
+            raise AssertionError(f"{error}\n{logs}") from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for program in self.programs:
+            program.end()
+
+
+def descendants_gone(family: Sequence[psutil.Process], *, seconds: float) -> None:
+    """Wait until none of these processes lives."""
+
+    def gone() -> bool:
+        return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in _seen(family))
+
+    wait_for(gone, seconds=seconds, about=f"the end of {[p.pid for p in family]}")
+
+
+def _seen(family: Sequence[psutil.Process]) -> Iterator[psutil.Process]:
+    for process in family:
+        with contextlib.suppress(psutil.Error):
+            process.status()
+            yield process

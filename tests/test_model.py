@@ -1,0 +1,288 @@
+"""Models and tokenizers: the built-in ones to the bit, and local folders of three kinds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import (
+    ARCHITECTURES,
+    END,
+    POSITIONS,
+    cut_the_network,
+    save_tiny,
+    tiny_model,
+    tiny_tokenizer,
+)
+
+from hiveminer.errors import OperatorError
+from hiveminer.model import (
+    builtin_model,
+    builtin_tokenizer,
+    check_fit,
+    choose_device,
+    encode,
+    integer_weights,
+    load_model,
+    load_tokenizer,
+    parameter_count,
+    schema_hash,
+    weights_hash,
+)
+
+# The start of every run on the embedded network: machines that differ here cannot replay
+# each other's work. A change is a new built-in model, and wants a new oldest_version.
+BUILTIN_WEIGHTS = "6849c70bc08328dd0c897321625e15ba563d928f9582d6d3f25ed39d2d63f310"
+BUILTIN_SCHEMA = "69db43889cc19b16032ee8c1a15cbe0a872ff36438d8fb809429929bce52ae8f"
+
+END_OF_TEXT = 256
+PADDING = 257
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_the_network(monkeypatch)
+
+
+def one_line(error: pytest.ExceptionInfo[OperatorError]) -> str:
+    said = str(error.value)
+    assert "\n" not in said
+    assert len(said) < 500
+    return said
+
+
+def test_builtin_weights_are_these_bits() -> None:
+    torch.manual_seed(1)
+    model = builtin_model()
+    assert weights_hash(model) == BUILTIN_WEIGHTS
+    assert schema_hash(model) == BUILTIN_SCHEMA
+    torch.manual_seed(2)
+    assert weights_hash(load_model()) == BUILTIN_WEIGHTS, "chance has a part in them"
+
+
+def test_builtin_model_is_small_trains_and_has_no_dropout() -> None:
+    model = builtin_model()
+    assert parameter_count(model.parameters()) == 891_904
+    assert model.training
+    ids = torch.arange(10)[None]
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert model(input_ids=torch.zeros(1, 512, dtype=torch.long)).logits.shape == (1, 512, 258)
+
+
+def test_integer_weights_are_spread_as_documented() -> None:
+    weights = integer_weights("a.weight", (100, 100))
+    assert weights.dtype == torch.float32
+    assert weights.std().item() == pytest.approx(0.018, rel=0.05)
+    assert abs(weights.mean().item()) < 0.001
+    assert not torch.equal(weights, integer_weights("b.weight", (100, 100)))
+    assert torch.equal(integer_weights("norm.weight", (3,)), torch.ones(3))
+    assert torch.equal(integer_weights("norm.bias", (3,)), torch.zeros(3))
+    first = int.from_bytes(hashlib.shake_256(b"a.weight").digest(2), "little", signed=True)
+    assert weights[0, 0].item() == first / 2**20
+
+
+def test_builtin_tokenizer_is_one_token_a_byte_and_an_end() -> None:
+    tokenizer = builtin_tokenizer()
+    assert len(tokenizer) == 258
+    every_byte = [tokenizer(chr(number)).input_ids for number in range(128)]
+    assert all(len(ids) == 2 and ids[1] == END_OF_TEXT for ids in every_byte)
+    assert tokenizer("Hi, ü\n\t€").input_ids == [
+        39, 72, 11, 220, 127, 120, 198, 197, 158, 224, 105, END_OF_TEXT,
+    ]  # fmt: skip
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (END_OF_TEXT, PADDING)
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "  two  spaces ", "x" * 200, "naïve 漢字 🙂\r\n\x00\x1c", "a\u2028b"]
+)
+def test_builtin_tokenizer_loses_nothing(text: str) -> None:
+    ids = builtin_tokenizer()(text).input_ids
+    assert len(ids) == len(text.encode()) + 1
+    assert builtin_tokenizer().decode(ids, skip_special_tokens=True) == text
+
+
+def test_encode_pads_on_the_right_and_masks_the_padding() -> None:
+    rows = encode(builtin_tokenizer(), ["abc", "", "a"])
+    assert rows["input_ids"].tolist() == [
+        [64, 65, 66, END_OF_TEXT],
+        [END_OF_TEXT, PADDING, PADDING, PADDING],
+        [64, END_OF_TEXT, PADDING, PADDING],
+    ]
+    assert rows["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0]]
+    assert rows["input_ids"].dtype == rows["attention_mask"].dtype == torch.int64
+
+
+def test_encode_takes_a_mapping_as_well() -> None:
+    texts = ["one", "three"]
+    by_list = encode(builtin_tokenizer(), texts)
+    by_mapping = encode(builtin_tokenizer(), {"text": texts})
+    assert by_list["input_ids"].tolist() == by_mapping["input_ids"].tolist()
+    assert by_list["attention_mask"].tolist() == by_mapping["attention_mask"].tolist()
+
+
+@pytest.mark.parametrize(("length", "tokens"), [(510, 511), (511, 512), (512, 512), (2000, 512)])
+def test_encode_truncates_at_512_tokens(length: int, tokens: int) -> None:
+    ids = encode(builtin_tokenizer(), ["x" * length, "y"])["input_ids"]
+    assert ids.shape == (2, tokens)
+    assert ids[0, -1] == END_OF_TEXT, "a truncated row keeps its end"
+
+
+def test_encode_truncates_where_the_run_says() -> None:
+    tokenizer = tiny_tokenizer(pad_token="<end>")
+    rows = encode(tokenizer, ["w2 w3 w4 w5 w6", "w2"], max_length=4)
+    assert rows["input_ids"].tolist() == [[2, 3, 4, END], [2, END, END, END]]
+    assert rows["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.usefixtures("offline")
+def test_a_local_folder_loads_with_its_weights(architecture: str, tmp_path: Path) -> None:
+    saved = save_tiny(architecture, tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert type(loaded) is type(saved)
+    ours, theirs = dict(saved.named_parameters()), dict(loaded.named_parameters())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all(value.dtype == torch.float32 for value in theirs.values())
+    assert loaded.training
+    assert weights_hash(loaded) == weights_hash(saved)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert encode(tokenizer, ["abc"])["input_ids"].tolist() == [[64, 65, 66, END_OF_TEXT]]
+    check_fit(loaded, tokenizer, POSITIONS)
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_model_saved_in_half_precision_is_trained_in_full(tmp_path: Path) -> None:
+    tiny_model("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert {value.dtype for value in loaded.parameters()} == {torch.float32}
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_relative_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny("gpt2", tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert schema_hash(load_model("mine")) == schema_hash(load_model("./mine"))
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path: Path) -> None:
+    tiny_tokenizer(padding_side="left").save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.pad_token_id == END
+    assert loaded.padding_side == "right"
+    rows = encode(loaded, ["w2 w3", "w4"])
+    assert rows["input_ids"].tolist() == [[2, 3, END], [4, END, END]]
+    assert rows["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]], "an end of its own is text"
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_missing_folder_is_told_in_one_line(tmp_path: Path) -> None:
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(OperatorError, match="no such folder") as caught:
+            load(str(tmp_path / "absent"))
+        assert "absent" in one_line(caught)
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_folder_without_a_model_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(OperatorError, match=r"no config\.json") as caught:
+        load_model(str(tmp_path))
+    assert str(tmp_path) in one_line(caught)
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(OperatorError, match="cannot be loaded") as caught:
+        load_model(str(tmp_path))
+    one_line(caught)
+    (tmp_path / "config.json").write_text("{")
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(OperatorError, match="cannot be loaded") as caught:
+            load(str(tmp_path))
+        one_line(caught)
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_model_of_an_unknown_kind_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "no such kind"}')
+    with pytest.raises(OperatorError, match="cannot be loaded") as caught:
+        load_model(str(tmp_path))
+    one_line(caught)
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing-of-this-name", "not a name!", "a/b/c", ""])
+@pytest.mark.usefixtures("offline")
+def test_a_name_that_is_none_is_told_in_one_line(name: str) -> None:
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(OperatorError) as caught:
+            load(name)
+        assert f" {name}: " in one_line(caught)
+
+
+def test_what_belongs_together_fits() -> None:
+    check_fit(builtin_model(), builtin_tokenizer(), 512)
+
+
+def test_a_sequence_longer_than_the_models_is_refused() -> None:
+    with pytest.raises(OperatorError, match=r"sequence_length is 513.* longest is 512"):
+        check_fit(builtin_model(), builtin_tokenizer(), 513)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused() -> None:
+    check_fit(tiny_model("llama"), tiny_tokenizer(), POSITIONS)
+    with pytest.raises(OperatorError, match="258 tokens and the model a place for 32"):
+        check_fit(tiny_model("llama"), builtin_tokenizer(), POSITIONS)
+
+
+def test_schema_hash_sees_names_and_shapes_and_no_values() -> None:
+    model = tiny_model("llama")
+    schema = schema_hash(model)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    assert schema_hash(model) == schema
+    others = [tiny_model("qwen2"), tiny_model("llama", vocabulary=33)]
+    renamed = torch.nn.ModuleDict({"other": model})
+    assert len({schema, *map(schema_hash, others), schema_hash(renamed)}) == 4
+
+
+def test_schema_hash_sees_a_shape_of_as_many_numbers() -> None:
+    assert schema_hash(torch.nn.Linear(2, 6, bias=False)) != schema_hash(
+        torch.nn.Linear(6, 2, bias=False)
+    )
+
+
+def test_weights_hash_sees_one_bit() -> None:
+    model = tiny_model("gpt2")
+    before = weights_hash(model)
+    with torch.no_grad():
+        value = model.transformer.ln_f.bias
+        value[0] = torch.nextafter(value[0], torch.tensor(1.0))
+    assert weights_hash(model) != before
+
+
+def test_a_device_is_chosen_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert choose_device(None) == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device(None) == torch.device("mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device(None) == torch.device("cuda")
+    assert choose_device("cpu") == torch.device("cpu"), "who asks for the CPU gets it"
+
+
+@pytest.mark.parametrize("wanted", ["", "gpu", "cuda:99", "cpu:one", "vulkan", "meta"])
+def test_a_device_that_is_not_there_is_told_in_one_line(wanted: str) -> None:
+    with pytest.raises(OperatorError) as caught:
+        choose_device(wanted)
+    assert one_line(caught).startswith(f"--neuron.device {wanted}: ")

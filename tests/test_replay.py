@@ -1,0 +1,216 @@
+"""A replay of real training on a tiny model, and what honest and idle answers earn by it."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hiveminer.errors import TrainingError
+from hiveminer.model import encode, weights_hash
+from hiveminer.replay import Curves, Replayer
+from hiveminer.run import Run
+from hiveminer.scoring import Evidence, score
+from hiveminer.swarm import SwarmState, build_optimizer
+from hiveminer.swarm.optimizer import parameter_groups
+from hiveminer.trainer import LocalStep, Trainer
+
+RUN = Run()
+BATCH = 2
+STEPS = 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def texts(seed: int, *, rows: int = BATCH * STEPS) -> list[str]:
+    """Rows over a few words each, which is what makes one harder than another."""
+    draw = random.Random(seed)
+    made = []
+    for _ in range(rows):
+        words = [f"w{draw.randrange(2, 32)}" for _ in range(draw.randrange(1, 8))]
+        made.append(" ".join(draw.choice(words) for _ in range(draw.randrange(8, 24))))
+    return made
+
+
+def tensors(rows: Sequence[str]) -> dict[str, Tensor]:
+    encoded = encode(tiny_tokenizer(pad_token="<end>"), rows, max_length=32)
+    return {key: encoded[key] for key in ("input_ids", "attention_mask")}
+
+
+def adamw(model: nn.Module) -> torch.optim.AdamW:
+    section = RUN.optimizer
+    groups = parameter_groups(model.parameters(), weight_decay=section.weight_decay)
+    return build_optimizer(groups, section)
+
+
+class Miner:
+    """A model that trains by itself, as a miner does between two averagings."""
+
+    def __init__(self, model: PreTrainedModel, optimizer: dict[str, Any] | None = None):
+        self.model = copy.deepcopy(model)
+        self.optimizer = adamw(self.model)
+        if optimizer is not None:
+            self.optimizer.load_state_dict(copy.deepcopy(optimizer))
+        self.trainer = Trainer(self.model, encode=tensors, optimizer=LocalStep(self.optimizer))
+
+    def train(self, rows: Sequence[str], **options: Any) -> tuple[float, ...]:
+        return tuple(self.trainer.train(rows, batch_size=BATCH, **options).losses)
+
+    def forward(self, rows: Sequence[str]) -> tuple[float, ...]:
+        return tuple(self.trainer.measure(rows, batch_size=BATCH).losses)
+
+    def state(self) -> SwarmState:
+        return SwarmState(
+            epoch=3,
+            weights={n: value.detach().clone() for n, value in self.model.named_parameters()},
+            optimizer=copy.deepcopy(self.optimizer.state_dict()),
+        )
+
+
+@pytest.fixture(scope="module")
+def state() -> SwarmState:
+    """The swarm's state after some epochs: moments and step counts are not empty."""
+    swarm = Miner(tiny_model("llama"))
+    for seed in range(100, 106):
+        swarm.train(texts(seed))
+    return swarm.state()
+
+
+@pytest.fixture(scope="module")
+def replayer() -> Replayer:
+    return Replayer(tiny_model("llama"), encode=tensors, run=RUN)
+
+
+def miner_at(state: SwarmState) -> Miner:
+    model = tiny_model("llama")
+    model.load_state_dict(state.weights, strict=False)
+    return Miner(model, state.optimizer)
+
+
+def curves(replayer: Replayer, state: SwarmState, rows: Sequence[str], **options: Any) -> Curves:
+    found = replayer.curves(state, rows, batch_size=BATCH, **options)
+    assert found is not None
+    return found
+
+
+def worth(answered: Sequence[float], found: Curves) -> float:
+    return score(
+        Evidence(
+            hotkey="5F",
+            request_id="r",
+            epoch=3,
+            answered=tuple(answered),
+            trained=found.trained,
+            untrained=found.untrained,
+            claimed_samples=BATCH * STEPS,
+            given_samples=BATCH * STEPS,
+            tokens=100,
+        )
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_honest_answer_is_replayed_to_the_same_curve(
+    replayer: Replayer, state: SwarmState, seed: int
+) -> None:
+    rows = texts(seed)
+    answered = miner_at(state).train(rows)
+    found = curves(replayer, state, rows)
+    assert len(answered) == STEPS
+    assert answered == pytest.approx(found.trained, rel=1e-5)
+    assert worth(answered, found) == 1.0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_running_forward_only_is_worth_nothing(
+    replayer: Replayer, state: SwarmState, seed: int
+) -> None:
+    rows = texts(seed)
+    answered = miner_at(state).forward(rows)
+    found = curves(replayer, state, rows)
+    assert answered == pytest.approx(found.untrained, rel=1e-5)
+    assert worth(answered, found) == 0.0
+
+
+def test_the_answer_to_other_rows_is_worth_nothing(replayer: Replayer, state: SwarmState) -> None:
+    found = curves(replayer, state, texts(0))
+    for seed in range(1, 4):
+        assert worth(miner_at(state).train(texts(seed)), found) < 0.2
+
+
+def test_accumulation_is_replayed_as_it_was_trained(replayer: Replayer, state: SwarmState) -> None:
+    rows = texts(5, rows=21)
+    answered = miner_at(state).train(rows, gradient_accumulation_steps=2)
+    found = curves(replayer, state, rows, gradient_accumulation_steps=2)
+    assert len(found.trained) == len(found.untrained) == 6
+    assert answered == pytest.approx(found.trained, rel=1e-5)
+
+
+def test_a_replay_leaves_the_state_as_it_was(replayer: Replayer, state: SwarmState) -> None:
+    before = copy.deepcopy(state)
+    first = curves(replayer, state, texts(1))
+    curves(replayer, state, texts(2))
+    assert all(torch.equal(state.weights[n], before.weights[n]) for n in before.weights)
+    moments, expected = state.optimizer["state"], before.optimizer["state"]
+    assert moments.keys() == expected.keys()
+    assert expected, "the state has no moments, and proves nothing"
+    for number, values in expected.items():
+        assert all(torch.equal(moments[number][key], value) for key, value in values.items())
+    assert curves(replayer, state, texts(1)) == first, "a replay depends on those before it"
+
+
+def test_the_model_given_is_not_the_one_that_is_trained(state: SwarmState) -> None:
+    model = tiny_model("llama")
+    before = weights_hash(model)
+    Replayer(model, encode=tensors, run=RUN).curves(state, texts(1), batch_size=BATCH)
+    assert weights_hash(model) == before
+
+
+def test_the_moments_of_the_state_have_their_part(replayer: Replayer, state: SwarmState) -> None:
+    fresh = SwarmState(state.epoch, state.weights, adamw(tiny_model("llama")).state_dict())
+    with_moments = curves(replayer, state, texts(1))
+    without = curves(replayer, fresh, texts(1))
+    assert with_moments.untrained == without.untrained
+    assert with_moments.trained[0] == without.trained[0]
+    assert with_moments.trained[-1] != pytest.approx(without.trained[-1], rel=1e-4)
+
+
+def test_a_replay_that_is_stopped_gives_nothing(replayer: Replayer, state: SwarmState) -> None:
+    for answers in ([True], [False, False, True]):
+        asked = iter(answers)
+        found = replayer.curves(
+            state, texts(1), batch_size=BATCH, stopped=lambda asked=asked: next(asked)
+        )
+        assert found is None
+
+
+def test_rows_that_cannot_be_trained_on_are_a_training_error(
+    replayer: Replayer, state: SwarmState
+) -> None:
+    with pytest.raises(TrainingError):
+        replayer.curves(state, ["", ""], batch_size=BATCH)
+
+
+def test_the_loss_under_a_state(replayer: Replayer, state: SwarmState) -> None:
+    rows = texts(9)
+    loss = replayer.loss(state, rows)
+    assert loss == pytest.approx(miner_at(state).trainer.measure(rows, batch_size=3).loss)
+    first = Miner(tiny_model("llama")).state()
+    start = replayer.loss(first, rows)
+    assert loss is not None
+    assert start is not None
+    assert loss < start, "the state that has learnt is no better than the start"
+    assert replayer.loss(state, [""]) is None

@@ -1,0 +1,269 @@
+"""The run file: what its hash sees, and what a bad one is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from hiveminer import __version__
+from hiveminer.errors import OperatorError
+from hiveminer.run import Run, RunId, is_local, load_run
+
+BASE: dict[str, Any] = {
+    "optimizer": {"schedule": "linear", "total_epochs": 10},
+    "data": {"name": "owner/data", "rows": 10},
+}
+
+OTHER_VALUES: dict[str, Any] = {
+    "name": "other",
+    "oldest_version": "0.0.9",
+    "model.name": "owner/model",
+    "model.revision": "main",
+    "model.sequence_length": 256,
+    "data.name": "owner/other",
+    "data.hash": "00",
+    "data.column": "body",
+    "data.config": "en",
+    "data.split": "test",
+    "data.revision": "main",
+    "data.streaming": True,
+    "data.rows": 11,
+    "data.shard_rows": 10,
+    "data.held_out": 0.02,
+    "optimizer.learning_rate": 1e-3,
+    "optimizer.betas": [0.9, 0.99],
+    "optimizer.eps": 1e-7,
+    "optimizer.weight_decay": 0.0,
+    "optimizer.max_grad_norm": 0.5,
+    "optimizer.schedule": "cosine",
+    "optimizer.warmup_epochs": 1,
+    "optimizer.total_epochs": 11,
+    "swarm.epoch_samples": 128,
+    "swarm.matchmaking_seconds": 4.0,
+    "swarm.averaging_timeout_seconds": 31.0,
+    "swarm.compression": "none",
+    "limits.rows": 512,
+    "limits.batch_size": 128,
+    "limits.timeout_seconds": 60.0,
+}
+
+ONLY_VALUE = {"strategy"}
+"""Keys that know one value so far."""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def keys(section: type[BaseModel], prefix: str = "") -> set[str]:
+    found = set()
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= keys(field.annotation, f"{prefix}{name}.")
+        else:
+            found.add(prefix + name)
+    return found
+
+
+def with_value(said: dict[str, Any], key: str, value: Any) -> Run:
+    section, _, last = key.rpartition(".")
+    place = {name: dict(part) for name, part in said.items()}
+    (place.setdefault(section, {}) if section else place)[last] = value
+    return Run.model_validate(place)
+
+
+def test_hash_does_not_see_layout_order_or_comments(tmp_path: Path) -> None:
+    one = write(tmp_path, 'name = "a"\n[optimizer]\nlearning_rate = 0.001\nbetas = [0.8, 0.9]\n')
+    first = load_run(one).hash
+    two = write(
+        tmp_path,
+        '# ours\noptimizer = { betas = [ 0.8,\n 0.90 ], learning_rate = 1e-3 }\nname="a" # so\n',
+    )
+    assert load_run(two).hash == first
+
+
+def test_hash_does_not_see_a_default_that_is_written_out(tmp_path: Path) -> None:
+    written = write(tmp_path, '[model]\nname = "builtin"\nsequence_length = 512\n[limits]\n')
+    assert load_run(written).hash == load_run(None).hash == Run().hash
+
+
+def test_hash_sees_an_integer_as_the_same_number(tmp_path: Path) -> None:
+    whole = load_run(write(tmp_path, "[swarm]\nmatchmaking_seconds = 4\n"))
+    real = load_run(write(tmp_path, "[swarm]\nmatchmaking_seconds = 4.0\n"))
+    assert whole.hash == real.hash
+
+
+def test_every_key_has_another_value_in_this_file() -> None:
+    assert keys(Run) == set(OTHER_VALUES) | ONLY_VALUE
+
+
+@pytest.mark.parametrize("key", OTHER_VALUES)
+def test_hash_changes_with_every_key(key: str) -> None:
+    assert with_value(BASE, key, OTHER_VALUES[key]).hash != Run.model_validate(BASE).hash
+
+
+def test_hash_does_not_see_where_local_data_and_models_lie(tmp_path: Path) -> None:
+    def run(data: str, model: str) -> str:
+        return Run.model_validate({"data": {"name": data}, "model": {"name": model}}).hash
+
+    (tmp_path / "here").mkdir()
+    hashes = {
+        run(str(tmp_path / "here"), "~/models/a"),
+        run("/elsewhere/rows.jsonl", "./b"),
+        run("../rows.jsonl", "/srv/model"),
+    }
+    assert len(hashes) == 1
+    assert run("owner/data", "./b") not in hashes
+    assert run("builtin", "./b") not in hashes
+    assert run("./rows.jsonl", "builtin") not in hashes
+
+
+def test_builtin_is_never_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "builtin").mkdir()
+    (tmp_path / "mine").mkdir()
+    assert not is_local("builtin")
+    assert is_local("mine")
+    assert not is_local("openai-community/gpt2")
+
+
+def test_values_are_read(tmp_path: Path) -> None:
+    run = load_run(
+        write(tmp_path, 'name = "small_1"\n[optimizer]\nbetas = [0.5, 0.6]\n[data]\ncolumn = "x"\n')
+    )
+    assert (run.name, run.optimizer.betas, run.data.column) == ("small_1", (0.5, 0.6), "x")
+    assert run.model == Run().model
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("colour = 1", "colour"),
+        ("[model]\ncolour = 1", "model.colour"),
+        ("[colours]\nred = 1", "colours"),
+        ('model = "gpt2"', "model"),
+        ("[model]\nname = 3", "model.name"),
+        ('[model]\nsequence_length = "512"', "model.sequence_length"),
+        ("[model]\nsequence_length = 1", "model.sequence_length"),
+        ("[model]\nsequence_length = 511.5", "model.sequence_length"),
+        ("[data]\nrows = true", "data.rows"),
+        ("[data]\nrows = -1", "data.rows"),
+        ('[data]\nstreaming = "yes"', "data.streaming"),
+        ("[data]\nheld_out = 1.0", "data.held_out"),
+        ("[optimizer]\nlearning_rate = 0", "optimizer.learning_rate"),
+        ("[optimizer]\nlearning_rate = nan", "optimizer.learning_rate"),
+        ("[optimizer]\nlearning_rate = inf", "optimizer.learning_rate"),
+        ('[optimizer]\nlearning_rate = "fast"', "optimizer.learning_rate"),
+        ("[optimizer]\nbetas = [0.9]", "optimizer.betas"),
+        ("[optimizer]\nbetas = [0.9, 1.0]", "optimizer.betas.1"),
+        ('[optimizer]\nschedule = "steep"', "optimizer.schedule"),
+        ('[optimizer]\nschedule = "cosine"', "optimizer.total_epochs"),
+        ("[data]\nstreaming = true", "data.rows"),
+        ("[swarm]\nepoch_samples = 0", "swarm.epoch_samples"),
+        ('[swarm]\ncompression = "zip"', "swarm.compression"),
+        ("[limits]\nbatch_size = 1_000_000", "limits.batch_size"),
+        ("[limits]\nrows = 0", "limits.rows"),
+        ("[limits]\ntimeout_seconds = true", "limits.timeout_seconds"),
+        ('name = "With-Dash"', "name"),
+        ('strategy = "alone"', "strategy"),
+        ('oldest_version = "1.0"', "oldest_version"),
+    ],
+)
+def test_a_bad_key_is_told_in_one_line(tmp_path: Path, text: str, key: str) -> None:
+    path = write(tmp_path, text)
+    with pytest.raises(OperatorError) as caught:
+        load_run(path)
+    said = str(caught.value)
+    assert said.startswith(f"{path}: ")
+    assert key in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"name = ", "not TOML"),
+        (b'name = "a"\nname = "b"', "not TOML"),
+        (b"{}", "not TOML"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_what_is_no_toml_is_told_in_one_line(tmp_path: Path, content: bytes, reason: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(content)
+    with pytest.raises(OperatorError, match=reason) as caught:
+        load_run(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(OperatorError, match=r"absent\.toml: no such file; --neuron\.run"):
+        load_run(tmp_path / "absent.toml")
+    with pytest.raises(OperatorError, match="cannot be read"):
+        load_run(tmp_path)
+
+
+def run_id(**changed: str) -> RunId:
+    parts = {"name": "ours", "run": "a" * 12, "schema": "b" * 8, "data": "c" * 8}
+    return RunId(**(parts | changed))
+
+
+def test_run_id_carries_name_and_three_hashes() -> None:
+    run = Run(name="small")
+    made = RunId.of(run, schema_hash="0123456789", data_hash="9876543210")
+    assert str(made) == f"small-{run.hash[:12]}-01234567-98765432"
+    assert made.difference(str(made)) is None
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [("name", "run"), ("run", "run.toml"), ("schema", "model schema"), ("data", "data")],
+)
+def test_difference_names_the_part(part: str, told: str) -> None:
+    theirs = run_id(**{part: "d"})
+    said = run_id().difference(str(theirs))
+    assert said is not None
+    assert said.startswith(f"{told} differs: d there, ")
+    assert str(theirs) in said
+    assert str(run_id()) in said
+
+
+@pytest.mark.parametrize("other", ["", "ours", "a-b-c", "a-b-c-d-e"])
+def test_difference_from_something_that_is_no_run_id(other: str) -> None:
+    assert "none of ours" in (run_id().difference(other) or "")
+
+
+@pytest.mark.parametrize(
+    ("version", "accepted"),
+    [
+        ("0.2.0", True),
+        ("0.2.1", True),
+        ("0.10.0", True),
+        ("1.0.0", True),
+        ("0.1.9", False),
+        ("0.1.99", False),
+        ("", False),
+        ("0.2", False),
+        ("0.2.0.0", False),
+        ("0.2.0rc1", False),
+        ("new", False),
+    ],
+)
+def test_versions_compare_as_numbers(version: str, accepted: bool) -> None:
+    assert Run(oldest_version="0.2.0").accepts_version(version) is accepted
+
+
+def test_this_version_may_take_part_in_the_builtin_run() -> None:
+    assert Run().accepts_version(__version__)
+    Run().check_version()
+
+
+def test_a_run_for_newer_versions_is_refused() -> None:
+    with pytest.raises(OperatorError, match=r"wants 99\.0\.0 or newer: upgrade hiveminer"):
+        Run(oldest_version="99.0.0").check_version()

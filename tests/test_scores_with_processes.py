@@ -1,0 +1,73 @@
+"""Who does not work earns next to nothing: an honest miner beside three that are not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from programs import Network
+
+SCRIPT = Path(__file__).resolve().parent / "dishonest.py"
+REPLAYS = {"honest": 2, "forwardonly": 2, "inventor": 1, "copycat": 1}
+KINDS = tuple(REPLAYS)
+
+RUN = """
+[model]
+sequence_length = 256
+[swarm]
+epoch_samples = 128
+"""
+
+
+@pytest.mark.timeout(300)
+def test_the_idle_and_the_lying_earn_under_a_fifth_of_the_honest(tmp_path: Path) -> None:
+    with Network(tmp_path, run=RUN) as network:
+        board = str(tmp_path / "board.json")
+        miners = {
+            kind: network.start(
+                f"miner-{kind}", kind, board, "--wallet.hotkey", kind, script=SCRIPT
+            )
+            for kind in KINDS
+        }
+        network.start(
+            "validator",
+            *("--validator.rows", "40", "--validator.batch_size", "4"),
+            *("--validator.sample_rate", "1", "--validator.weights_seconds", "5"),
+        )
+        by_key = {
+            kind: _hotkey(program.says("serving on", seconds=90))
+            for kind, program in miners.items()
+        }
+
+        def judged(lines: list[dict[str, Any]]) -> bool:
+            counts = Counter(line["hotkey"] for line in lines)
+            return all(counts[key] >= REPLAYS[kind] for kind, key in by_key.items())
+
+        evidence = network.wait_for_numbers("evidence", judged, seconds=200)
+        after = evidence[-1]["time"]
+        weights = network.wait_for_numbers(
+            "weights", lambda lines: any(line["time"] > after for line in lines), seconds=60
+        )[-1]["weights"]
+        uids = {kind: _uid(program.words) for kind, program in miners.items()}
+        earned = {kind: weights.get(uid, 0.0) for kind, uid in uids.items()}
+        seen = "\n".join(
+            f"{line['hotkey'][:6]} epoch {line['epoch']} fit {line['fit']} "
+            f"learning {line['learning']} score {line['score']:.2f}"
+            for line in evidence
+        )
+        told = f"{earned}\n{by_key}\n{seen}"
+        assert earned["honest"] > 0, told
+        for kind in KINDS[1:]:
+            assert earned[kind] < 0.2 * earned["honest"], told
+        print(told)
+
+
+def _hotkey(words: str) -> str:
+    return words.split("hotkey ", 1)[1].split()[0]
+
+
+def _uid(words: str) -> str:
+    return words.split(": uid ", 1)[1].split()[0]

@@ -1,0 +1,296 @@
+"""What a replayed answer is worth, on curves that are made for it, and who gets what weight."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hiveminer.scoring import (
+    FEWEST_STEPS,
+    FULL_LEARNING,
+    LEAST_LEARNING,
+    Evidence,
+    ScoreTable,
+    fit,
+    learning,
+    ramp,
+    score,
+)
+
+# As the built-in model shows them after its first few hundred rows: groups of rows differ
+# by 0.3 nats a token, and ten steps learn a tenth of one.
+STEPS = 10
+SPREAD = 0.3
+LEARNT = 0.1
+
+quick = settings(database=None, deadline=None, derandomize=True, max_examples=60)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+curves = st.lists(st.tuples(finite, finite, finite), min_size=1, max_size=20)
+
+
+def difficulty(seed: int) -> list[float]:
+    """What the weights make of each group of rows before anything is learnt."""
+    draw = random.Random(seed)
+    return [3.0 + draw.gauss(0, SPREAD) for _ in range(STEPS)]
+
+
+def learnt(untrained: list[float], *, share: float = 1.0) -> tuple[float, ...]:
+    """The same rows' losses when each step has learnt from those before it."""
+    return tuple(loss - share * gain(i) for i, loss in enumerate(untrained))
+
+
+def gain(step: int) -> float:
+    return LEARNT * (1 - math.exp(-step / 3))
+
+
+def noisy(curve: tuple[float, ...], *, size: float, seed: int = 1) -> tuple[float, ...]:
+    draw = random.Random(seed)
+    return tuple(loss + draw.gauss(0, size) for loss in curve)
+
+
+UNTRAINED = difficulty(0)
+TRAINED = learnt(UNTRAINED)
+EVIDENCE = Evidence(
+    hotkey="5F",
+    request_id="r",
+    epoch=3,
+    answered=TRAINED,
+    trained=TRAINED,
+    untrained=tuple(UNTRAINED),
+    claimed_samples=64,
+    given_samples=64,
+    tokens=1000,
+)
+
+
+def answer(curve: Any, **changed: Any) -> float:
+    return score(replace(EVIDENCE, answered=tuple(curve), **changed))
+
+
+def test_an_honest_answer_is_worth_all() -> None:
+    assert answer(TRAINED) == 1.0
+    assert EVIDENCE.fit == 1.0
+    assert EVIDENCE.learning == pytest.approx(1.0)
+
+
+def test_an_honest_answer_may_differ_a_little() -> None:
+    assert answer(noisy(TRAINED, size=0.02)) > 0.8
+    # Part of the epoch was trained already when this request began.
+    assert answer([loss - LEARNT for loss in TRAINED]) == 1.0
+
+
+def test_fewer_samples_than_given_are_no_fault() -> None:
+    assert answer(TRAINED, claimed_samples=32) == 1.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_only_running_forward_is_worth_nothing(seed: int) -> None:
+    assert answer(UNTRAINED) == 0.0
+    assert answer(noisy(tuple(UNTRAINED), size=0.005, seed=seed)) < 0.2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_invented_curve_is_worth_nothing(seed: int) -> None:
+    smooth = tuple(3.0 - gain(i) for i in range(STEPS))
+    assert answer(smooth) < 0.2
+    assert answer(noisy(smooth, size=SPREAD, seed=100 + seed)) < 0.2
+    assert answer([3.0] * STEPS) == 0.0
+    assert answer([0.0] * STEPS) == 0.0
+
+
+@pytest.mark.parametrize("seed", range(1, 9))
+def test_the_answer_for_other_rows_is_worth_nothing(seed: int) -> None:
+    assert answer(learnt(difficulty(seed))) < 0.2
+
+
+def test_learning_less_is_worth_less() -> None:
+    half = (LEAST_LEARNING + FULL_LEARNING) / 2
+    worth = [answer(learnt(UNTRAINED, share=share)) for share in (0, LEAST_LEARNING, half, 1.0)]
+    assert worth == pytest.approx([0.0, 0.0, 0.5, 1.0])
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_is_worth_nothing(wrong: float) -> None:
+    assert answer((*TRAINED[:-1], wrong)) == 0.0
+
+
+def test_a_curve_of_another_length_is_worth_nothing() -> None:
+    assert answer(TRAINED[:-1]) == 0.0
+    assert answer((*TRAINED, 4.0)) == 0.0
+    assert answer(()) == 0.0
+    assert score(replace(EVIDENCE, untrained=EVIDENCE.untrained[:-1])) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("steps", "worth"), [(0, 0.0), (FEWEST_STEPS - 1, 0.0), (FEWEST_STEPS, 1.0)]
+)
+def test_a_curve_that_is_too_short_says_nothing(steps: int, worth: float) -> None:
+    short = replace(
+        EVIDENCE,
+        answered=TRAINED[:steps],
+        trained=TRAINED[:steps],
+        untrained=EVIDENCE.untrained[:steps],
+    )
+    assert score(short) == worth
+
+
+def test_claiming_more_rows_than_given_is_worth_nothing() -> None:
+    assert answer(TRAINED, claimed_samples=65) == 0.0
+
+
+def test_fit_and_learning_on_curves_worked_out_by_hand() -> None:
+    assert fit([1.0, 3.0], [0.0, 2.0]) == 1.0, "a common offset is taken off"
+    assert fit([1.0, 1.0], [0.0, 2.0]) == 0.0, "a flat answer shares nothing"
+    assert fit([2.0, 0.0], [0.0, 2.0]) == -3.0
+    assert fit([9.0, 9.0], [1.0, 1.0]) == 1.0
+    assert fit([9.0, 8.0], [1.0, 1.0]) == -10.0
+    assert learning([4.0, 3.0], trained=[4.0, 2.0], untrained=[4.0, 4.0]) == 0.5
+    assert learning([9.0, 9.0], trained=[4.0, 4.0], untrained=[4.0, 4.0]) == 0.0
+    assert [ramp(x, 1, 3) for x in (0, 1, 2, 3, 4)] == [0, 0, 0.5, 1, 1]
+
+
+@quick
+@given(points=curves, claimed=st.integers(0, 100), given_samples=st.integers(0, 100))
+def test_a_score_lies_between_0_and_1(
+    points: list[tuple[float, float, float]], claimed: int, given_samples: int
+) -> None:
+    answered, trained, untrained = (tuple(curve) for curve in zip(*points, strict=True))
+    worth = score(
+        replace(
+            EVIDENCE,
+            answered=answered,
+            trained=trained,
+            untrained=untrained,
+            claimed_samples=claimed,
+            given_samples=given_samples,
+        )
+    )
+    assert 0 <= worth <= 1
+
+
+def test_a_weight_is_score_times_tokens() -> None:
+    table = ScoreTable()
+    for hotkey, value, tokens in (("a", 1.0, 100), ("b", 0.5, 100), ("c", 1.0, 50)):
+        table.add_score(hotkey, value)
+        table.add_work(hotkey, tokens)
+    assert table.weights() == pytest.approx({"a": 0.5, "b": 0.25, "c": 0.25})
+
+
+def test_work_without_a_replay_and_a_replay_without_work_earn_nothing() -> None:
+    table = ScoreTable()
+    assert table.weights() == {}
+    table.add_work("unproved", 10_000)
+    table.add_score("idle", 1.0)
+    assert table.weights() == {}
+    table.add_score("works", 1.0)
+    table.add_work("works", 1)
+    assert table.weights() == {"works": 1.0}
+
+
+def test_the_average_forgets_slowly() -> None:
+    table = ScoreTable()
+    scores = []
+    for value in (1.0, 0.0, 0.5, 0.5, 0.5, 0.5):
+        table.add_score("a", value)
+        scores.append(table.of("a").score)
+    assert scores == pytest.approx([1.0, 0.5, 0.5, 0.5, 0.5, 0.5])
+    table.add_score("a", 1.0)
+    assert table.of("a").score == pytest.approx(0.625)
+    assert table.of("a").replays == 7
+
+
+def test_a_cheat_who_was_honest_once_sinks_under_a_fifth_in_six_replays() -> None:
+    table = ScoreTable()
+    for value in (1.0, *[0.0] * 6):
+        table.add_score("a", value)
+    assert table.of("a").score < 0.2
+
+
+def test_old_work_fades() -> None:
+    table = ScoreTable(fade=0.5)
+    for hotkey in ("old", "new"):
+        table.add_score(hotkey, 1.0)
+    table.add_work("old", 100)
+    table.fade_work()
+    table.add_work("new", 100)
+    assert table.weights() == pytest.approx({"old": 1 / 3, "new": 2 / 3})
+
+
+def test_keep_forgets_who_is_gone_and_a_newcomer_inherits_nothing() -> None:
+    table = ScoreTable()
+    for hotkey in ("stays", "goes"):
+        table.add_score(hotkey, 1.0)
+        table.add_work(hotkey, 10)
+    table.keep({"stays", "newcomer"})
+    assert table.weights() == {"stays": 1.0}
+    assert "newcomer" not in table.standings
+    assert (table.of("goes").score, table.of("goes").replays) == (0.0, 0)
+
+
+standings = st.lists(
+    st.tuples(st.sampled_from("abcde"), st.floats(0, 1), st.integers(0, 10**12)), max_size=20
+)
+
+
+def table_of(work: list[tuple[str, float, int]]) -> ScoreTable:
+    table = ScoreTable()
+    for hotkey, value, tokens in work:
+        table.add_score(hotkey, value)
+        table.add_work(hotkey, tokens)
+    return table
+
+
+@quick
+@given(work=standings)
+def test_weights_are_shares_of_one(work: list[tuple[str, float, int]]) -> None:
+    weights = table_of(work).weights()
+    assert all(0 <= weight <= 1 for weight in weights.values())
+    if weights:
+        assert sum(weights.values()) == pytest.approx(1.0)
+
+
+@quick
+@given(work=standings)
+def test_a_dump_is_json_and_comes_back_the_same(work: list[tuple[str, float, int]]) -> None:
+    table = table_of(work)
+    again = ScoreTable.restore(json.loads(json.dumps(table.dump())))
+    assert again.standings == table.standings
+    assert again.weights() == table.weights()
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {},
+        {"score": 0.5, "replays": 1},
+        {"score": 1.5, "replays": 1, "tokens": 1},
+        {"score": -0.5, "replays": 1, "tokens": 1},
+        {"score": math.nan, "replays": 1, "tokens": 1},
+        {"score": 0.5, "replays": -1, "tokens": 1},
+        {"score": 0.5, "replays": math.inf, "tokens": 1},
+        {"score": 0.5, "replays": 1, "tokens": -1},
+        {"score": 0.5, "replays": 1, "tokens": math.nan},
+        {"score": 0.5, "replays": 1, "tokens": math.inf},
+        {"score": "high", "replays": 1, "tokens": 1},
+        {"score": None, "replays": 1, "tokens": 1},
+        [0.5, 1, 1],
+        "0.5",
+        None,
+    ],
+)
+def test_a_bad_state_is_refused(row: Any) -> None:
+    with pytest.raises(ValueError, match="score"):
+        ScoreTable.restore({"a": row})
+
+
+@pytest.mark.parametrize("said", [[], "x", None, 3, [["a", {}]]])
+def test_what_is_no_table_is_refused(said: Any) -> None:
+    with pytest.raises(ValueError, match="score"):
+        ScoreTable.restore(said)
