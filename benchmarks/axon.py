@@ -12,8 +12,9 @@ temporary folder, with one torch thread, and keeps it training to the end. Then,
 - `flood_*`: as the first, under the flood that `_flood.py` describes, from a niced process on
   this machine. `rss_growth_mb` is the miner's peak then, over its peak in the seconds before.
 - `fuzz_*`: malformed requests, drawn by hypothesis (`tests/malformed.py`), each as it is and
-  7 times with bytes changed by chance, in the body before it is signed or in the whole after; `fuzz_500` is the number of those answered with 500,
-  by the answers and by the miner's own count, whichever is higher.
+  7 times with bytes changed by chance, in the body before it is signed or in the whole
+  afterwards; `fuzz_500` is the number of those answered with 500, by the answers or by the
+  miner's own count, whichever is higher.
 - `base_*`: the same calls, signatures and all, to a plain Starlette server without checks,
   `_plain.py`. The miner's training competes with its own server for one interpreter, so the
   plain server trains the same model in a thread of its process too.
@@ -324,8 +325,8 @@ def fuzzed(target: Target, count: int) -> Callable[[int], bytes]:
 
         request, times = drawn[number // 8], number % 8
         if number % 2:
-            return request.changed(chance, times=times).raw(sign)
-        return change(request.raw(sign), chance, times=times)
+            return bytes(request.changed(chance, times=times).raw(sign))
+        return bytes(change(request.raw(sign), chance, times=times))
 
     return raw
 

@@ -56,7 +56,7 @@ def malformed(*, hotkeys: Sequence[str]) -> st.SearchStrategy[Malformed]:
     return st.builds(
         Malformed,
         start=_starts(),
-        lines=st.one_of(_lines(hotkeys), st.lists(_noise(), max_size=2)),
+        lines=st.one_of(st.just([]), _lines(hotkeys), st.lists(_noise(), max_size=2)),
         body=_bodies(),
         signed=st.booleans(),
     )

@@ -19,7 +19,7 @@ from hiveminer.protocol import Train
 from hiveminer.trainer import LocalStep, Trainer
 from hiveminer.workqueue import WorkQueue
 
-ROWS = 4000
+ROWS = 256
 DEADLINE_SECONDS = 2.0
 
 
@@ -43,13 +43,13 @@ class Clocked:
         self.ends: list[float] = []
 
     def encode(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        encoded = model.encode(self.tokenizer, texts, max_length=64)
+        encoded = model.encode(self.tokenizer, texts, max_length=512)
         return {key: encoded[key] for key in ("input_ids", "attention_mask")}
 
     def forward(self, synapse: Train) -> Train:
         self.ends.append(time.monotonic())
         result = self.trainer.train(
-            ["for row in rows: print(row)\n" * 8] * len(synapse.dataset_indices),
+            ["for row in rows: print(row)\n" * 16] * len(synapse.dataset_indices),
             batch_size=synapse.batch_size,
             timeout_seconds=synapse.timeout_seconds,
             on_step=lambda rows, loss: self.ends.append(time.monotonic()),

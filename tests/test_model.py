@@ -286,3 +286,18 @@ def test_a_device_that_is_not_there_is_told_in_one_line(wanted: str) -> None:
     with pytest.raises(OperatorError) as caught:
         choose_device(wanted)
     assert one_line(caught).startswith(f"--neuron.device {wanted}: ")
+
+
+def test_dropout_is_off_so_that_a_replay_gives_the_same_loss(tmp_path: Path) -> None:
+    import transformers as tf
+
+    config = tf.GPT2Config(
+        vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=1, eos_token_id=1, bos_token_id=1
+    )
+    assert config.attn_pdrop > 0
+    tf.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert loaded.training
+    rows = torch.arange(12).reshape(1, 12)
+    first, second = (loaded(input_ids=rows, labels=rows).loss for _ in range(2))
+    assert torch.equal(first, second)

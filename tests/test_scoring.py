@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hiveminer.scoring import (
     FEWEST_STEPS,
     FULL_LEARNING,
+    LEAST_FIT,
     LEAST_LEARNING,
     Evidence,
     ScoreTable,
@@ -294,3 +295,15 @@ def test_a_bad_state_is_refused(row: Any) -> None:
 def test_what_is_no_table_is_refused(said: Any) -> None:
     with pytest.raises(ValueError, match="score"):
         ScoreTable.restore(said)
+
+
+def test_a_fall_that_all_share_does_not_hide_that_the_rows_were_others() -> None:
+    """In the first epoch every curve falls by two nats, whatever the rows are."""
+    steps = range(10)
+    fall = [3.2 + 2.2 * 0.8**step for step in steps]
+    rows = (0.10, -0.12, 0.05, 0.14, -0.09, 0.02, -0.15, 0.11, -0.04, 0.07)
+    others = (-0.08, 0.10, 0.13, -0.06, 0.01, -0.14, 0.09, -0.02, 0.12, -0.11)
+    trained = [at + row for at, row in zip(fall, rows, strict=True)]
+    copied = [at + row for at, row in zip(fall, others, strict=True)]
+    assert fit(trained, trained) == 1.0
+    assert fit(copied, trained) < LEAST_FIT

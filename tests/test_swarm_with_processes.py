@@ -114,7 +114,7 @@ def test_two_terminals_without_a_flag(tmp_path: Path) -> None:
             second.says("is in use: the axon takes", seconds=60)
             second.says("is in use: the swarm's peer takes", seconds=60)
             second.says("met peer", seconds=60)
-            second.says("averaged in a group of 2", seconds=150)
+            second.says("averaged in a group of 2,", seconds=150)
             validator.says("weights set", seconds=120)
             alive = [
                 line["milliseconds"]

@@ -274,9 +274,18 @@ class Miner(BaseMinerNeuron):
         logger.info(
             "epoch %d begins: %s",
             ended.epoch,
-            f"averaged in a group of {ended.group_size}" if ended.group_size > 1 else "alone",
+            f"averaged in a group of {ended.group_size}, {ended.seconds:.1f} s"
+            if ended.group_size > 1
+            else "alone",
         )
-        self.metrics.log("epoch", {"epoch": ended.epoch, "group_size": ended.group_size})
+        self.metrics.log(
+            "epoch",
+            {
+                "epoch": ended.epoch,
+                "group_size": ended.group_size,
+                "seconds": round(ended.seconds, 3),
+            },
+        )
 
     def _tell(self, synapse: Train, result: TrainResult, *, seconds: float) -> None:
         loss = "none" if result.loss is None else f"{result.loss:.3f}"

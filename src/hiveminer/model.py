@@ -53,8 +53,23 @@ def load_model(name: str = BUILTIN, *, revision: str = "") -> PreTrainedModel:
         )
     except Exception as error:
         raise _unreadable("model", name, error) from error
+    without_dropout(model)
     model.train()
     return model
+
+
+def without_dropout(model: torch.nn.Module) -> None:
+    """Turn all dropout off, in place.
+
+    A row is trained once, which leaves nothing to overfit to; and a miner's curve can only
+    be compared with a replay's where the same rows give the same loss.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout", "resid_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def load_tokenizer(name: str = BUILTIN, *, revision: str = "") -> PreTrainedTokenizerBase:

@@ -24,6 +24,9 @@ from hiveminer.protocol import MAX_BATCH_SIZE, MAX_ROWS, MAX_TIMEOUT_SECONDS
 BUILTIN = "builtin"
 """The model or the data set that comes with this package."""
 
+LOCAL_SUFFIXES = frozenset({".txt", ".jsonl", ".ndjson", ".json", ".parquet"})
+"""A name that ends so is a file's, never the hub's."""
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -194,7 +197,10 @@ class RunId:
 def is_local(name: str) -> bool:
     """Whether a model or data name means a place on this machine's disk."""
     return name != BUILTIN and (
-        name.startswith((".", "/", "~")) or "\\" in name or Path(name).expanduser().exists()
+        name.startswith((".", "/", "~"))
+        or "\\" in name
+        or Path(name).suffix.lower() in LOCAL_SUFFIXES
+        or Path(name).expanduser().exists()
     )
 
 

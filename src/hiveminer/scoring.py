@@ -6,9 +6,10 @@ Three curves of loss by step then lie side by side: what the miner answered, wha
 gives (`trained`), what no training gives (`untrained`). Two numbers are read off them.
 
 - `fit`: how much of the trained curve's ups and downs the answer shares (1 minus the
-  variance of their difference over the curve's own variance). Rows differ in difficulty
-  far more than two honest copies of the swarm differ, so an answer that was invented, or
-  was given for other rows, has a fit below zero.
+  variance of their difference over the curve's own variance, both without their trend,
+  which is nearly the same for all rows). Rows differ in difficulty far more than two
+  honest copies of the swarm differ, so an answer that was invented, or was given for
+  other rows, has a fit below zero.
 - `learning`: where the answer lies between the untrained curve (0) and the trained one
   (1), by least squares. A miner that only runs forward lies at 0.
 
@@ -23,17 +24,22 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 FULL_FIT = 0.7
 """From this fit on an answer counts as given for these rows."""
 
 LEAST_FIT = 0.2
 
-FULL_LEARNING = 0.4
+FULL_LEARNING = 0.5
 """From here on an answer counts as trained: honest ones mostly lie between 0.5 and 1.7."""
 
-LEAST_LEARNING = 0.1
+LEAST_LEARNING = 0.2
 
-FEWEST_STEPS = 4
+TREND = 2
+"""Degree of the polynomial that is taken off a curve as its trend."""
+
+FEWEST_STEPS = 6
 """Shorter curves say nothing."""
 
 AVERAGE_OVER = 4.0
@@ -84,15 +90,15 @@ def score(evidence: Evidence) -> float:
 
 
 def fit(answered: Sequence[float], trained: Sequence[float]) -> float:
-    """1 - Var(answered - trained) / Var(trained), at least -10.
+    """1 - Var(answered - trained) / Var(trained), trends taken off, at least -10.
 
-    A common offset is taken off: the miner has trained other rows since the epoch began,
-    and the validator's copy has not.
+    The trend of the difference is the miner's: it has trained other rows since the epoch
+    began, and the validator's copy has not.
     """
-    spread = _variance(trained)
-    rest = _variance([a - t for a, t in zip(answered, trained, strict=True)])
-    if spread == 0:
-        return 1.0 if rest == 0 else -10.0
+    spread = _variance(_without_trend(trained))
+    rest = _variance(_without_trend([a - t for a, t in zip(answered, trained, strict=True)]))
+    if spread < 1e-12:
+        return 1.0 if rest < 1e-12 else -10.0
     return max(-10.0, 1.0 - rest / spread)
 
 
@@ -203,6 +209,15 @@ def _clip(value: float) -> float:
 def _centred(values: Sequence[float]) -> list[float]:
     mean = sum(values) / len(values)
     return [value - mean for value in values]
+
+
+def _without_trend(values: Sequence[float]) -> list[float]:
+    places = np.linspace(-1.0, 1.0, len(values))
+    degree = min(TREND, max(0, len(values) - 2))
+    trend = np.polynomial.polynomial.polyval(
+        places, np.polynomial.polynomial.polyfit(places, values, degree)
+    )
+    return [float(value - at) for value, at in zip(values, trend, strict=True)]
 
 
 def _variance(values: Sequence[float]) -> float:

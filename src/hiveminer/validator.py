@@ -61,6 +61,12 @@ MAX_SAMPLES_WAITING = 16
 HELD_OUT_ROWS = 32
 """Held-out rows that the swarm's state is measured on."""
 
+STALE_EPOCHS = 3
+"""An answer that says it began longer ago than this is not counted as work."""
+
+EVASIONS = 3
+"""So many answers in a row that cannot be replayed are judged as one that is worth nothing."""
+
 ALIVE_SECONDS = 5.0
 
 
@@ -227,6 +233,7 @@ class Validator:
         self._io = ThreadPoolExecutor(4, thread_name_prefix="chain")
         self._samples: list[Sample] = []
         self._last_epoch: dict[str, int] = {}
+        self._evasions: dict[str, int] = {}
         self._miners: dict[str, LiveMiner] = {}
         self._complaints: dict[str, str] = {}
         said = f"run {self.run_id}".encode()
@@ -391,7 +398,10 @@ class Validator:
         rows = request.dataset_indices[: min(answer.samples, len(request.dataset_indices))]
         mask = self._tensors(self.dataset.texts(rows))["attention_mask"] if rows else None
         tokens = min(answer.tokens, int(mask.sum()) if mask is not None else 0)
-        self.table.add_work(hotkey, tokens)
+        if self._is_timely(answer):
+            self.table.add_work(hotkey, tokens)
+        else:
+            logger.warning("an answer of %s for epoch %s is not counted", hotkey[:8], answer.epoch)
         self.metrics.log(
             "answer",
             {
@@ -406,6 +416,12 @@ class Validator:
             },
         )
         self._keep_sample(Sample(request, answer, hotkey))
+
+    def _is_timely(self, answer: Train) -> bool:
+        """Whether the epoch that an answer names can be true: a replay needs that one."""
+        assert self.observer is not None
+        now = max(self.observer.epoch, *self.states)
+        return answer.epoch is not None and now - STALE_EPOCHS <= answer.epoch <= now + 1
 
     def _keep_sample(self, sample: Sample) -> None:
         """Queue an answer for a replay, if chance will have it or nothing is known yet.
@@ -461,7 +477,9 @@ class Validator:
         sample = min(ready, key=lambda s: self.table.of(s.hotkey).replays)
         self._samples.remove(sample)
         if len(sample.losses) < scoring.FEWEST_STEPS:
+            self._count_evasion(sample)
             return
+        self._evasions.pop(sample.hotkey, None)
         texts = self.dataset.texts(sample.rows)
         state = self.states[sample.epoch]
         try:
@@ -471,6 +489,14 @@ class Validator:
             return
         if curves is not None:
             self._judge(sample, curves)
+
+    def _count_evasion(self, sample: Sample) -> None:
+        """The swarm's averaging may cut a curve short; a miner whose curves are always cut
+        short is telling stories."""
+        count = self._evasions.get(sample.hotkey, 0) + 1
+        self._evasions[sample.hotkey] = count % EVASIONS
+        if count == EVASIONS:
+            self._judge(sample, Curves((), ()))
 
     def _replay(self, state: SwarmState, texts: list[str], sample: Sample) -> Curves | None:
         assert self.neuron is not None

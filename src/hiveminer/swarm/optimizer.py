@@ -20,6 +20,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -53,11 +54,12 @@ REPORT_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class Round:
-    """How an epoch ended: the epoch begun by it, and the size of the group that averaged
-    (1 when it was alone, or the averaging failed)."""
+    """How an epoch ended: the epoch begun by it, the size of the group that averaged (1
+    when it was alone, or the averaging failed), and how long the step took that did it."""
 
     epoch: int
     group_size: int
+    seconds: float
 
 
 def build_optimizer(
@@ -370,6 +372,7 @@ class Swarm:
         self._follow_live_peers()
         self._weigh(batch_size)
         epoch, reloads = self.epoch, self.optimizer.reloads
+        began = time.monotonic()
         self.optimizer.step(batch_size=batch_size)
         kept = self.optimizer.reloads == reloads
         if not kept:
@@ -379,7 +382,7 @@ class Swarm:
                 "was loaded" if self.optimizer.state_averager.loaded else "could not be had",
             )
         elif self.epoch != epoch:
-            self._tell_round()
+            self._tell_round(time.monotonic() - began)
         return kept
 
     def _follow_live_peers(self) -> None:
@@ -397,7 +400,7 @@ class Swarm:
         if scheduled is not None and not scheduled.triggered and not scheduled.done():
             scheduled.weight = averager.rows_weight
 
-    def _tell_round(self) -> None:
+    def _tell_round(self, seconds: float) -> None:
         averager = self.optimizer.state_averager
         control, averager.last_control = averager.last_control, None
         size = 1
@@ -409,7 +412,7 @@ class Swarm:
         if size == 1:
             averager.begin_epoch()
         if self.on_round is not None:
-            self.on_round(Round(epoch=self.epoch, group_size=size))
+            self.on_round(Round(epoch=self.epoch, group_size=size, seconds=seconds))
 
 
 def averager_prefix(run_id: str) -> str:

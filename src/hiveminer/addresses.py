@@ -1,0 +1,109 @@
+"""The address that others reach this machine at: checked, and asked for where not given.
+
+A machine behind a router does not know its own public address. Two services on the
+internet are asked, and are believed only if they agree; otherwise the operator is asked,
+by one line that names the flag. Whether a port can really be reached from outside, nothing
+on this machine can tell.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+import httpx
+
+from hiveminer.errors import OperatorError
+
+SERVICES = ("https://api.ipify.org", "https://checkip.amazonaws.com")
+"""Each answers a GET with the caller's address as text."""
+
+SERVICE_SECONDS = 5.0
+MAX_ANSWER_BYTES = 256
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with an address: `refused` ones cannot be used, `doubtful` ones can."""
+
+    kind: Literal["refused", "doubtful"]
+    words: str
+
+
+def check(ip: str) -> Finding | None:
+    """What is wrong with this address as one to be called at over the internet, if anything."""
+    try:
+        address = ipaddress.ip_address(ip)
+    except ValueError:
+        return Finding("refused", f"{ip[:64]!r} is not an IP address")
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return Finding(
+            "refused", f"{ip} is an IPv4 address in IPv6's clothes: write {address.ipv4_mapped}"
+        )
+    if address.is_unspecified:
+        return Finding("refused", f"{ip} means every address of this machine; nobody can call it")
+    if address.is_loopback:
+        return Finding(
+            "refused", f"{ip} is this machine's own loopback: the chain refuses it as an axon's"
+        )
+    if address.is_multicast or address.is_link_local or _is_broadcast(address):
+        return Finding("refused", f"{ip} is no single host's address")
+    if not address.is_global:
+        return Finding("doubtful", f"{ip} is a private address: the internet cannot reach it")
+    if address.version == 6:
+        return Finding("doubtful", f"{ip} is IPv6: neurons without IPv6 cannot reach it")
+    return None
+
+
+def _is_broadcast(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    return str(address) == "255.255.255.255"
+
+
+def ask_outside(
+    flag: str = "--axon.external_ip",
+    *,
+    services: Sequence[str] = SERVICES,
+    timeout_seconds: float = SERVICE_SECONDS,
+) -> str:
+    """This machine's address as the internet sees it; every service must say the same.
+
+    `flag` is what the operator is told to give otherwise. Takes `timeout_seconds` at most.
+    Raises OperatorError when a service does not answer, or two disagree.
+    """
+    with ThreadPoolExecutor(len(services)) as pool:
+        answers = list(pool.map(lambda url: _ask(url, timeout_seconds), services))
+    found = {answer for answer in answers if answer is not None}
+    if None in answers or len(found) != 1:
+        said = ", ".join(
+            f"{url} said {answer or 'nothing'}"
+            for url, answer in zip(services, answers, strict=True)
+        )
+        raise OperatorError(
+            f"this machine's public address is not known ({said}); give it with {flag}"
+        )
+    return found.pop()
+
+
+def _ask(url: str, timeout_seconds: float) -> str | None:
+    """One service's answer, if it is an address."""
+    deadline = time.monotonic() + timeout_seconds
+    body = b""
+    try:
+        # A proxy from the environment would be told its own address.
+        with (
+            httpx.Client(timeout=timeout_seconds, trust_env=False) as client,
+            client.stream("GET", url) as response,
+        ):
+            if response.status_code != 200:
+                return None
+            for chunk in response.iter_bytes(64):
+                body += chunk
+                if len(body) > MAX_ANSWER_BYTES or time.monotonic() > deadline:
+                    return None
+        return str(ipaddress.ip_address(body.decode("ascii").strip()))
+    except (httpx.HTTPError, ValueError):  # ValueError: no address, or not ASCII
+        return None
