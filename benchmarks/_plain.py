@@ -64,7 +64,7 @@ def end_with_standard_input() -> None:
 def main() -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 8192) if most > 0 else 8192, most))
-    sys.setswitchinterval(0.001)
+    sys.setswitchinterval(0.0005)
     torch.set_num_threads(1)
     for job in (end_with_standard_input, train):
         threading.Thread(target=job, daemon=True).start()

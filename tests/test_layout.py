@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "hiveminer"
 # A module may import what stands in a row below its own, or further right in its own.
 ROWS = [
     ["__main__"],
-    ["cli", "demo"],
+    ["cli", "demo", "status", "doctor"],
     ["miner", "validator"],
     ["base"],
     ["axon", "dendrite", "workqueue", "connections"],
@@ -26,7 +26,7 @@ ROWS = [
     ["model", "data"],
     ["swarm"],
     ["chain"],
-    ["metrics"],
+    ["metrics", "addresses"],
     ["run", "protocol", "settings", "flags", "errors"],
 ]
 ORDER = {name: (depth, i) for depth, row in enumerate(ROWS) for i, name in enumerate(row)}

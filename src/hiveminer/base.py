@@ -18,6 +18,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -74,9 +75,9 @@ class Neuron:
         self._on_sync: list[Callable[[], None]] = []
         self._signalled_at: float | None = None
         configure_logging(settings, role)
-        # The network's thread gets its turn five times sooner than Python would give it
+        # The network's thread gets its turn ten times sooner than Python would give it
         # beside a training thread: answers take a few milliseconds.
-        sys.setswitchinterval(0.001)
+        sys.setswitchinterval(0.0005)
         wallet = self._open_wallet() if chain is None else chain.wallet
         self.chain = chain or open_chain(
             network=settings.subtensor.network,
@@ -94,12 +95,7 @@ class Neuron:
         except BaseException:
             self.close()
             raise
-        self.folder = (
-            settings.neuron.path
-            / settings.subtensor.network.replace("/", "_")
-            / str(settings.netuid)
-            / self.hotkey
-        )
+        self.folder = subnet_folder(settings) / self.hotkey
         self.folder.mkdir(parents=True, exist_ok=True)
         self._introduce()
 
@@ -386,6 +382,12 @@ class BaseMinerNeuron(ABC):
         address = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
         if ours is None or ours.axon != address:
             self.neuron.chain.serve_axon(ip, port)
+
+
+def subnet_folder(settings: Settings) -> Path:
+    """The folder that holds one of each neuron of this machine on this subnet, by hotkey."""
+    network = settings.subtensor.network.replace("/", "_")
+    return settings.neuron.path / network / str(settings.netuid)
 
 
 def ports_to_try(first: int, *, free: bool, count: int = 64) -> Iterator[int]:

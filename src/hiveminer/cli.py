@@ -47,10 +47,38 @@ def _validator(argv: Sequence[str]) -> int | None:
     return validator.main(settings)
 
 
+def _doctor(argv: Sequence[str]) -> int | None:
+    """Look at this machine with a miner's flags, and say what is wrong (--json for machines)."""
+    words, as_json = _without_json(argv)
+    settings = parse(
+        words, cls=MinerSettings, prog="hiveminer doctor", description=_sentence(_doctor)
+    )
+    from hiveminer import doctor
+
+    return doctor.main(settings, as_json_text=as_json)
+
+
+def _status(argv: Sequence[str]) -> int | None:
+    """Show the subnet's neurons, with a miner's flags (--json for machines)."""
+    words, as_json = _without_json(argv)
+    settings = parse(
+        words, cls=MinerSettings, prog="hiveminer status", description=_sentence(_status)
+    )
+    from hiveminer import status
+
+    return status.main(settings, as_json_text=as_json)
+
+
+def _without_json(argv: Sequence[str]) -> tuple[list[str], bool]:
+    return [word for word in argv if word != "--json"], "--json" in argv
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "demo": _demo,
     "miner": _miner,
     "validator": _validator,
+    "doctor": _doctor,
+    "status": _status,
 }
 
 

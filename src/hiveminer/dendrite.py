@@ -149,6 +149,14 @@ class Endpoint:
         return f"http://{host}:{self.port}"
 
 
+def endpoint_of(neuron: Any) -> Endpoint | None:
+    """Where a neuron of the metagraph serves its axon; None if it does not."""
+    if not neuron.axon:
+        return None
+    ip, _, port = neuron.axon.rpartition(":")
+    return Endpoint(hotkey=neuron.hotkey, ip=ip.strip("[]"), port=int(port))
+
+
 class Dendrite:
     """Calls synapses at other neurons, over one pool of connections.
 

@@ -377,7 +377,9 @@ class Doctor:
         if self._chain is not None and self._metagraph is not None:
             commitments = self._chain.commitments(self._metagraph)
             own = self._chain.hotkey
-            said = (text.decode(errors="replace") for who, text in commitments.items() if who != own)
+            said = (
+                text.decode(errors="replace") for who, text in commitments.items() if who != own
+            )
             known = known or [text for text in said if text.startswith("/")]
         other = self._other_run(commitments)
         if other:

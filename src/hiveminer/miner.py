@@ -262,6 +262,10 @@ class Miner(BaseMinerNeuron):
         assert self.peer is not None
         addresses = self.neuron.peer_addresses()
         again = time.monotonic() - self._met_at > MEET_AGAIN_SECONDS
+        if again and self.axon is not None:
+            counts = dict(self.axon.counts)
+            refused = sum(count for kind, count in counts.items() if kind != "answered")
+            self.metrics.log("axon", {"refused": refused, "counts": counts})
         if addresses == self._known and not again:
             return
         self._known, self._met_at = addresses, time.monotonic()

@@ -29,7 +29,7 @@ from hiveminer import __version__, model, scoring
 from hiveminer.base import Neuron
 from hiveminer.chain import Chain
 from hiveminer.data import load_rows, split_held_out
-from hiveminer.dendrite import Dendrite, Endpoint
+from hiveminer.dendrite import Dendrite, Endpoint, endpoint_of
 from hiveminer.errors import ChainError, HiveminerError, MinerError, TrainingError
 from hiveminer.metrics import Metrics, open_metrics
 from hiveminer.protocol import IsAlive, Train
@@ -300,7 +300,7 @@ class Validator:
         endpoints = [
             endpoint
             for neuron in self.neuron.metagraph
-            if neuron.hotkey != self.neuron.hotkey and (endpoint := _endpoint(neuron)) is not None
+            if neuron.hotkey != self.neuron.hotkey and (endpoint := endpoint_of(neuron)) is not None
         ]
         alive = await asyncio.gather(*(self._probe(dendrite, each) for each in endpoints))
         live = {each.hotkey: each for each, good in zip(endpoints, alive, strict=True) if good}
@@ -602,14 +602,6 @@ class Validator:
             return
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             logger.warning("%s cannot be used (%s); starting anew", self._state_file, error)
-
-
-def _endpoint(neuron: Any) -> Endpoint | None:
-    """Where a neuron of the metagraph serves its axon; None if it does not."""
-    if not neuron.axon:
-        return None
-    ip, _, port = neuron.axon.rpartition(":")
-    return Endpoint(hotkey=neuron.hotkey, ip=ip.strip("[]"), port=int(port))
 
 
 def main(settings: ValidatorSettings) -> int:

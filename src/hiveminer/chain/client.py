@@ -168,6 +168,30 @@ class Chain:
                 found[commitment.hotkey] = data
         return found
 
+    def hyperparameters(self) -> dict[str, Any]:
+        """The subnet's settings by name: `weights_rate_limit`, `activity_cutoff`, ..."""
+        found = self.read(
+            "reading the subnet's settings",
+            lambda client: client.read("subnet_hyperparameters", netuid=self.netuid),
+        )
+        if found is None:
+            raise self._no_subnet()
+        return dict(found)
+
+    def price(self) -> float:
+        """What a registration costs now, in TAO."""
+        found = self.read("reading the price", lambda client: client.subnets.burn(self.netuid))
+        return float(found.tao)
+
+    def registration(self) -> str:
+        """The line that registers this hotkey; it needs the coldkey, so not on this machine."""
+        name = getattr(self.wallet, "name", "NAME")
+        hotkey = getattr(self.wallet, "hotkey_str", "HOTKEY")
+        return (
+            f"register it where the coldkey is: btcli tx burned-register --netuid {self.netuid} "
+            f"--wallet {name} --wallet-hotkey {hotkey} --network {self.network}"
+        )
+
     # Writes -----------------------------------------------------------------------
 
     def serve_axon(self, ip: str, port: int) -> None:
@@ -290,12 +314,7 @@ class Chain:
     def _not_registered(self, doing: str) -> NotRegistered:
         cure = "start it again to join anew"
         if not self.embedded:
-            name = getattr(self.wallet, "name", "NAME")
-            hotkey = getattr(self.wallet, "hotkey_str", "HOTKEY")
-            cure = (
-                f"register it with: btcli tx burned-register --netuid {self.netuid} "
-                f"--wallet {name} --wallet-hotkey {hotkey} --network {self.network}"
-            )
+            cure = self.registration()
         return NotRegistered(
             f"{doing}: hotkey {self.hotkey} is not registered on subnet {self.netuid} of "
             f"{self.network}; {cure}"
