@@ -70,7 +70,7 @@ def build_optimizer(
     if groups and isinstance(groups[0], Tensor):
         groups = parameter_groups(groups, weight_decay=section.weight_decay)
     return torch.optim.AdamW(
-        groups, lr=section.learning_rate, betas=section.betas, eps=section.eps, foreach=True
+        groups, lr=section.learning_rate, betas=section.betas, eps=section.eps, fused=True
     )
 
 
@@ -351,8 +351,7 @@ class Swarm:
         self.model.to(device)
         for state in self.optimizer.opt.state.values():
             for key, value in state.items():
-                # AdamW keeps its step count on the CPU.
-                if isinstance(value, Tensor) and key != "step":
+                if isinstance(value, Tensor):  # the step count too: the optimizer is fused
                     state[key] = value.to(device)
 
     def interrupt(self) -> None:

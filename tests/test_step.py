@@ -1,0 +1,576 @@
+"""A lean step: like-length batches, a thread that encodes ahead, and memory that is there."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
+
+from benchmarks import step as bench
+from hiveminer import memory, miner, trainer
+from hiveminer.errors import OperatorError, TrainingError
+from hiveminer.memory import MemoryNeeded, check_device, check_machine, memory_needed
+from hiveminer.model import builtin_model, encode, ready_to_train
+from hiveminer.run import Run
+from hiveminer.settings import MinerSettings
+from hiveminer.swarm import build_optimizer
+from hiveminer.trainer import EncodedRows, LocalStep, Trainer, is_out_of_memory, micro_batches
+
+LONGEST = 40
+WAIT_SECONDS = 20.0
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def text(words: int, *, seed: int = 0) -> str:
+    draw = random.Random(1000 * seed + words)
+    return " ".join(f"w{draw.randrange(2, 32)}" for _ in range(words))
+
+
+# The tokenizer ends each row with a token: none of them is empty, one has only that one, one
+# is exactly the longest, two are cut.
+WORDS = [0, 1, 2, 5, 9, 14, 22, 23, 31, 38, LONGEST - 1, LONGEST, 2 * LONGEST]
+TEXTS = [text(count) for count in WORDS]
+LENGTHS = [min(count + 1, LONGEST) for count in WORDS]
+
+TOKENIZER = tiny_tokenizer(pad_token="<end>")
+
+
+def tensors(texts: Sequence[str]) -> dict[str, Tensor]:
+    encoded = encode(TOKENIZER, texts, max_length=LONGEST)
+    return {key: encoded[key] for key in ("input_ids", "attention_mask")}
+
+
+def without_end(texts: Sequence[str]) -> dict[str, Tensor]:
+    """As `tensors`, but a row without words has no token at all."""
+    encoded = tensors(texts)
+    encoded["attention_mask"][[not words for words in texts]] = 0
+    return encoded
+
+
+class Kept(LocalStep):
+    """Plain SGD that keeps the gradients it was given."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(torch.optim.SGD(model.parameters(), lr=0.1))
+        self.model = model
+        self.gradients: list[dict[str, Tensor]] = []
+
+    def step(self, *, batch_size: int) -> bool:
+        self.gradients.append(gradients(self.model))
+        return super().step(batch_size=batch_size)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    named = model.named_parameters()
+    return {name: value.grad.clone() for name, value in named if value.grad is not None}
+
+
+def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def row_by_row(model: nn.Module, encoded: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """Mean loss over all tokens predicted and its gradients, each row alone and unpadded."""
+    rows = [
+        ids[mask.bool()]
+        for ids, mask in zip(encoded["input_ids"], encoded["attention_mask"], strict=True)
+    ]
+    count = sum(len(row) - 1 for row in rows if len(row) > 1)
+    total = 0.0
+    model.zero_grad(set_to_none=True)
+    for row in rows:
+        if len(row) > 1:
+            chances = torch.log_softmax(model(input_ids=row[None]).logits[0, :-1], dim=-1)
+            loss = -chances.gather(1, row[1:, None]).sum() / count
+            loss.backward()
+            total += loss.item()
+    found = gradients(model)
+    model.zero_grad(set_to_none=True)
+    return total, found
+
+
+@pytest.mark.parametrize("rows_first", ["tensors", "without_end"])
+@pytest.mark.parametrize(("max_tokens", "pass_tokens"), [(2048, 32), (60, 4), (10**9, 10**9)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_loss_and_gradients_are_those_of_the_rows_alone_however_they_are_cut(
+    architecture: str,
+    max_tokens: int,
+    pass_tokens: int,
+    rows_first: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trainer, "CPU_TOKENS", max_tokens)
+    monkeypatch.setattr(trainer, "CPU_PASS_TOKENS", pass_tokens)
+    encoder = tensors if rows_first == "tensors" else without_end
+    texts = random.Random(5).sample(TEXTS, len(TEXTS))
+    model = tiny_model(architecture)
+    loss, expected = row_by_row(model, encoder(texts))
+    optimizer = Kept(model)
+    one = Trainer(model, encode=encoder, optimizer=optimizer, max_grad_norm=0.0)
+    result = one.train(texts, batch_size=64)
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+    assert result.tokens == sum(LENGTHS) - (encoder is without_end)
+    assert_close(optimizer.gradients[0], expected)
+
+
+def test_the_texts_are_of_the_lengths_that_matter() -> None:
+    assert tensors(TEXTS)["attention_mask"].sum(dim=1).tolist() == LENGTHS
+    assert {1, LONGEST} <= set(LENGTHS)
+    assert max(WORDS) > LONGEST
+    assert without_end(TEXTS)["attention_mask"].sum(dim=1).tolist()[0] == 0
+
+
+def of_lengths(lengths: Sequence[int]) -> EncodedRows:
+    return EncodedRows([torch.zeros(length, dtype=torch.long) for length in lengths])
+
+
+def cost(parts: Sequence[Sequence[int]], pass_tokens: int) -> int:
+    return sum(max(part) * len(part) + pass_tokens for part in parts)
+
+
+def every_cut(lengths: Sequence[int]) -> Iterator[list[Sequence[int]]]:
+    for marks in itertools.product([False, True], repeat=len(lengths) - 1):
+        ends = [n + 1 for n, mark in enumerate(marks) if mark]
+        yield [lengths[a:b] for a, b in zip([0, *ends], [*ends, len(lengths)], strict=True)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_are_cut_in_the_cheapest_way(seed: int) -> None:
+    draw = random.Random(seed)
+    lengths = sorted((draw.randrange(2, 60) for _ in range(9)), reverse=True)
+    for micro_rows, max_tokens, pass_tokens in [(9, None, 8), (3, None, 30), (9, 100, 0)]:
+        allowed = [
+            parts
+            for parts in every_cut(lengths)
+            if all(
+                len(part) == 1
+                or (len(part) <= micro_rows and max(part) * len(part) <= (max_tokens or 10**9))
+                for part in parts
+            )
+        ]
+        rows = of_lengths(draw.sample(lengths, 9))
+        cut = micro_batches(rows, micro_rows, max_tokens=max_tokens, pass_tokens=pass_tokens)
+        parts = [[len(row) for row in part.tokens] for part in cut]
+        assert [length for part in parts for length in part] == lengths
+        assert parts in [[list(part) for part in other] for other in allowed]
+        assert cost(parts, pass_tokens) == min(cost(other, pass_tokens) for other in allowed)
+
+
+def test_what_costs_nothing_is_not_cut() -> None:
+    assert [len(part) for part in micro_batches(of_lengths([7] * 9), 9)] == [9]
+    assert [len(part) for part in micro_batches(of_lengths([7, 1, 0]), 9)] == [1]
+    assert micro_batches(of_lengths([1, 0]), 9) == []
+
+
+def test_a_cpu_is_never_asked_for_more_than_it_would_gain_by(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trainer, "CPU_TOKENS", 100)
+    seen = []
+    model = tiny_model("gpt2")
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    one = Trainer(model, encode=tensors, optimizer=Kept(model))
+    one.train([text(20, seed=n) for n in range(10)], batch_size=1024)
+    hook.remove()
+    assert seen == [(4, 21), (4, 21), (2, 21)]
+
+
+# --- the thread that encodes ahead --------------------------------------------------------------
+
+
+def threads() -> set[threading.Thread]:
+    return set(threading.enumerate())
+
+
+def test_the_next_group_is_encoded_while_one_trains() -> None:
+    encoded: list[int] = []
+    second = threading.Event()
+
+    def encoder(texts: Sequence[str]) -> dict[str, Tensor]:
+        encoded.append(len(texts))
+        if len(encoded) == 2:
+            second.set()
+        return tensors(texts)
+
+    model = tiny_model("gpt2")
+    model.register_forward_pre_hook(lambda *_: in_time.append(second.wait(WAIT_SECONDS)))
+    in_time: list[bool] = []
+    one = Trainer(model, encode=encoder, optimizer=Kept(model))
+    result = one.train([text(5, seed=n) for n in range(7)], batch_size=3)
+    assert all(in_time)
+    assert encoded == [3, 3, 1]
+    assert (result.steps, result.samples) == (3, 7)
+
+
+def fails(texts: Sequence[str]) -> dict[str, Tensor]:
+    if text(5, seed=4) in texts:
+        raise ZeroDivisionError
+    return tensors(texts)
+
+
+def no_more(rows: int, loss: float) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({}, None),
+        ({"stopped": iter([False, True]).__next__}, None),
+        ({"timeout_seconds": -1.0}, None),
+        ({"on_step": no_more}, KeyboardInterrupt),
+        ({"encode": fails}, ZeroDivisionError),
+        ({"texts": ["", ""]}, TrainingError),
+    ],
+    ids=["to the end", "stopped", "too late", "interrupted", "encode fails", "no targets"],
+)
+def test_no_thread_outlives_a_request(
+    options: dict[str, Any], error: type[BaseException] | None
+) -> None:
+    before = threads()
+    model = tiny_model("llama")
+    one = Trainer(model, encode=options.pop("encode", tensors), optimizer=Kept(model))
+    texts = options.pop("texts", [text(5, seed=n) for n in range(8)])
+    if error is None:
+        one.train(texts, batch_size=2, **options)
+        one.measure(texts, batch_size=2)
+    else:
+        with pytest.raises(error):
+            one.train(texts, batch_size=2, **options)
+    assert threads() == before
+    assert gradients(model) == {}
+    assert one.train(TEXTS, batch_size=4).finished, "the miner goes on"
+
+
+def test_a_stop_in_the_middle_reads_one_group_further_and_no_more() -> None:
+    encoded: list[str] = []
+
+    def encoder(texts: Sequence[str]) -> dict[str, Tensor]:
+        encoded.extend(texts)
+        return tensors(texts)
+
+    texts = [text(5, seed=n) for n in range(40)]
+    asked = iter([False, False, True])
+    model = tiny_model("gpt2")
+    one = Trainer(model, encode=encoder, optimizer=Kept(model))
+    result = one.train(texts, batch_size=2, stopped=lambda: next(asked))
+    assert (result.steps, result.samples, result.finished) == (2, 4, False)
+    assert texts[:6] == encoded[:6]
+    assert len(encoded) <= 8
+
+
+# --- precision and memory -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bfloat16_is_near_and_leaves_weights_and_gradients_in_float32(architecture: str) -> None:
+    losses = []
+    for bfloat16 in (False, True):
+        model = tiny_model(architecture)
+        optimizer = Kept(model)
+        one = Trainer(model, encode=tensors, optimizer=optimizer, bfloat16=bfloat16)
+        losses.append(one.train(TEXTS, batch_size=4).loss)
+        assert {value.dtype for value in model.parameters()} == {torch.float32}
+        assert {value.dtype for value in optimizer.gradients[0].values()} == {torch.float32}
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_a_cpu_computes_in_float32() -> None:
+    assert not Trainer(nn.Linear(1, 1), encode=tensors, optimizer=Kept(nn.Linear(1, 1))).bfloat16
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_row_that_does_not_fit_is_tried_with_fewer_activations(
+    architecture: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(model: Any, *_: object) -> None:
+        if not any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
+            raise torch.OutOfMemoryError
+
+    found = []
+    for allocator in (None, refuse):
+        model = tiny_model(architecture)
+        optimizer = Kept(model)
+        if allocator is not None:
+            model.register_forward_pre_hook(allocator)
+        one = Trainer(model, encode=tensors, optimizer=optimizer)
+        found.append((one.train(TEXTS, batch_size=4), optimizer.gradients))
+        assert one.checkpointing == (allocator is not None)
+    assert "computing activations twice" in caplog.text
+    assert found[1][0].losses == pytest.approx(found[0][0].losses, rel=1e-5)
+    for whole, spared in zip(found[0][1], found[1][1], strict=True):
+        assert_close(whole, spared)
+
+
+def test_a_real_refusal_of_this_machines_allocator_is_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError())
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+    assert not is_out_of_memory(ValueError("DefaultCPUAllocator: can't allocate memory"))
+
+
+def test_measuring_takes_less_at_a_time_too() -> None:
+    def refuse(_: object, args: object, kwargs: dict[str, Tensor]) -> None:
+        if len(kwargs["input_ids"]) > 2:
+            raise torch.OutOfMemoryError
+
+    model = tiny_model("gpt2")
+    one = Trainer(model, encode=tensors, optimizer=Kept(model))
+    texts = [text(9, seed=n) for n in range(8)]
+    expected = one.measure(texts, batch_size=8)
+    model.register_forward_pre_hook(refuse, with_kwargs=True)
+    assert one.measure(texts, batch_size=8).loss == pytest.approx(expected.loss, rel=1e-6)
+    assert one.max_rows == 2
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_what_is_counted_is_what_the_tensors_hold(bfloat16: bool) -> None:
+    model = tiny_model("llama")
+    section = Run().optimizer
+    optimizer = build_optimizer(model.parameters(), section)
+    one = Trainer(model, encode=tensors, optimizer=LocalStep(optimizer))
+    one.train(TEXTS, batch_size=64)
+    needed = memory_needed(model, sequence_length=LONGEST, bfloat16=bfloat16)
+    moments = [
+        value for state in optimizer.state.values() for key, value in state.items() if key != "step"
+    ]
+    assert needed.moments == sum(value.numel() * value.element_size() for value in moments)
+    assert needed.weights == needed.gradients == 4 * needed.parameters
+    assert needed.casts == (2 * needed.parameters if bfloat16 else 0)
+    assert needed.averaging == 8 * needed.parameters
+
+
+def test_memory_is_foretold_without_taking_it() -> None:
+    with torch.device("meta"):
+        model = tiny_model("gpt2")
+    needed = memory_needed(model, sequence_length=64)
+    assert needed == memory_needed(tiny_model("gpt2"), sequence_length=64)
+    assert needed.activations == 64 * (2 * 16 + 2 * 32) * 4
+
+
+SEVEN_BILLION = MemoryNeeded(
+    parameters=7 * 10**9,
+    weights=28 * 10**9,
+    gradients=28 * 10**9,
+    moments=56 * 10**9,
+    casts=0,
+    averaging=56 * 10**9,
+    activations=10**9,
+)
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("cpu", 141 * 10**9), ("cuda:0", 112 * 10**9)])
+def test_a_model_that_cannot_fit_the_machine_is_refused_with_the_figure(
+    device: str, wanted: int
+) -> None:
+    check_machine(SEVEN_BILLION, device, left=lambda _: wanted)
+    with pytest.raises(OperatorError) as caught:
+        check_machine(SEVEN_BILLION, device, left=lambda _: wanted - 1)
+    assert "7,000.0M parameters" in str(caught.value)
+    assert f"{wanted / 2**30:,.2f} GiB more memory" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_cannot_fit_the_device_is_refused_with_the_figure() -> None:
+    device = torch.device("cuda", 1)
+    check_device(SEVEN_BILLION, device, left=lambda _: 113 * 10**9)
+    with pytest.raises(OperatorError, match=r"105\.24 GiB .* cuda:1 has 74\.51 GiB left"):
+        check_device(SEVEN_BILLION, device, left=lambda _: 80 * 10**9)
+    # On the machine's own memory, weights and moments are there already.
+    check_device(SEVEN_BILLION, torch.device("cpu"), left=lambda _: 29 * 10**9)
+    with pytest.raises(OperatorError, match="this machine has"):
+        check_device(SEVEN_BILLION, torch.device("cpu"), left=lambda _: 28 * 10**9)
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    free = memory.memory_left(torch.device("cpu"))
+    assert free > 2**20, "no limit there: what the machine has"
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("2500000\n")
+    (tmp_path / "memory.stat").write_text("anon 7\ninactive_file 100000\nfile 9\n")
+    assert memory.memory_left(torch.device("cpu")) == 600_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.memory_left(torch.device("cpu")) > 2**20
+
+
+# --- the model ----------------------------------------------------------------------------------
+
+
+def test_what_is_made_ready_computes_the_same() -> None:
+    model = tiny_model("gpt2")
+    loss, expected = row_by_row(model, tensors(TEXTS))
+    assert any(isinstance(module, NewGELUActivation) for module in model.modules())
+    state = model.state_dict().keys()
+    ready_to_train(model)
+    assert not any(isinstance(module, NewGELUActivation) for module in model.modules())
+    assert model.state_dict().keys() == state
+    faster, found = row_by_row(model, tensors(TEXTS))
+    assert faster == pytest.approx(loss, rel=1e-6)
+    assert_close(found, expected)
+    assert model(input_ids=torch.tensor([[2, 3]])).past_key_values is None
+
+
+def test_the_builtin_model_comes_ready() -> None:
+    model = builtin_model()
+    assert not any(isinstance(module, NewGELUActivation) for module in model.modules())
+    assert not model.config.use_cache
+
+
+# --- the benchmark ------------------------------------------------------------------------------
+
+
+def test_the_share_of_the_peak_is_counted_by_the_formula() -> None:
+    model = tiny_model("gpt2")  # width 16, 2 layers, the head tied to the embedding of 32 tokens
+    blocks = 2 * (4 * 16 + 16 * 48 + 48 + 16 * 16 + 16 + 2 * 16 * 64 + 64 + 16) + 2 * 16
+    assert bench.operations_a_token(model, 40) == 6 * (blocks + 32 * 16) + 12 * 2 * 16 * 40
+    llama = tiny_model("llama")
+    untied = sum(value.numel() for value in llama.parameters()) - 32 * 16
+    assert bench.operations_a_token(llama, 8) == 6 * untied + 12 * 2 * 16 * 8
+    found = bench.mfu(model, torch.device("cpu"), length=16, rows=2, steps=2)
+    assert found["tokens_per_second"] > 0
+    assert found["mfu"] is None, "no peak is known of a CPU"
+
+
+def test_a_section_takes_the_place_of_its_own_only(tmp_path: Path) -> None:
+    page = tmp_path / "RESULTS.md"
+    bench.write_section(page, "step", "one")
+    page.write_text(page.read_text() + "\n## axon\n\nfast\n")
+    bench.write_section(page, "step", "two")
+    found = page.read_text()
+    assert found == bench.INTRODUCTION + "\n## step\n\ntwo\n\n## axon\n\nfast\n"
+    bench.write_section(page, "other", "three")
+    assert page.read_text() == found + "\n## other\n\nthree\n"
+
+
+def test_the_ways_compared_train_the_same_tokens() -> None:
+    found = bench.Bench(tiny_model("gpt2", vocabulary=258), ["a = 1\n" * 5] * 30)
+    found.ways.pop("hf_trainer")  # wants accelerate, which only the benchmarks need
+    found.packed = found.packed[:4, :60]
+    counts = {name: way()[0] for name, way in found.ways.items() if name != "padded"}
+    assert counts["trainer"] == 30 * 31
+    assert found.computed == 1.0
+    assert json.loads(json.dumps(counts)) == counts
+
+
+# --- CUDA and forks -----------------------------------------------------------------------------
+
+LEFT = ("torch.cuda._lazy_init", "torch.cuda.mem_get_info", "torch.cuda.is_available")
+
+
+class Started:
+    """What hivemind's processes would be: from here on a device may be touched."""
+
+    epoch = 0
+
+    def __init__(self, patch: pytest.MonkeyPatch, model: nn.Module, **_: object):
+        assert {value.device.type for value in model.parameters()} == {"cpu"}
+        patch.undo()
+
+    def move_to(self, device: torch.device) -> None:
+        self.device = device
+
+    def catch_up(self) -> bool:
+        return True
+
+    def interrupt(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NoPeer:
+    address = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooW"
+
+    def meet(self, addresses: object) -> tuple[int, int]:
+        return 0, 0
+
+    def close(self) -> None: ...
+
+
+def settings(folder: Path) -> MinerSettings:
+    return MinerSettings.model_validate(
+        {
+            "subtensor": {"path": folder / "network"},
+            "neuron": {"path": folder / "state"},
+            "wallet": {"path": folder / "wallets"},
+        }
+    )
+
+
+def test_no_device_is_touched_before_hiveminds_processes_have_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def touched(*_: object, **__: object) -> None:
+        raise AssertionError("CUDA was touched")
+
+    forbidden = pytest.MonkeyPatch()
+    for name in LEFT:
+        forbidden.setattr(name, touched)
+    monkeypatch.setattr(miner, "start_peer", lambda *_, **__: NoPeer())
+    monkeypatch.setattr(miner, "Swarm", lambda model, **_: Started(forbidden, model))
+    chosen = []
+    choose = miner.model.choose_device
+    monkeypatch.setattr(
+        miner.model, "choose_device", lambda wanted: chosen.append(wanted) or choose("cpu")
+    )
+    try:
+        with miner.Miner(settings(tmp_path)) as one:
+            assert chosen == [None]
+            assert one.trainer.device == one.swarm.device == torch.device("cpu")
+    finally:
+        forbidden.undo()
+
+
+def test_a_miner_without_the_memory_says_so_before_it_starts_a_peer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("a process of hivemind's was started")
+
+    monkeypatch.setattr(miner, "start_peer", started)
+    left = SimpleNamespace(available=2**20)
+    monkeypatch.setattr(memory, "psutil", SimpleNamespace(virtual_memory=lambda: left))
+    with pytest.raises(OperatorError, match=r"0\.9M parameters .* this machine has 0\.00 GiB left"):
+        miner.Miner(settings(tmp_path))
+
+
+IMPORT = """
+import torch
+def touched(*args, **kwargs):
+    raise AssertionError("CUDA was touched")
+torch.cuda._lazy_init = touched
+import hiveminer.cli, hiveminer.miner, hiveminer.validator
+assert not torch.cuda.is_initialized()
+"""
+
+
+def test_importing_touches_no_cuda() -> None:
+    subprocess.run([sys.executable, "-c", IMPORT], check=True, timeout=120)
