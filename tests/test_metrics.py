@@ -98,7 +98,7 @@ def test_a_full_disk_costs_one_warning(caplog: pytest.LogCaptureFixture) -> None
         for _ in range(3):
             sink.log("train", {"loss": 1.0})
     sink.close()
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "cannot write to /dev/full: No space left on device" in caplog.text
 
 

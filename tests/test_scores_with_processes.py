@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from programs import Network
 
 SCRIPT = Path(__file__).resolve().parent / "dishonest.py"
-REPLAYS = {"honest": 2, "forwardonly": 2, "inventor": 1, "copycat": 1}
+REPLAYS = {"honest": 3, "forwardonly": 2, "inventor": 2, "copycat": 2}
 KINDS = tuple(REPLAYS)
 
 RUN = """
@@ -66,8 +67,12 @@ def test_the_idle_and_the_lying_earn_under_a_fifth_of_the_honest(tmp_path: Path)
 
 
 def _hotkey(words: str) -> str:
-    return words.split("hotkey ", 1)[1].split()[0]
+    found = re.search(r", hotkey (\w+)", words)
+    assert found is not None, words
+    return found[1]
 
 
 def _uid(words: str) -> str:
-    return words.split(": uid ", 1)[1].split()[0]
+    found = re.search(r": uid (\d+) on subnet", words)
+    assert found is not None, words
+    return found[1]

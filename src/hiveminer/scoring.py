@@ -26,21 +26,27 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-FULL_FIT = 0.7
-"""From this fit on an answer counts as given for these rows."""
+FULL_FIT = 0.9
+"""From this fit on an answer counts as given for these rows: honest ones lie above 0.94."""
 
-LEAST_FIT = 0.2
+LEAST_FIT = 0.7
 
-FULL_LEARNING = 0.5
-"""From here on an answer counts as trained: honest ones mostly lie between 0.5 and 1.7."""
+FULL_LEARNING = 0.35
+"""From here on an answer counts as trained: honest ones mostly lie between 0.4 and 1.7, and
+now and then one lies lower; a miner that only ran forward lies at 0.0."""
 
-LEAST_LEARNING = 0.2
+LEAST_LEARNING = 0.1
 
 TREND = 2
 """Degree of the polynomial that is taken off a curve as its trend."""
 
 FEWEST_STEPS = 6
 """Shorter curves say nothing."""
+
+LEAST_AVERAGE = 0.25
+"""An averaged score up to this earns nothing, however much work is claimed."""
+
+FULL_AVERAGE = 0.75
 
 AVERAGE_OVER = 4.0
 """The weight of a new score in the average is one over this, once there are as many."""
@@ -140,8 +146,9 @@ class Standing:
 class ScoreTable:
     """Scores by hotkey: uids are recycled, and a newcomer must not inherit.
 
-    A hotkey's weight is its averaged score times the tokens it answered for, so that work
-    counts and unproved work does not: without a replay the score is zero.
+    A hotkey's weight is its averaged score (a ramp of it: nothing up to LEAST_AVERAGE)
+    times the tokens it answered for, so that work counts and unproved work does not:
+    without a replay the score is zero.
     """
 
     standings: dict[str, Standing] = field(default_factory=dict)
@@ -169,7 +176,10 @@ class ScoreTable:
 
     def weights(self) -> dict[str, float]:
         """Weight by hotkey, summing to 1; empty when nobody has earned any."""
-        earned = {who: s.score * s.tokens for who, s in self.standings.items()}
+        earned = {
+            who: ramp(s.score, LEAST_AVERAGE, FULL_AVERAGE) * s.tokens
+            for who, s in self.standings.items()
+        }
         total = sum(earned.values())
         return {who: value / total for who, value in earned.items() if value > 0} if total else {}
 

@@ -24,13 +24,14 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
+from bittensor import Metagraph
 
 from hiveminer import __version__, model, scoring
 from hiveminer.base import Neuron
 from hiveminer.chain import Chain
 from hiveminer.data import load_rows, split_held_out
 from hiveminer.dendrite import Dendrite, Endpoint, endpoint_of
-from hiveminer.errors import ChainError, HiveminerError, MinerError, TrainingError
+from hiveminer.errors import HiveminerError, MinerError, TrainingError
 from hiveminer.metrics import Metrics, open_metrics
 from hiveminer.protocol import IsAlive, Train
 from hiveminer.replay import Curves, Replayer
@@ -38,6 +39,7 @@ from hiveminer.run import RunId, load_run
 from hiveminer.scoring import Evidence, ScoreTable
 from hiveminer.settings import ValidatorSettings, parse, script
 from hiveminer.swarm import Observer, Peer, SwarmState
+from hiveminer.weights import EMBEDDED_FILL_SECONDS, FILL_SECONDS, WeightSetter, filled
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +68,10 @@ STALE_EPOCHS = 3
 
 EVASIONS = 3
 """So many answers in a row that cannot be replayed are judged as one that is worth nothing."""
+
+LEAST_SECONDS = 1.0
+"""A miner that answers sooner is asked again only after this: whoever answers at once and
+without work would otherwise be what the validator is busy with."""
 
 ALIVE_SECONDS = 5.0
 
@@ -160,7 +166,7 @@ class Validator:
         """Validate until Ctrl-C or SIGTERM."""
         with script() if self._script else contextlib.nullcontext():
             assert self.neuron is not None
-            self.neuron.take_signals()
+            self.neuron.go_on()
             asyncio.run(self._main(self.neuron))
 
     def close(self) -> None:
@@ -183,7 +189,6 @@ class Validator:
             self._metrics.close()
         if self.neuron is not None:
             self.neuron.close()
-            self.neuron.give_signals_back()
             logger.info("stopped")
 
     def __enter__(self) -> Self:
@@ -223,9 +228,11 @@ class Validator:
         )
         self.table = ScoreTable()
         self._restore()
+        neuron.go_on()
         self.peer = Peer(ip=settings.dht_ip, client_only=True)
+        neuron.go_on()
         self.observer = Observer(self.model, peer=self.peer, run=run, run_id=str(self.run_id))
-        neuron.take_signals()
+        neuron.go_on()
         device = model.choose_device(settings.neuron.device)
         self.replayer = Replayer(self.model, encode=self._tensors, run=run, device=device)
         self.states: dict[int, SwarmState] = {0: self.observer.initial_state()}
@@ -233,12 +240,17 @@ class Validator:
         self._io = ThreadPoolExecutor(4, thread_name_prefix="chain")
         self._samples: list[Sample] = []
         self._last_epoch: dict[str, int] = {}
+        self._began = time.monotonic()
+        self.weights = WeightSetter(
+            neuron.chain,
+            path=neuron.folder / "weights.json",
+            every_seconds=settings.weights_seconds,
+            stopping=neuron.stopping,
+        )
         self._evasions: dict[str, int] = {}
         self._miners: dict[str, LiveMiner] = {}
         self._complaints: dict[str, str] = {}
-        said = f"run {self.run_id}".encode()
-        if neuron.chain.commitments().get(neuron.hotkey) != said:
-            neuron.chain.commit(said)
+        neuron.keep_committed(f"run {self.run_id}".encode())
         self._meet()
         neuron.keep_in_sync(self._meet)
         logger.info("run %s: %d rows to give out", self.run_id, len(self._training_rows))
@@ -263,7 +275,9 @@ class Validator:
                 asyncio.create_task(self._again(self._watch_swarm, None, 0.5)),
                 asyncio.create_task(self._again(self._replay_next, None, 0.1)),
                 asyncio.create_task(
-                    self._again(self._set_weights, None, self.settings.weights_seconds)
+                    self._again(
+                        self._set_weights, None, min(30.0, self.settings.weights_seconds / 4)
+                    )
                 ),
             ]
             try:
@@ -379,6 +393,7 @@ class Validator:
                 continue
             pause = 1.0
             self._take(endpoint.hotkey, request, answer, seconds=time.monotonic() - began)
+            await asyncio.sleep(max(0.0, began + LEAST_SECONDS - time.monotonic()))
 
     def _request(self, hotkey: str) -> Train:
         work = self.settings.validator
@@ -547,26 +562,36 @@ class Validator:
         )
 
     async def _set_weights(self, _: None) -> None:
-        """Set weights from the scores, by the uids of this moment."""
-        await self._in(self._io, self._set_weights_now)
+        """Set weights from the scores when it is time, by the uids of that moment."""
+        sent = await self._in(self._io, lambda: self.weights.set_if_due(self._earned))
+        if sent is None:
+            return
+        if not sent.burnt:
+            self.table.fade_work()
+        shares = dict(sorted(sent.shares.items()))
+        logger.info(
+            "weights set: %s%s",
+            {uid: round(share, 3) for uid, share in shares.items()},
+            " (burnt: nobody has earned any)" if sent.burnt else "",
+        )
+        self.metrics.log(
+            "weights",
+            {"weights": {str(uid): w for uid, w in shares.items()}, "burnt": sent.burnt},
+        )
 
-    def _set_weights_now(self) -> None:
-        assert self.neuron is not None
-        self.neuron.read_metagraph()
-        uids = {neuron.hotkey: neuron.uid for neuron in self.neuron.metagraph}
-        self.table.keep(set(uids))
-        weights = {uids[who]: weight for who, weight in self.table.weights().items()}
+    def _earned(self, graph: Metagraph) -> dict[str, float] | None:
+        """Weights by hotkey; None while the table is only half filled."""
+        registered = {neuron.hotkey for neuron in graph}
+        self.table.keep(registered)
         self._save()
-        if not weights:
-            return
-        try:
-            self.neuron.chain.set_weights(weights)
-        except ChainError as error:
-            logger.warning("weights were not set: %s", error)
-            return
-        self.table.fade_work()
-        logger.info("weights set: %s", {uid: round(w, 3) for uid, w in sorted(weights.items())})
-        self.metrics.log("weights", {"weights": {str(uid): w for uid, w in weights.items()}})
+        standings = self.table.standings
+        enough = filled(
+            registered.intersection(list(self._miners)),
+            replayed=[who for who, standing in list(standings.items()) if standing.replays],
+            waited_seconds=time.monotonic() - self._began,
+            patience=EMBEDDED_FILL_SECONDS if self.settings.embedded else FILL_SECONDS,
+        )
+        return self.table.weights() if enough else None
 
     async def _in(self, pool: ThreadPoolExecutor, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, call)
