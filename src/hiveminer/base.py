@@ -8,6 +8,7 @@ the subclass's affair.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -18,13 +19,15 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import psutil
+from bittensor import Metagraph, MetagraphNeuron
 
-from hiveminer import __version__
+from hiveminer import __version__, addresses
 from hiveminer.axon import Axon
 from hiveminer.blacklist import Policy, Standing, refusal
 from hiveminer.chain import (
@@ -35,9 +38,16 @@ from hiveminer.chain import (
     named_embedded_wallet,
     open_chain,
     open_wallet,
+    snapshot,
 )
 from hiveminer.connections import PortInUse
-from hiveminer.errors import ChainError, HiveminerError, NotRegistered, OperatorError
+from hiveminer.errors import (
+    ChainError,
+    HiveminerError,
+    NotRegistered,
+    NotYetRegistered,
+    OperatorError,
+)
 from hiveminer.protocol import IsAlive, Synapse, Train
 from hiveminer.settings import MinerSettings, Settings
 from hiveminer.swarm.processes import log_to_root
@@ -48,8 +58,27 @@ logger = logging.getLogger(__name__)
 SYNC_BLOCKS = 5
 """The metagraph is read again after so many blocks."""
 
+KEPT_SECONDS = 10.0
+"""The metagraph is written to disk at most so often."""
+
+PUT_AGAIN_SECONDS = 60.0
+"""What was put on the chain is not put there again before this, if it does not show."""
+
+EVERY_ADDRESS = ("0.0.0.0", "::")
+"""To listen on these is to listen everywhere; nobody can be called at them."""
+
 SHUTDOWN_SECONDS = 8.0
 """After this the program ends, whatever is still going on."""
+
+
+@dataclass
+class _Standing:
+    """Something of ours that is to stand on the chain; next_at is a monotonic time."""
+
+    what: str
+    stands: Callable[[Metagraph], bool]
+    put: Callable[[], None]
+    next_at: float = 0.0
 
 
 class Neuron:
@@ -75,28 +104,32 @@ class Neuron:
         self._on_sync: list[Callable[[], None]] = []
         self._signalled_at: float | None = None
         configure_logging(settings, role)
+        # Before anything else is built: an exception out of a signal, in the middle of a
+        # library's own start, leaves half of it behind. `go_on` looks instead.
+        self.take_signals()
         # The network's thread gets its turn ten times sooner than Python would give it
         # beside a training thread: answers take a few milliseconds.
         sys.setswitchinterval(0.0005)
+        self._kept_at = 0.0
+        self._wanted: list[_Standing] = []
+        self._by_hotkey: dict[str, MetagraphNeuron] = {}
         wallet = self._open_wallet() if chain is None else chain.wallet
-        self.chain = chain or open_chain(
-            network=settings.subtensor.network,
-            netuid=settings.netuid,
-            wallet=wallet,
-            path=settings.subtensor.path / "chain.sqlite",
-            block_seconds=settings.subtensor.block_seconds,
-        )
-        self.hotkey = self.chain.hotkey
+        self.hotkey = str(wallet.hotkey.ss58_address)
+        self.folder = subnet_folder(settings) / self.hotkey
         try:
-            if self.chain.embedded:
-                join_embedded(self.chain, stake_tao=stake)
-            self.read_metagraph()
-            self.check_registered()
+            self._make_folder()
+            self.chain = chain or open_chain(
+                network=settings.subtensor.network,
+                netuid=settings.netuid,
+                wallet=wallet,
+                path=settings.subtensor.path / "chain.sqlite",
+                block_seconds=settings.subtensor.block_seconds,
+                must_connect=not self._snapshot.exists(),
+            )
+            self._take_place(stake)
         except BaseException:
             self.close()
             raise
-        self.folder = subnet_folder(settings) / self.hotkey
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._introduce()
 
     @property
@@ -109,16 +142,26 @@ class Neuron:
     def network(self) -> str:
         return self.settings.subtensor.network
 
+    @property
+    def _snapshot(self) -> Path:
+        return self.folder / "metagraph.json"
+
     def check_registered(self) -> None:
-        """Raise NotRegistered, with the line that registers, unless we hold a uid."""
+        """Raise NotRegistered, with what to do, when we have lost our uid."""
         if self.uid is None:
-            wallet = self.settings.wallet
+            cure = "start it again to join anew" if self.chain.embedded else self._registration()
             raise NotRegistered(
-                f"hotkey {self.hotkey} is not registered on subnet {self.settings.netuid} of "
-                f"{self.network}; register it where the coldkey is: btcli tx burned-register "
-                f"--netuid {self.settings.netuid} --wallet {wallet.name} "
-                f"--wallet-hotkey {wallet.hotkey or 'default'} --network {self.network}"
+                f"hotkey {self.hotkey} has lost its uid on subnet {self.settings.netuid} of "
+                f"{self.network}: another took its place, so this {self.role} takes no more work; "
+                f"{cure}"
             )
+
+    def _registration(self) -> str:
+        """The line that registers, and the price of it now."""
+        price = ""
+        with contextlib.suppress(HiveminerError):
+            price = f" (it costs {self.chain.price():.4f} TAO now)"
+        return self.chain.registration() + price
 
     def standing(self, hotkey: str) -> Standing:
         """Where a hotkey stands on the subnet, by the metagraph as last read."""
@@ -134,14 +177,14 @@ class Neuron:
 
     def peer_addresses(self) -> frozenset[str]:
         """Addresses to meet the swarm at: `--dht.initial_peers`, or what the registered
-        neurons have committed (ours left out; empty while the chain does not answer)."""
+        neurons have committed (ours left out), as last read while the chain does not answer."""
         if self.settings.dht.initial_peers:
             return frozenset(self.settings.dht.initial_peers)
         try:
             commitments = self.chain.commitments()
         except ChainError as error:
-            logger.warning("the peers' addresses could not be read from the chain: %s", error)
-            return frozenset()
+            logger.debug("the peers' addresses are those last read: %s", error)
+            commitments = self.chain.commitments(self.metagraph)
         committed = (said for who, said in commitments.items() if who != self.hotkey)
         texts = (said.decode(errors="replace") for said in committed)
         return frozenset(text for text in texts if text.startswith("/"))
@@ -159,26 +202,81 @@ class Neuron:
             self._syncing.start()
 
     def read_metagraph(self) -> None:
-        """Read the metagraph now. Raises ChainError."""
-        self.metagraph = self.chain.metagraph()
-        self._by_hotkey = {neuron.hotkey: neuron for neuron in self.metagraph}
+        """Read the metagraph now, and keep it on disk. Raises ChainError."""
+        self._know(self.chain.metagraph())
+        if time.monotonic() - self._kept_at < KEPT_SECONDS and self._kept_at:
+            return
+        self._kept_at = time.monotonic()
+        try:
+            snapshot.save(self.metagraph, self._snapshot)
+        except OSError as error:
+            logger.warning("the metagraph could not be kept on disk: %s", error)
+
+    def _know(self, metagraph: Metagraph) -> None:
+        self.metagraph = metagraph
+        self._by_hotkey = {neuron.hotkey: neuron for neuron in metagraph}
 
     def sync(self) -> None:
         """Read the metagraph, and tell those who wait for it. Raises ChainError."""
         self.read_metagraph()
+        for wanted in self._wanted:
+            self._put(wanted)
         for callback in self._on_sync:
             callback()
 
-    def take_signals(self) -> None:
-        """Ctrl-C and SIGTERM end the program in order; a second one at once.
+    def keep_on_chain(
+        self, what: str, *, stands: Callable[[Metagraph], bool], put: Callable[[], None]
+    ) -> None:
+        """Put something on the chain unless it stands there, now and at each later sync.
 
-        In the main thread, once the program is built; until then they raise as usual.
+        So an outage now, a rate limit, or a reorganisation later only costs time. Raises
+        OperatorError for what the chain would never take.
         """
+        wanted = _Standing(what, stands, put)
+        self._put(wanted)
+        self._wanted.append(wanted)
+
+    def keep_committed(self, data: bytes) -> None:
+        """Keep this commitment beside our hotkey on the chain."""
+        self.keep_on_chain(
+            "commitment",
+            stands=lambda graph: self.chain.commitments(graph).get(self.hotkey) == data,
+            put=lambda: self.chain.commit(data),
+        )
+
+    def _put(self, wanted: _Standing) -> None:
+        if wanted.stands(self.metagraph) or time.monotonic() < wanted.next_at:
+            return
+        pause = 2.0 if self.chain.embedded else PUT_AGAIN_SECONDS
+        wanted.next_at = time.monotonic() + pause
+        try:
+            wanted.put()
+        except ChainError as error:
+            logger.warning("our %s is not on the chain yet: %s", wanted.what, error)
+
+    def check_address(self, flag: str, ip: str) -> None:
+        """Raise OperatorError for an address that nobody can call us at; warn of a doubtful
+        one. The embedded network takes any."""
+        problem = None if self.chain.embedded else addresses.check(ip)
+        if problem is None:
+            return
+        words = f"{problem.words}; give the public address with {flag}"
+        if problem.kind == "refused":
+            raise OperatorError(words)
+        logger.warning("%s", words)
+
+    def take_signals(self) -> None:
+        """Ctrl-C and SIGTERM end the program in order; a second one at once."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM):
             self._old_handlers.setdefault(number, signal.getsignal(number))
             signal.signal(number, self._on_signal)
+
+    def go_on(self) -> None:
+        """To be asked between the steps of a start: raises KeyboardInterrupt when told to stop."""
+        if self.stopping.is_set():
+            raise KeyboardInterrupt
 
     def give_signals_back(self) -> None:
         for number, handler in self._old_handlers.items():
@@ -188,12 +286,41 @@ class Neuron:
     def close(self) -> None:
         """Let go of the chain and of the hotkey."""
         self.stopping.set()
+        self.give_signals_back()
         if self._syncing is not None:
             self._syncing.join(timeout=2)
         if hasattr(self, "chain"):
             self.chain.close()
         if self._claim is not None:
             self._claim.release()
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OperatorError(
+                f"--neuron.path: {self.folder} cannot be made: {error.strerror}; choose another"
+            ) from None
+
+    def _take_place(self, stake: float) -> None:
+        """Find our place on the subnet, from the chain or, while it is away, from the disk."""
+        try:
+            if self.chain.embedded:
+                join_embedded(self.chain, stake_tao=stake)
+            self.read_metagraph()
+        except ChainError as error:
+            known = None if error.refused else snapshot.load(self._snapshot)
+            if known is None:
+                raise
+            logger.warning(
+                "%s; going on with the metagraph of block %d from the disk", error, known.block
+            )
+            self._know(known)
+        if self.uid is None:
+            raise NotYetRegistered(
+                f"hotkey {self.hotkey} is not registered on subnet {self.settings.netuid} of "
+                f"{self.network}; {self._registration()}"
+            )
 
     def _open_wallet(self) -> Any:
         wallet = self.settings.wallet
@@ -256,9 +383,24 @@ class BaseMinerNeuron(ABC):
     the server's thread; `forward` runs in the one worker thread, whatever it does.
     """
 
-    def __init__(self, settings: MinerSettings, *, chain: Chain | None = None):
+    def __init__(
+        self,
+        settings: MinerSettings,
+        *,
+        chain: Chain | None = None,
+        ask_outside: Callable[[], str] = addresses.ask_outside,
+    ):
         self.settings = settings
+        self._ask_outside = ask_outside
         self.neuron = Neuron(settings, role="miner", chain=chain)
+        try:
+            for name in ("axon", "dht"):
+                given = getattr(settings, name).external_ip
+                if given is not None:
+                    self.neuron.check_address(f"--{name}.external_ip", given)
+        except OperatorError:
+            self.neuron.close()
+            raise
         self.queue = WorkQueue(capacity=settings.axon.max_waiting, idle=self.idle)
         self.policy = Policy(
             allow_non_registered=settings.blacklist.allow_non_registered,
@@ -298,7 +440,7 @@ class BaseMinerNeuron(ABC):
 
     def run(self) -> None:
         """Serve until Ctrl-C or SIGTERM. Raises NotRegistered when our uid is lost."""
-        self.neuron.take_signals()
+        self.neuron.go_on()
         self.queue.start()
         self.axon = self._start_axon()
         self._announce(self.axon)
@@ -320,7 +462,6 @@ class BaseMinerNeuron(ABC):
         if dropped:
             logger.info("dropped %d requests: %s", len(dropped), ", ".join(dropped))
         self.neuron.close()
-        self.neuron.give_signals_back()
         logger.info("stopped")
 
     def __enter__(self) -> Self:
@@ -370,18 +511,35 @@ class BaseMinerNeuron(ABC):
 
     def _announce(self, axon: Axon) -> None:
         """Put our address on the chain, unless it stands there already."""
-        settings = self.settings
-        ip = settings.axon.external_ip or settings.axon_ip
-        port = settings.axon.external_port or axon.port
-        if ip in ("0.0.0.0", "::"):
-            raise OperatorError(
-                "validators cannot call 0.0.0.0: give this machine's public address with "
-                "--axon.external_ip"
-            )
-        ours = self.neuron.metagraph.by_hotkey(self.neuron.hotkey)
+        ip, port = self.public_ip, self.settings.axon.external_port or axon.port
+        self.neuron.check_address("--axon.external_ip", ip)
         address = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
-        if ours is None or ours.axon != address:
-            self.neuron.chain.serve_axon(ip, port)
+
+        def stands(graph: Metagraph) -> bool:
+            ours = graph.by_hotkey(self.neuron.hotkey)
+            return ours is not None and ours.axon == address
+
+        self.neuron.keep_on_chain(
+            "axon's address", stands=stands, put=lambda: self.neuron.chain.serve_axon(ip, port)
+        )
+
+    @functools.cached_property
+    def public_ip(self) -> str:
+        """The address to be called at: the one given, the one listened on if it is one, or
+        what the internet sees, asked for once. Raises OperatorError when it is not known."""
+        settings = self.settings
+        given = settings.axon.external_ip or settings.axon_ip
+        if given not in EVERY_ADDRESS:
+            return given
+        try:
+            return self._ask_outside()
+        except OperatorError as error:
+            ours = self.neuron.metagraph.by_hotkey(self.neuron.hotkey)
+            if ours is None or not ours.axon:
+                raise
+            before = str(ours.axon).rpartition(":")[0].strip("[]")
+            logger.warning("%s; keeping %s, which stands on the chain", error, before)
+            return before
 
 
 def subnet_folder(settings: Settings) -> Path:

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import bittensor as bt
-import psutil
 from bittensor.keyfiles import Keypair
 from rich.console import Console
 from rich.table import Table
@@ -65,9 +64,8 @@ PACKAGES: Mapping[str, tuple[str, str]] = {
 }
 """Each with the oldest version, and the first one that is too new; as in pyproject.toml."""
 
-STATE_COPIES = 7
-"""float32 copies of the weights in memory: weights, gradients, two moments of Adam, and what
-the averager holds of them."""
+USUAL_ROWS = 4
+"""A validator's batch, unless it says otherwise."""
 
 Verdict = Literal["passed", "warned", "failed"]
 
@@ -188,17 +186,19 @@ class Doctor:
         """Device, and memory for this model: one row at a time, and a batch as usual."""
         if self._run is None:
             return failed("not known without the run", "put the run right first")
-        from hiveminer import model
+        from hiveminer.memory import memory_left, memory_needed
+        from hiveminer.model import choose_device, schema_hash
 
-        size = model_size(self._run)
-        self._schema_hash = size.schema_hash
-        device = model.choose_device(self.settings.neuron.device)
-        free = free_memory(str(device))
-        length = self._run.model.sequence_length
-        least, usual = size.bytes_for(1, length), size.bytes_for(4, length)
+        built = without_weights(self._run)
+        self._schema_hash = schema_hash(built)
+        device = choose_device(self.settings.neuron.device)
+        free = memory_left(device)
+        needed = memory_needed(built, sequence_length=self._run.model.sequence_length)
+        least = needed.training + (0 if device.type == "cuda" else needed.averaging)
+        usual = least + (USUAL_ROWS - 1) * needed.activations
         said = (
-            f"{device}, {gigabytes(free)} free; {size.parameters / 1e6:.1f}M parameters take about "
-            f"{gigabytes(least)} with one row at a time, {gigabytes(usual)} with four"
+            f"{device}, {gigabytes(free)} free; {needed.parameters / 1e6:.1f}M parameters take "
+            f"{gigabytes(least)} at least, {gigabytes(usual)} with {USUAL_ROWS} rows at a time"
         )
         if least > free:
             return failed(said, "use a device with more memory, or a smaller model in run.toml")
@@ -496,67 +496,29 @@ def within(look: Callable[[], Check], *, seconds: float) -> Check:
         return failed(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", "report it")
 
 
-@dataclass(frozen=True)
-class ModelSize:
-    """What a model needs. `hidden`, `layers` and `vocabulary` as its configuration says."""
-
-    parameters: int
-    hidden: int
-    layers: int
-    vocabulary: int
-    schema_hash: str | None
-
-    def bytes_for(self, rows: int, length: int) -> int:
-        """Memory for training with so many rows of so many tokens at once; a rough guess.
-
-        Activations: about 34 bytes a token, layer and hidden unit (Korthikanti et al. 2022,
-        without the attention matrices), here in float32, and logits with their gradient.
-        """
-        tokens = rows * length
-        activations = tokens * self.layers * self.hidden * 2 * 34
-        return 4 * STATE_COPIES * self.parameters + activations + 2 * 4 * tokens * self.vocabulary
-
-
-def model_size(run: Run) -> ModelSize:
-    """Read off the model's configuration; no weights are loaded but the built-in ones."""
+def without_weights(run: Run) -> Any:
+    """The run's model as its configuration tells it: shapes and no numbers, but for the
+    built-in one."""
     import torch
 
     from hiveminer import model
 
     name = run.model.name
     if name == BUILTIN:
-        built = model.load_model()
-    else:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        return model.load_model()
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-        source = str(Path(name).expanduser()) if is_local(name) else name
-        try:
-            config = AutoConfig.from_pretrained(source, revision=run.model.revision or "main")
-            with torch.device("meta"):
-                built = AutoModelForCausalLM.from_config(config)
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
-            raise OperatorError(
-                f"model {name}: cannot be read: {reason}; give a folder written by "
-                "save_pretrained, or a hub name this machine can reach"
-            ) from None
-    embeddings = built.get_input_embeddings().weight
-    return ModelSize(
-        parameters=model.parameter_count(built.parameters()),
-        hidden=int(embeddings.shape[1]),
-        layers=int(getattr(built.config, "num_hidden_layers", 12)),
-        vocabulary=int(embeddings.shape[0]),
-        schema_hash=model.schema_hash(built),
-    )
-
-
-def free_memory(device: str) -> int:
-    """Bytes that a program could have now."""
-    if device.startswith("cuda"):
-        import torch
-
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    source = str(Path(name).expanduser()) if is_local(name) else name
+    try:
+        config = AutoConfig.from_pretrained(source, revision=run.model.revision or "main")
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
+        raise OperatorError(
+            f"model {name}: cannot be read: {reason}; give a folder written by "
+            "save_pretrained, or a hub name this machine can reach"
+        ) from None
 
 
 def answers(peers: Iterable[str]) -> list[bool]:

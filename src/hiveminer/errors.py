@@ -29,8 +29,23 @@ class NotRegistered(OperatorError):
     exit_code = 3
 
 
+class NotYetRegistered(NotRegistered):
+    """The hotkey holds no uid when the program starts."""
+
+    exit_code = 2
+
+
 class ChainError(HiveminerError):
-    """The chain did not answer in time, or refused; the next attempt may go through."""
+    """The chain did not answer in time, or refused; the next attempt may go through.
+
+    `refused` is the chain's own kind of refusal, such as RATE_LIMITED, or empty when it did
+    not answer at all. `may_stand` says that what was sent may have arrived all the same.
+    """
+
+    def __init__(self, message: str = "", *, refused: str = "", may_stand: bool = False):
+        super().__init__(message)
+        self.refused = refused
+        self.may_stand = may_stand
 
 
 class SwarmError(HiveminerError):

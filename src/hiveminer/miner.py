@@ -16,20 +16,24 @@ import torch
 from transformers import BatchEncoding
 
 from hiveminer import __version__, model
-from hiveminer.base import BaseMinerNeuron, port_is_free, ports_to_try
+from hiveminer.base import EVERY_ADDRESS, BaseMinerNeuron, port_is_free, ports_to_try
 from hiveminer.chain import Chain
 from hiveminer.data import Rows, load_rows
 from hiveminer.errors import OperatorError, Refused, TrainingError
+from hiveminer.memory import check_device, check_machine, memory_needed
 from hiveminer.metrics import Metrics, open_metrics, progress_bar
 from hiveminer.protocol import IsAlive, Train
 from hiveminer.run import RunId, load_run
 from hiveminer.settings import MinerSettings, Settings, parse, script
 from hiveminer.swarm import Peer, Round, Swarm
-from hiveminer.trainer import Trainer, TrainResult
+from hiveminer.trainer import Trainer, TrainResult, has_bfloat16
 
 logger = logging.getLogger(__name__)
 
 MEET_AGAIN_SECONDS = 30.0
+
+ENDED_WELL = ("answered", "hung_up")
+"""Kinds in the axon's counts that are no refusals."""
 
 
 class Miner(BaseMinerNeuron):
@@ -210,15 +214,22 @@ class Miner(BaseMinerNeuron):
         self.model = model.load_model(run.model.name, revision=run.model.revision)
         self.tokenizer = model.load_tokenizer(run.model.name, revision=run.model.revision)
         model.check_fit(self.model, self.tokenizer, run.model.sequence_length)
+        length = run.model.sequence_length
+        check_machine(memory_needed(self.model, sequence_length=length), settings.neuron.device)
         self.run_id = RunId.of(
             run, schema_hash=model.schema_hash(self.model), data_hash=self.dataset.hash
         )
+        self.neuron.go_on()
         self.peer = self._start_peer()
+        self.neuron.go_on()
         self.swarm = Swarm(
             self.model, peer=self.peer, run=run, run_id=str(self.run_id), on_round=self._on_round
         )
-        self.neuron.take_signals()
+        self.neuron.go_on()
         self.device = model.choose_device(settings.neuron.device)
+        bfloat16 = has_bfloat16(self.device)
+        needed = memory_needed(self.model, sequence_length=length, bfloat16=bfloat16)
+        check_device(needed, self.device)
         self.swarm.move_to(self.device)
         self.trainer = Trainer(
             self.model,
@@ -242,15 +253,18 @@ class Miner(BaseMinerNeuron):
         return {key: encoded[key] for key in ("input_ids", "attention_mask")}
 
     def _start_peer(self) -> Peer:
-        return start_peer(self.settings, identity=self.neuron.folder / "peer.key")
+        settings = self.settings
+        announced = settings.dht.external_ip
+        if announced is None and settings.dht_ip in EVERY_ADDRESS:
+            announced = self.public_ip
+        self.neuron.check_address("--dht.external_ip", announced or settings.dht_ip)
+        return start_peer(settings, identity=self.neuron.folder / "peer.key", announce_ip=announced)
 
     def _join_swarm(self) -> None:
         """Put our peer's address on the chain, meet those that stand there, catch up."""
         assert self.peer is not None
         assert self.swarm is not None
-        address = self.peer.address.encode()
-        if self.neuron.chain.commitments().get(self.neuron.hotkey) != address:
-            self.neuron.chain.commit(address)
+        self.neuron.keep_committed(self.peer.address.encode())
         self._met_at = 0.0
         self._known: frozenset[str] = frozenset()
         self._meet()
@@ -264,7 +278,7 @@ class Miner(BaseMinerNeuron):
         again = time.monotonic() - self._met_at > MEET_AGAIN_SECONDS
         if again and self.axon is not None:
             counts = dict(self.axon.counts)
-            refused = sum(count for kind, count in counts.items() if kind != "answered")
+            refused = sum(count for kind, count in counts.items() if kind not in ENDED_WELL)
             self.metrics.log("axon", {"refused": refused, "counts": counts})
         if addresses == self._known and not again:
             return
@@ -319,8 +333,11 @@ class Miner(BaseMinerNeuron):
         )
 
 
-def start_peer(settings: Settings, *, identity: Path) -> Peer:
-    """The DHT node, on the port asked for, or the next free one where none was."""
+def start_peer(settings: Settings, *, identity: Path, announce_ip: str | None = None) -> Peer:
+    """The DHT node, on the port asked for, or the next free one where none was.
+
+    `announce_ip` is what peers are told when it is not the address listened on.
+    """
     free = settings.embedded and not settings.given("dht.port")
     ip = settings.dht_ip
     for port in ports_to_try(settings.dht.port, free=free):
@@ -332,7 +349,7 @@ def start_peer(settings: Settings, *, identity: Path) -> Peer:
             peer = Peer(
                 ip=ip,
                 port=port,
-                announce_ip=settings.dht.external_ip,
+                announce_ip=announce_ip or settings.dht.external_ip,
                 announce_port=settings.dht.external_port,
                 identity_path=identity,
             )

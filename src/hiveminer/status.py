@@ -226,10 +226,10 @@ def last_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def as_table(rows: list[Row], *, title: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in ("uid", "hotkey", "axon", "alive", "peer", "epoch", "stake", "score", "weight"):
-        table.add_column(column, no_wrap=True)
-    for column in ("immunity", "last call", "refused"):
-        table.add_column(column, no_wrap=True)
+    for column in ("uid", "hotkey", "axon", "alive"):
+        table.add_column(column, no_wrap=True, min_width=len(column))
+    for column in ("peer", "epoch", "stake", "score", "weight", "immunity", "last call", "refused"):
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*_cells(row))
     return table
@@ -263,6 +263,8 @@ def main(settings: MinerSettings, *, as_json_text: bool = False) -> int:
         return 0
     title = f"subnet {settings.netuid} of {settings.subtensor.network}: {len(rows)} neurons"
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # into a file or a pipe: nothing is cut
     console.print(as_table(rows, title=title))
     console.print("* on this machine; v: validator permit; weight: share of the incentive")
     return 0

@@ -7,6 +7,7 @@ the real SDK's. The calls are the same on both.
 
 from hiveminer.chain.client import EMBEDDED, Chain, join_embedded, open_chain
 from hiveminer.chain.embedded import EmbeddedSubstrate
+from hiveminer.chain.retry import across_outage
 from hiveminer.chain.wallets import Claimed, embedded_wallet, named_embedded_wallet, open_wallet
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Chain",
     "Claimed",
     "EmbeddedSubstrate",
+    "across_outage",
     "embedded_wallet",
     "join_embedded",
     "named_embedded_wallet",

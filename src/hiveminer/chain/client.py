@@ -23,14 +23,8 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import bittensor as bt
-from tenacity import (
-    AsyncRetrying,
-    retry_if_exception_type,
-    stop_after_attempt,
-    wait_exponential,
-    wait_random,
-)
 
+from hiveminer.chain import retry
 from hiveminer.chain.embedded import EmbeddedSubstrate
 from hiveminer.errors import ChainError, HiveminerError, NotRegistered, OperatorError
 
@@ -44,10 +38,10 @@ REAL_NETWORKS = ("finney", "test", "local")
 MAX_RAW_BYTES = 128
 MAX_COMMITMENT_BYTES = 512
 
-READ_ATTEMPTS = 3
-
 _NOT_ON_SUBNET = "AccountNotAllowedCommit"
-_TRANSIENT = (bt.RpcConnectionError, ConnectionError, OSError)
+# The node lost sight of the call: it waited too long in the pool, or its block was dropped
+# in a reorganisation. It may still be included.
+_IN_DOUBT = frozenset({"FinalityTimeout", "Retracted", "Usurped", "Dropped"})
 # A call that hangs in the file system cannot be cancelled; its caller is freed all the same.
 _GRACE_SECONDS = 1.0
 
@@ -65,8 +59,9 @@ class Chain:
     The loop's thread does not follow into a forked child: there, calls raise `ChainError`
     at once, and the parent's chain goes on as before.
 
-    Raises `ChainError` if the network cannot be reached in time, and `OperatorError` if
-    the embedded network's file cannot be used.
+    Raises `ChainError` if the network cannot be reached in time, unless `must_connect` is
+    off, and then each later call tries to connect first; and `OperatorError` if the
+    embedded network's file cannot be used.
     """
 
     def __init__(
@@ -77,6 +72,7 @@ class Chain:
         wallet: Wallet,
         client: bt.Client,
         timeout_seconds: float = 30.0,
+        must_connect: bool = True,
     ):
         self.network = network
         self.netuid = netuid
@@ -85,6 +81,8 @@ class Chain:
         self._client = client
         self._timeout_seconds = timeout_seconds
         self._block_seconds: float | None = None
+        self._connected = False
+        self._connecting = asyncio.Lock()
         self._pid = os.getpid()
         self._closing = threading.Lock()
         self._closed = False
@@ -93,10 +91,27 @@ class Chain:
         self._thread = threading.Thread(target=self._loop.run_forever, name="chain", daemon=True)
         self._thread.start()
         try:
-            self.read("connecting", lambda client: client.connect())
+            self._connect(must_connect)
         except BaseException:
             self.close()
             raise
+
+    def _connect(self, must_connect: bool) -> None:
+        try:
+            self.read("connecting", self._connected_client)
+        except ChainError as error:
+            if must_connect:
+                raise
+            logger.warning("%s; going on with what is known", error)
+
+    async def _connected_client(self, client: bt.Client) -> bt.Client:
+        async with self._connecting:
+            if not self._connected:
+                with contextlib.suppress(Exception):
+                    await asyncio.wait_for(client.close(), _GRACE_SECONDS)
+                await client.connect()
+                self._connected = True
+        return client
 
     @property
     def embedded(self) -> bool:
@@ -123,7 +138,7 @@ class Chain:
         client.subnets.burn(netuid))`. Raises as the class says, and `NotRegistered`.
         """
         return self._call(
-            doing, ask, seconds=self._timeout_seconds, attempts=READ_ATTEMPTS, hint=""
+            doing, ask, seconds=self._timeout_seconds, attempts=retry.READ_ATTEMPTS, hint=""
         )
 
     def block(self) -> int:
@@ -167,6 +182,14 @@ class Chain:
             if data is not None:
                 found[commitment.hotkey] = data
         return found
+
+    def weights_of(self, uid: int) -> dict[int, int]:
+        """The weights that a validator has set, {uid: 0..65535}; not those still hidden."""
+        found = self.read(
+            "reading weights",
+            lambda client: client.query(("SubtensorModule", "Weights"), [self.netuid, uid]),
+        )
+        return {int(target): int(value) for target, value in found or []}
 
     def hyperparameters(self) -> dict[str, Any]:
         """The subnet's settings by name: `weights_rate_limit`, `activity_cutoff`, ..."""
@@ -217,28 +240,36 @@ class Chain:
         )
         self._write("committing", lambda client: self._submit(client, call, signer="hotkey"))
 
-    def set_weights(self, weights: Mapping[int, float], *, version_key: int = 0) -> None:
+    def set_weights(
+        self,
+        weights: Mapping[int, float],
+        *,
+        version_key: int = 0,
+        valid_blocks: int | None = None,
+    ) -> None:
         """Set this validator's weights, {uid: weight}; only their proportions matter.
 
         The SDK fits them to the subnet's limits and chooses between plain and
-        commit-reveal. `version_key` must not be older than the subnet's. Raises
-        `ChainError` if they were set too short a while ago, or without a permit.
+        commit-reveal. `version_key` must not be older than the subnet's; after
+        `valid_blocks` the signed call can be included no more. Raises `ChainError` if they
+        were set too short a while ago, or without a permit.
         """
         intent = bt.SetWeights(
             netuid=self.netuid,
             weights={int(uid): float(weight) for uid, weight in weights.items()},
             version_key=version_key,
         )
-        self._write("setting weights", lambda client: self._execute(client, intent))
+        options = {} if valid_blocks is None else {"period": valid_blocks}
+        self._write("setting weights", lambda client: self._execute(client, intent, **options))
 
     def submit_as_coldkey(self, doing: str, call: Any) -> None:
         """Submit a generated call (`bittensor.calls`), signed by the wallet's coldkey."""
         self._write(doing, lambda client: self._submit(client, call, signer="coldkey"))
 
-    async def _execute(self, client: bt.Client, intent: bt.Intent) -> None:
+    async def _execute(self, client: bt.Client, intent: bt.Intent, **options: int) -> None:
         # In a block is enough: waiting for its finality would hold the caller for half a
         # minute, and what comes next is read from the chain anyway.
-        result = await client.execute(intent, self.wallet, wait_for_finalization=False)
+        result = await client.execute(intent, self.wallet, wait_for_finalization=False, **options)
         result.raise_for_failure()
 
     async def _submit(self, client: bt.Client, call: Any, *, signer: str) -> None:
@@ -284,7 +315,7 @@ class Chain:
             if self._closed:
                 raise ChainError(f"{doing}: the chain is closed")
             future = asyncio.run_coroutine_threadsafe(
-                asyncio.wait_for(_try(ask, self._client, attempts), seconds), self._loop
+                asyncio.wait_for(self._try(ask, attempts), seconds), self._loop
             )
         try:
             return future.result(seconds + _GRACE_SECONDS)
@@ -292,14 +323,29 @@ class Chain:
             raise
         except (TimeoutError, concurrent.futures.TimeoutError):
             raise ChainError(
-                f"{doing}: no answer from {self.network} within {seconds:g} s{hint}"
+                f"{doing}: no answer from {self.network} within {seconds:g} s{hint}",
+                may_stand=bool(hint),
             ) from None
         except concurrent.futures.CancelledError:
-            raise ChainError(f"{doing}: the chain was closed meanwhile{hint}") from None
+            raise ChainError(
+                f"{doing}: the chain was closed meanwhile{hint}", may_stand=bool(hint)
+            ) from None
         except Exception as error:
             raise self._explained(doing, error, hint) from error
         finally:
             future.cancel()
+
+    async def _try(self, ask: Callable[[bt.Client], Awaitable[T]], attempts: int) -> T:
+        try:
+            async for attempt in retry.of_reads(attempts):
+                with attempt:
+                    return await ask(await self._connected_client(self._client))
+        except (*retry.TRANSIENT, asyncio.CancelledError):
+            # A session of the SDK that once failed to reconnect stays dead for good, so the
+            # next call begins a new one. (Cancelled: the deadline came.)
+            self._connected = False
+            raise
+        raise AssertionError("tenacity gives one attempt at least")
 
     def _explained(self, doing: str, error: Exception, hint: str) -> HiveminerError:
         if isinstance(error, bt.ChainError):
@@ -308,8 +354,12 @@ class Chain:
             if error.code is bt.ErrorCode.SUBNET_NOT_EXISTS:
                 return self._no_subnet()
         text = " ".join(str(error).split())[:500] or type(error).__name__
-        lost = hint if isinstance(error, _TRANSIENT) else ""
-        return ChainError(f"{doing} on {self.network}: {text}{lost}")
+        in_doubt = isinstance(error, bt.ChainError) and error.name in _IN_DOUBT
+        lost = hint if in_doubt or isinstance(error, retry.TRANSIENT) else ""
+        refused = error.code.name if isinstance(error, bt.ChainError) and not in_doubt else ""
+        return ChainError(
+            f"{doing} on {self.network}: {text}{lost}", refused=refused, may_stand=bool(lost)
+        )
 
     def _not_registered(self, doing: str) -> NotRegistered:
         cure = "start it again to join anew"
@@ -352,19 +402,6 @@ class Chain:
             await asyncio.wait_for(self._loop.shutdown_default_executor(), 1.0)
 
 
-async def _try(ask: Callable[[bt.Client], Awaitable[T]], client: bt.Client, attempts: int) -> T:
-    retrying = AsyncRetrying(
-        stop=stop_after_attempt(attempts),
-        wait=wait_exponential(multiplier=0.2, max=5.0) + wait_random(0.0, 0.2),
-        retry=retry_if_exception_type(_TRANSIENT),
-        reraise=True,
-    )
-    async for attempt in retrying:
-        with attempt:
-            return await ask(client)
-    raise AssertionError("tenacity gives one attempt at least")
-
-
 def _log_quietly(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
     # The SDK's background tasks fail together with the calls that wait for them, and
     # those have told the caller already.
@@ -394,6 +431,7 @@ def open_chain(
     path: Path | None = None,
     block_seconds: float = 1.0,
     timeout_seconds: float = 30.0,
+    must_connect: bool = True,
 ) -> Chain:
     """A chain for a value of `--subtensor.network`.
 
@@ -415,6 +453,7 @@ def open_chain(
         wallet=wallet,
         client=client,
         timeout_seconds=timeout_seconds,
+        must_connect=must_connect,
     )
 
 

@@ -1,0 +1,205 @@
+"""The address that others reach this machine at."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import bittensor as bt
+import pytest
+from chain_worker import new_keys
+from small_neurons import Running, SmallMiner, miner_settings, quiet
+
+from hiveminer import addresses
+from hiveminer.chain import Chain, EmbeddedSubstrate, join_embedded
+from hiveminer.errors import OperatorError
+from hiveminer.settings import MinerSettings
+from programs import wait_for
+
+
+@pytest.mark.parametrize(
+    ("ip", "kind", "word"),
+    [
+        ("93.184.216.34", None, ""),
+        ("10.1.2.3", "doubtful", "private"),
+        ("192.168.0.7", "doubtful", "private"),
+        ("100.64.0.1", "doubtful", "private"),
+        ("2606:4700::1111", "doubtful", "IPv6"),
+        ("fd00::1", "doubtful", "private"),
+        ("127.0.0.1", "refused", "loopback"),
+        ("::1", "refused", "loopback"),
+        ("0.0.0.0", "refused", "every address"),
+        ("::", "refused", "every address"),
+        ("::ffff:93.184.216.34", "refused", "write 93.184.216.34"),
+        ("224.0.0.1", "refused", "no single host"),
+        ("255.255.255.255", "refused", "no single host"),
+        ("169.254.1.1", "refused", "no single host"),
+        ("example.com", "refused", "not an IP address"),
+    ],
+)
+def test_an_address_is_judged(ip: str, kind: str | None, word: str) -> None:
+    found = addresses.check(ip)
+    assert (found.kind if found else None) == kind
+    assert found is None or word in found.words
+
+
+class Service(ThreadingHTTPServer):
+    """Answers each GET with the text that its path names."""
+
+    daemon_threads = True
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Answer(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        words = self.path[1:]
+        self.send_response(500 if words == "broken" else 200)
+        self.end_headers()
+        if words == "slow":
+            time.sleep(1.0)
+        if words == "endless":
+            words = "1" * 100_000
+        self.wfile.write(words.encode() + b"\n")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[Service]:
+    with Service(("127.0.0.1", 0), _Answer) as made:
+        thread = threading.Thread(target=made.serve_forever)
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join(5)
+
+
+def test_two_services_that_agree_are_believed(service: Service) -> None:
+    url = f"{service.url}/93.184.216.34"
+    assert addresses.ask_outside(services=(url, url)) == "93.184.216.34"
+    six = f"{service.url}/2606:4700::1111"
+    assert addresses.ask_outside(services=(six, six)) == "2606:4700::1111"
+
+
+@pytest.mark.parametrize("other", ["93.184.216.35", "broken", "slow", "endless", "nonsense"])
+def test_otherwise_the_operator_is_asked_in_one_line(service: Service, other: str) -> None:
+    urls = (f"{service.url}/93.184.216.34", f"{service.url}/{other}")
+    began = time.monotonic()
+    with pytest.raises(OperatorError) as raised:
+        addresses.ask_outside("--dht.external_ip", services=urls, timeout_seconds=0.5)
+    assert time.monotonic() - began < 3
+    message = str(raised.value)
+    assert "give it with --dht.external_ip" in message
+    assert f"{urls[1]} said" in message
+    assert "\n" not in message
+
+
+def test_a_service_that_is_not_there_is_no_traceback() -> None:
+    with pytest.raises(OperatorError, match="said nothing"):
+        addresses.ask_outside(services=("http://127.0.0.1:1/", "http://127.0.0.1:1/x"))
+
+
+# In a miner's life ---------------------------------------------------------------------------
+
+
+class OnTestnet:
+    """An embedded chain that says it is a real one, and a registered wallet on it."""
+
+    def __init__(self, folder: Path):
+        self.keys = new_keys()
+        self.path = folder / "chain.sqlite"
+        with self._chain("embedded") as chain:
+            join_embedded(chain)
+
+    def _chain(self, network: str) -> Chain:
+        client = bt.Client("local", substrate=EmbeddedSubstrate(self.path, block_seconds=0.05))
+        return Chain(network=network, netuid=1, wallet=self.keys, client=client)
+
+    def open(self) -> Chain:
+        return self._chain("test")
+
+
+def on_testnet(folder: Path, **axon: Any) -> MinerSettings:
+    return miner_settings(folder, subtensor={"network": "test"}, axon={"port": 0} | axon)
+
+
+def test_the_address_is_asked_for_once_and_put_on_the_chain(tmp_path: Path) -> None:
+    network, asked = OnTestnet(tmp_path), []
+
+    def ask() -> str:
+        asked.append(1)
+        return "93.184.216.34"
+
+    settings = on_testnet(tmp_path)
+    with (
+        network.open() as chain,
+        quiet(),
+        SmallMiner(settings, chain=chain, ask_outside=ask) as miner,
+    ):
+        program = Running(miner)
+        wanted = f"93.184.216.34:{program.endpoint().port}"
+        wait_for(lambda: chain.metagraph().neuron(0).axon == wanted, seconds=10)
+        assert miner.public_ip == "93.184.216.34"
+        miner.neuron.stopping.set()
+        program.thread.join(10)
+    assert asked == [1]
+    assert program.error is None
+    # Another time the services cannot be reached: what stands on the chain is kept.
+    with network.open() as chain, quiet(), SmallMiner(settings, chain=chain) as miner:
+        miner._ask_outside = lambda: addresses.ask_outside(services=("http://127.0.0.1:1/",))
+        assert miner.public_ip == "93.184.216.34"
+
+
+def test_a_given_address_is_not_asked_for_and_is_checked_at_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    network = OnTestnet(tmp_path)
+
+    def ask() -> str:
+        raise AssertionError
+
+    for ip, flag in (("127.0.0.1", "axon"), ("::ffff:1.2.3.4", "axon"), ("127.0.0.1", "dht")):
+        settings = miner_settings(
+            tmp_path, subtensor={"network": "test"}, **{flag: {"external_ip": ip}}
+        )
+        with network.open() as chain, quiet(), pytest.raises(OperatorError) as raised:
+            SmallMiner(settings, chain=chain, ask_outside=ask)
+        assert str(raised.value).endswith(f"give the public address with --{flag}.external_ip")
+    with network.open() as chain, quiet():
+        SmallMiner(on_testnet(tmp_path, external_ip="10.0.0.9"), chain=chain, ask_outside=ask)
+        assert "10.0.0.9 is a private address" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("dht", "announced"),
+    [
+        ({}, "93.184.216.34"),
+        ({"external_ip": "93.184.216.35"}, "93.184.216.35"),
+        ({"ip": "93.184.216.36"}, None),
+    ],
+)
+def test_peers_are_told_the_same_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dht: dict[str, str], announced: str | None
+) -> None:
+    from hiveminer import miner
+
+    told: list[str | None] = []
+    monkeypatch.setattr(miner, "start_peer", lambda *_, announce_ip, **__: told.append(announce_ip))
+    network = OnTestnet(tmp_path)
+    settings = miner_settings(tmp_path, subtensor={"network": "test"}, dht={"port": 0} | dht)
+    with network.open() as chain, quiet():
+        made = miner.Miner.__new__(miner.Miner)
+        made.swarm = made.peer = made._metrics = None
+        miner.BaseMinerNeuron.__init__(
+            made, settings, chain=chain, ask_outside=lambda: "93.184.216.34"
+        )
+        made._start_peer()
+    assert told == [announced]

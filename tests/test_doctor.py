@@ -1,0 +1,253 @@
+"""`hiveminer doctor`: every line passed, warned or failed, with what to do."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import bittensor as bt
+import pytest
+from small_neurons import miner_settings
+
+from hiveminer import cli, doctor
+from hiveminer.chain import EmbeddedSubstrate, embedded_wallet, join_embedded, open_chain
+from hiveminer.doctor import Check, Doctor, passed, within
+from hiveminer.errors import OperatorError
+from hiveminer.settings import MinerSettings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def flags(folder: Path) -> list[str]:
+    return [
+        *("--subtensor.path", str(folder / "network")),
+        *("--neuron.path", str(folder / "state")),
+        *("--axon.port", "0", "--dht.port", "0"),
+    ]
+
+
+def examined(settings: MinerSettings, **options: Any) -> dict[str, Check]:
+    return {check.name: check for check in Doctor(settings, **options).examine()}
+
+
+@pytest.fixture
+def registered(tmp_path: Path) -> MinerSettings:
+    """A miner that has joined the embedded network in `tmp_path`, and is not running."""
+    settings = miner_settings(tmp_path)
+    place = settings.subtensor.path
+    with (
+        embedded_wallet(place, prefix="miner") as claimed,
+        open_chain(
+            network="embedded",
+            netuid=1,
+            wallet=claimed.wallet,
+            path=place / "chain.sqlite",
+            block_seconds=0.05,
+        ) as chain,
+    ):
+        join_embedded(chain)
+        chain.serve_axon("127.0.0.1", 8091)
+        chain.commit(
+            b"/ip4/127.0.0.1/tcp/1/p2p/12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5"
+        )
+    return settings
+
+
+def test_a_fresh_machine_passes_offline_and_nothing_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began = time.monotonic()
+    code = cli.main(["doctor", "--json", *flags(tmp_path)])
+    assert time.monotonic() - began < 30
+    said = json.loads(capsys.readouterr().out)
+    verdicts = {check["name"]: check["verdict"] for check in said["checks"]}
+    assert code == said["failed"] == 0, said
+    assert set(verdicts.values()) == {"passed"}, said
+    assert len(verdicts) == 17
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_line_a_check_for_people(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    missing = tmp_path / "run.toml"
+    code = cli.main(["doctor", *flags(tmp_path), "--neuron.run", str(missing)])
+    out = capsys.readouterr().out
+    assert code == 3  # the run, and what needs it: memory and data
+    assert f"{missing}: no such file" in out
+    assert "-> --neuron.run wants a run.toml" in out
+    assert "3 failed" in out
+
+
+def test_a_registered_miner_is_found_without_claiming_its_key(registered: MinerSettings) -> None:
+    place = registered.subtensor.path
+    with embedded_wallet(place, prefix="miner") as held:  # as a running miner holds it
+        checks = examined(registered)
+        hotkey = held.wallet.hotkey.ss58_address
+    assert checks["wallet"].found == f"throwaway key {hotkey}"
+    assert checks["registered"].found.startswith("uid 0 since block ")
+    assert "1 of 256 neurons" in checks["chain"].found
+    assert checks["clock"].verdict == "passed"
+    assert "127.0.0.1:8091 stands there" in checks["axon on the chain"].found
+    assert {check.verdict for check in checks.values()} == {"passed"}
+
+
+def test_the_clock_is_compared_with_the_chains(registered: MinerSettings) -> None:
+    behind = examined(registered, clock=lambda: time.time() - 60)["clock"]
+    assert (behind.verdict, behind.found[-36:]) == (
+        "failed",
+        " behind the chain: calls will be refused"[-36:],
+    )
+    assert "NTP" in behind.cure
+    ahead = examined(registered, clock=lambda: time.time() + 60)["clock"]
+    assert (ahead.verdict, "s old" in ahead.found) == ("failed", True)
+
+
+def test_peers_are_dialled_and_their_run_compared(
+    registered: MinerSettings, tmp_path: Path
+) -> None:
+    peer = "/ip4/127.0.0.1/tcp/{}/p2p/12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        known = {"initial_peers": [peer.format(port), peer.format(1)]}
+        good = examined(miner_settings(tmp_path, dht=known))["bootstrap peers"]
+        assert (good.verdict, good.found) == ("passed", "1 of 2 take a connection")
+    dead = miner_settings(tmp_path, dht={"initial_peers": [peer.format(1)]})
+    assert examined(dead)["bootstrap peers"].verdict == "failed"
+    # A validator that has committed another run.
+    with (
+        embedded_wallet(registered.subtensor.path, prefix="validator") as claimed,
+        open_chain(
+            network="embedded",
+            netuid=1,
+            wallet=claimed.wallet,
+            path=registered.subtensor.path / "chain.sqlite",
+        ) as chain,
+    ):
+        join_embedded(chain, stake_tao=5000)
+        chain.commit(b"run other-00000000-00000000-00000000")
+        other = examined(registered)["bootstrap peers"]
+        assert other.verdict == "failed"
+        assert "differs" in other.found
+        assert "--neuron.run" in other.cure
+
+
+def test_taken_ports_fail_unless_any_would_do(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        check = Doctor(miner_settings(tmp_path, axon={"port": port})).ports()
+        assert (check.verdict, check.found) == ("failed", f"in use: --axon.port {port}")
+
+
+def test_a_real_network_wants_a_real_wallet_and_says_how(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dead = f"ws://127.0.0.1:{listener.getsockname()[1]}"
+    settings = miner_settings(tmp_path, subtensor={"network": dead}, wallet={"name": "w"})
+    checks = examined(settings, ask_outside=lambda: "10.0.0.9")
+    assert checks["wallet"].verdict == "failed"
+    assert "btcli wallet new-hotkey --wallet w --wallet-hotkey default" in checks["wallet"].cure
+    assert checks["chain"].verdict == "failed"
+    assert dead in checks["chain"].found
+    assert checks["registered"].cure == "put the chain right first"
+    assert checks["address"].verdict == "warned"
+    assert "private" in checks["address"].found
+    assert "curl http://10.0.0.9:0/" in checks["reachable from outside"].cure
+    bt.Wallet("w", "default", str(tmp_path / "wallets")).create_new_hotkey(suppress=True)
+    assert Doctor(settings).wallet().verdict == "passed"
+    file = tmp_path / "wallets" / "w" / "hotkeys" / "default"
+    file.chmod(0o644)
+    open_to_all = Doctor(settings).wallet()
+    assert (open_to_all.verdict, open_to_all.cure) == ("failed", f"chmod 600 {file}")
+    file.chmod(0o600)
+    (tmp_path / "wallets" / "w" / "coldkey").write_text("{}")
+    assert Doctor(settings).wallet().verdict == "warned"
+
+
+def test_not_registered_names_the_price_and_the_line(tmp_path: Path) -> None:
+    """On an embedded chain that claims to be a real one."""
+    bt.Wallet("w", "h", str(tmp_path / "wallets")).create_new_hotkey(suppress=True)
+    settings = miner_settings(
+        tmp_path, subtensor={"network": "test"}, wallet={"name": "w", "hotkey": "h"}
+    )
+    made = Doctor(settings)
+    made.wallet()
+    client = bt.Client("local", substrate=EmbeddedSubstrate(tmp_path / "chain.sqlite"))
+    with doctor.Chain(network="test", netuid=1, wallet=made._wallet, client=client) as chain:
+        made._chain, made._metagraph = chain, chain.metagraph()
+        check = made.registered()
+    assert check.verdict == "failed"
+    assert "it costs 1.0000 TAO now" in check.found
+    line = "btcli tx burned-register --netuid 1 --wallet w --wallet-hotkey h --network test"
+    assert line in check.cure
+
+
+def test_wandb_without_a_key_stays_offline(tmp_path: Path) -> None:
+    settings = miner_settings(tmp_path, wandb={"mode": "online"})
+    assert Doctor(settings, environ={}).wandb().verdict == "warned"
+    assert Doctor(settings, environ={"WANDB_API_KEY": "x"}).wandb().verdict == "passed"
+
+
+def test_a_check_that_hangs_breaks_or_refuses_is_a_failure_with_a_cure() -> None:
+    def refuses() -> Check:
+        raise OperatorError("no such thing; make one")
+
+    def breaks() -> Check:
+        raise KeyError("x")
+
+    slow = within(lambda: time.sleep(5) or passed(""), seconds=0.05)  # type: ignore[func-returns-value]
+    assert (slow.verdict, slow.found) == ("failed", "no answer within 0 s")
+    refused = within(refuses, seconds=5)
+    assert (refused.verdict, refused.found, refused.cure) == ("failed", "no such thing", "make one")
+    assert within(breaks, seconds=5).found == "KeyError: 'x'"
+    assert "not looked at" in within(refuses, seconds=0).found
+
+
+def test_the_exit_code_is_the_number_of_failures_capped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    many = [Check(str(n), "failed", "x", "y") for n in range(300)]
+    monkeypatch.setattr(Doctor, "examine", lambda self: iter(many))
+    assert doctor.main(miner_settings(tmp_path), as_json_text=True) == 100
+
+
+def test_the_packages_are_those_of_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = set(project["dependencies"])
+    for name, (oldest, too_new) in doctor.PACKAGES.items():
+        assert f"{name}>={oldest},<{too_new}" in declared
+    low, high = (".".join(map(str, version)) for version in doctor.PYTHONS)
+    assert project["requires-python"] == f">={low},<{high}"
+
+
+def test_memory_is_read_off_the_models_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tiny import tiny_model
+
+    from hiveminer import memory, model
+
+    built = tiny_model("llama")
+    built.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()  # its weights are not needed
+    run = tmp_path / "run.toml"
+    run.write_text(f'[model]\nname = "{tmp_path / "model"}"\nsequence_length = 64')
+
+    def looked(free: int) -> Check:
+        monkeypatch.setattr(memory, "memory_left", lambda device: free)
+        made = Doctor(miner_settings(tmp_path, neuron={"run": run, "device": "cpu"}))
+        made.run_file()
+        check = made.memory()
+        assert made._schema_hash == model.schema_hash(built)
+        return check
+
+    needed = memory.memory_needed(built, sequence_length=64)
+    least = needed.training + needed.averaging
+    assert looked(10**12).verdict == "passed"
+    assert looked(least + 1).verdict == "warned"
+    assert looked(least - 1).verdict == "failed"
+    assert f"{needed.parameters / 1e6:.1f}M parameters" in looked(0).found

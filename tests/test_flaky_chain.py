@@ -1,0 +1,654 @@
+"""A chain that fails on purpose: the neuron lives, weights are set once, nobody inherits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import bittensor as bt
+import pytest
+from chain_worker import Keys, new_keys
+from flaky_substrate import FlakySubstrate, refusal
+from hypothesis import given
+from hypothesis import strategies as st
+from small_neurons import SmallMiner, miner_settings, quiet, running
+
+from hiveminer.chain import Chain, EmbeddedSubstrate, join_embedded
+from hiveminer.errors import ChainError, NotRegistered, NotYetRegistered
+from hiveminer.scoring import ScoreTable
+from hiveminer.settings import MinerSettings, ValidatorSettings
+from hiveminer.validator import Validator
+from hiveminer.weights import WeightSetter, clipped, filled, same, version_key
+from programs import wait_for
+
+BLOCK_SECONDS = 0.05
+
+
+class Clock:
+    """The real clock, put forward by a test. One for all substrates of it."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.time() + self.ahead
+
+    def blocks(self, count: int) -> None:
+        self.ahead += count * BLOCK_SECONDS
+
+
+class Subnet:
+    """A validator with its setter of weights, and miners, over one flaky network."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.clock = Clock()
+        self.path = folder / "chain.sqlite"
+        self.substrate = self.new_substrate()
+        self.opened: list[Chain] = []
+        self.validator = self.chain(self.substrate)
+        join_embedded(self.validator, stake_tao=5000)
+        self.stopping = threading.Event()
+        self.setter = self.new_setter()
+
+    def new_substrate(self) -> FlakySubstrate:
+        return FlakySubstrate(self.path, block_seconds=BLOCK_SECONDS, clock=self.clock)
+
+    def chain(self, substrate: EmbeddedSubstrate, keys: Any = None, **options: Any) -> Chain:
+        opened = Chain(
+            network="embedded",
+            netuid=1,
+            wallet=keys or new_keys(),
+            client=bt.Client("local", substrate=substrate),
+            **({"timeout_seconds": 2.0} | options),
+        )
+        self.opened.append(opened)
+        return opened
+
+    def new_setter(self, **options: Any) -> WeightSetter:
+        return WeightSetter(
+            self.validator,
+            path=self.folder / "weights.json",
+            stopping=self.stopping,
+            first_pause_seconds=0.05,
+            **({"every_seconds": 500 * BLOCK_SECONDS} | options),
+        )
+
+    def join(self) -> Keys:
+        keys = new_keys()
+        with self.chain(self.new_substrate(), keys) as chain:
+            join_embedded(chain)
+        return keys
+
+    def shares(self) -> dict[str, float]:
+        """The validator's weights as they stand on the chain, by hotkey."""
+        graph = self.validator.metagraph()
+        ours = graph.by_hotkey(self.validator.hotkey)
+        assert ours is not None
+        found = self.validator.weights_of(ours.uid)
+        total = sum(found.values()) or 1
+        return {graph.neuron(uid).hotkey: value / total for uid, value in found.items()}
+
+    def close(self) -> None:
+        self.stopping.set()
+        for chain in self.opened:
+            chain.close()
+
+
+@pytest.fixture
+def subnet(tmp_path: Path) -> Iterator[Subnet]:
+    made = Subnet(tmp_path)
+    yield made
+    made.close()
+
+
+def address(keys: Any) -> str:
+    return str(keys.hotkey.ss58_address)
+
+
+def earned(shares: Mapping[str, float]) -> Callable[[bt.Metagraph], Mapping[str, float]]:
+    return lambda graph: shares
+
+
+# Each fault: a miner that answers, and weights that are set once ------------------------------
+
+Fault = Callable[[FlakySubstrate], None]
+
+
+def _drops(flaky: FlakySubstrate) -> None:
+    flaky.reads_to_drop = 2
+
+
+def _many_drops(flaky: FlakySubstrate) -> None:
+    flaky.reads_to_drop = 8
+
+
+def _delays(flaky: FlakySubstrate) -> None:
+    flaky.delay_seconds = 0.05
+
+
+def _hangs_for_a_while(flaky: FlakySubstrate) -> None:
+    flaky.delay_seconds = 60.0
+    threading.Timer(1.0, lambda: setattr(flaky, "delay_seconds", 0.0)).start()
+
+
+def _is_down_for_a_while(flaky: FlakySubstrate) -> None:
+    flaky.down = True
+    threading.Timer(1.0, lambda: setattr(flaky, "down", False)).start()
+
+
+def _wrong_nonce(flaky: FlakySubstrate) -> None:
+    flaky.wrong_nonces = 2
+
+
+def _rate_limit(flaky: FlakySubstrate) -> None:
+    flaky.refusals = [refusal("too fast", name="SettingWeightsTooFast") for _ in range(2)]
+
+
+def _success_false(flaky: FlakySubstrate) -> None:
+    flaky.refusals = [refusal("for no reason at all")]
+
+
+def _stale_block(flaky: FlakySubstrate) -> None:
+    flaky.stale_blocks = 900
+    threading.Timer(0.5, lambda: setattr(flaky, "stale_blocks", 0)).start()
+
+
+def _request_lost(flaky: FlakySubstrate) -> None:
+    flaky.requests_to_lose = 1
+
+
+def _answer_lost(flaky: FlakySubstrate) -> None:
+    flaky.answers_to_lose = 1
+
+
+def _in_the_pool_and_included_late(flaky: FlakySubstrate) -> None:
+    flaky.calls_to_hold = 1
+    threading.Timer(0.4, flaky.release).start()
+
+
+def _in_the_pool_for_ever(flaky: FlakySubstrate) -> None:
+    flaky.calls_to_hold = 1
+
+
+FAULTS: list[Fault] = [
+    _drops,
+    _many_drops,
+    _delays,
+    _hangs_for_a_while,
+    _is_down_for_a_while,
+    _wrong_nonce,
+    _rate_limit,
+    _success_false,
+    _stale_block,
+    _request_lost,
+    _answer_lost,
+    _in_the_pool_and_included_late,
+    _in_the_pool_for_ever,
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__.strip("_"))
+def test_the_miner_lives_and_weights_are_set_once(
+    subnet: Subnet, tmp_path: Path, fault: Fault
+) -> None:
+    flaky = subnet.new_substrate()
+    miner = subnet.chain(flaky)
+    with running(miner_settings(tmp_path), miner) as program:
+        program.endpoint()
+        wait_for(lambda: subnet.validator.metagraph().neuron(1).axon, seconds=5)
+        subnet.clock.blocks(1000)
+        fault(subnet.substrate)
+        fault(flaky)
+        sent = wait_for(
+            lambda: (
+                program.alive(subnet.validator.wallet)
+                and subnet.setter.set_if_due(earned({miner.hotkey: 2.0}))
+            ),
+            seconds=15,
+        )
+        assert sent.shares == {1: 1.0}
+        assert program.alive(subnet.validator.wallet)
+        for _ in range(3):  # not due again, whatever is asked
+            assert subnet.setter.set_if_due(earned({miner.hotkey: 2.0})) is None
+        assert subnet.substrate.weights_set == 1
+        assert subnet.shares() == {miner.hotkey: 1.0}
+    assert program.error is None
+
+
+def test_the_weights_survive_what_happens_to_the_validator_in_between(subnet: Subnet) -> None:
+    """The answer is lost, the validator is killed and comes again: still once."""
+    miner = subnet.join()
+    subnet.clock.blocks(1000)
+    subnet.substrate.answers_to_lose = 1
+    subnet.stopping.set()  # so it does not wait to see them
+    assert subnet.setter.set_if_due(earned({address(miner): 1.0})) is None
+    assert subnet.substrate.weights_set == 1
+    subnet.stopping = threading.Event()
+    again = subnet.new_setter()
+    assert again.set_if_due(earned({address(miner): 1.0})) is None
+    assert subnet.substrate.weights_set == 1
+
+
+# Uids change hands -----------------------------------------------------------------------------
+
+
+def test_no_score_is_inherited_with_a_uid(subnet: Subnet) -> None:
+    good, other = subnet.join(), subnet.join()
+    subnet.clock.blocks(1000)
+    newcomer = subnet.substrate.give_away(address(good))
+    sent = subnet.setter.set_if_due(earned({address(good): 9.0, address(other): 1.0}))
+    assert sent is not None
+    assert sent.hotkeys == {2: address(other)}
+    assert subnet.shares() == {address(other): 1.0}
+    assert address(newcomer) in subnet.validator.metagraph().hotkeys
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_uid_given_away_on_the_way_is_put_right_at_once(
+    subnet: Subnet, caplog: pytest.LogCaptureFixture, *, alone: bool
+) -> None:
+    """The uid changes hands after the setter has read the metagraph, before its call lands."""
+    good, other = subnet.join(), subnet.join()
+    table = {address(good): 9.0} | ({} if alone else {address(other): 1.0})
+    subnet.clock.blocks(1000)
+    newcomers: list[Keys] = []
+    subnet.substrate.before_weights = lambda: newcomers.append(
+        subnet.substrate.give_away(address(good))
+    )
+    assert subnet.setter.set_if_due(earned(table)) is not None
+    assert "changed hands" in caplog.text
+    subnet.clock.blocks(6)  # the subnet's rate limit
+    assert subnet.setter.set_if_due(earned(table)) is not None
+    shares = subnet.shares()
+    assert address(newcomers[0]) not in shares
+    assert shares == {subnet.validator.hotkey if alone else address(other): 1.0}
+    assert subnet.setter.set_if_due(earned(table)) is None
+    assert subnet.substrate.weights_set == 2
+
+
+def test_a_miner_that_loses_its_uid_says_so_and_ends(subnet: Subnet, tmp_path: Path) -> None:
+    flaky = subnet.new_substrate()
+    miner = subnet.chain(flaky)
+    with running(miner_settings(tmp_path), miner) as program:
+        program.endpoint()
+        flaky.give_away(miner.hotkey)
+        wait_for(lambda: not program.thread.is_alive(), seconds=10)
+    assert isinstance(program.error, NotRegistered)
+    assert program.error.exit_code == 3
+    assert "has lost its uid" in str(program.error)
+
+
+# When, and when not ----------------------------------------------------------------------------
+
+
+def test_the_rate_limit_and_the_interval_are_respected(subnet: Subnet) -> None:
+    table = earned({address(subnet.join()): 1.0})
+    assert subnet.setter.set_if_due(table) is None  # just registered
+    subnet.clock.blocks(501)
+    assert subnet.setter.set_if_due(table) is not None
+    subnet.clock.blocks(400)
+    assert subnet.setter.set_if_due(table) is None
+    subnet.substrate.set_hyperparameters(1, weights_rate_limit=2000)
+    subnet.clock.blocks(1000)
+    assert subnet.setter.set_if_due(table) is None
+    subnet.clock.blocks(1000)
+    assert subnet.setter.set_if_due(table) is not None
+    assert subnet.substrate.submitted == 2 + 2  # the validator registered and staked
+
+
+def test_weights_are_sent_again_before_they_stop_counting(subnet: Subnet) -> None:
+    """Also from a table that has become half empty, and after a restart."""
+    miner, gone = subnet.join(), subnet.join()
+    subnet.clock.blocks(1000)
+    assert subnet.setter.set_if_due(earned({address(miner): 1.0, address(gone): 1.0}))
+    subnet.substrate.set_hyperparameters(1, activity_cutoff=1000)
+    subnet.substrate.give_away(address(gone))
+    restarted = subnet.new_setter()
+    subnet.clock.blocks(800)
+    assert restarted.set_if_due(lambda graph: None) is None
+    subnet.clock.blocks(150)
+    sent = restarted.set_if_due(lambda graph: None)
+    assert sent is not None
+    assert subnet.shares() == {address(miner): 1.0}
+    # However rarely the operator wants weights: the cutoff comes first.
+    rare = subnet.new_setter(every_seconds=86400.0)
+    subnet.clock.blocks(950)
+    assert rare.set_if_due(earned({address(miner): 1.0})) is not None
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"weights": {"a": 2}}', '{"weights": [1]}'])
+def test_damaged_last_weights_are_none(subnet: Subnet, text: str) -> None:
+    subnet.setter.path.write_text(text)
+    subnet.clock.blocks(4900)
+    assert subnet.setter.set_if_due(lambda graph: None) is None
+
+
+def test_what_nobody_earned_is_burnt_to_the_owner(
+    subnet: Subnet, caplog: pytest.LogCaptureFixture
+) -> None:
+    owner = subnet.join()
+    subnet.clock.blocks(1000)
+    for _ in range(3):
+        assert subnet.setter.set_if_due(earned({})) is None
+    assert caplog.text.count("the subnet's owner holds no uid") == 1
+    subnet.substrate.create_subnet(1, owner_hotkey=address(owner))
+    sent = subnet.setter.set_if_due(earned({}))
+    assert sent is not None
+    assert sent.burnt
+    assert subnet.shares() == {address(owner): 1.0}
+
+
+def test_a_half_filled_table_sets_nothing(subnet: Subnet) -> None:
+    subnet.join()
+    subnet.clock.blocks(1000)
+    assert subnet.setter.set_if_due(lambda graph: None) is None
+    assert subnet.substrate.weights_set == 0
+    late = {"waited_seconds": 601.0, "patience": 600.0}
+    early = {"waited_seconds": 1.0, "patience": 600.0}
+    assert not filled(["a", "b"], replayed=["a"], **early)
+    assert not filled([], replayed=["a"], **early)
+    assert filled(["a", "b"], replayed=["b", "a", "c"], **early)
+    assert filled(["a", "b"], replayed=[], **late)
+    assert filled([], replayed=[], **late)
+
+
+def test_an_old_version_is_told_and_sends_nothing(
+    subnet: Subnet, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = earned({address(subnet.join()): 1.0})
+    subnet.clock.blocks(1000)
+    subnet.substrate.set_hyperparameters(1, weights_version=2000)
+    assert version_key("1.2.3") == 1023
+    before = subnet.substrate.submitted
+    for _ in range(3):
+        assert subnet.new_setter(version="1.9.9").set_if_due(table) is None
+    assert "wants version key 2000, and this version 1.9.9 is 1099; update" in caplog.text
+    assert subnet.substrate.submitted == before
+    assert subnet.new_setter(version="2.0.0").set_if_due(table) is not None
+
+
+def test_weights_are_clipped_and_what_is_read_back_is_compared(
+    subnet: Subnet, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second, third = (address(subnet.join()) for _ in range(3))
+    subnet.clock.blocks(1000)
+    subnet.substrate.set_hyperparameters(1, max_weights_limit=32768)
+    assert subnet.setter.set_if_due(earned({first: 8.0, second: 1.5, third: 0.5}))
+    shares = subnet.shares()
+    assert shares[first] == pytest.approx(0.5, abs=0.01)
+    assert "are not those" not in caplog.text
+    # Somebody else with the same key, or a reorganisation, put other weights there.
+    subnet.clock.blocks(1000)
+    real = subnet.validator.weights_of
+    subnet.validator.weights_of = lambda uid: {1: 1, 2: 65535}  # type: ignore[method-assign]
+    assert subnet.setter.set_if_due(earned({first: 8.0, second: 1.5, third: 0.5}))
+    subnet.validator.weights_of = real  # type: ignore[method-assign]
+    assert "are not those that were sent" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("found", "sent", "is_same"),
+    [
+        ({1: 65535}, {1: 1.0}, True),
+        ({1: 65535, 2: 21845}, {1: 0.75, 2: 0.25}, True),
+        ({1: 65535, 2: 65535}, {1: 0.75, 2: 0.25}, False),
+        ({1: 65535, 3: 1}, {1: 1.0}, False),
+        ({1: 21845, 2: 65535}, {1: 0.75, 2: 0.25}, False),
+        ({2: 65535}, {1: 1.0}, False),
+        ({}, {1: 1.0}, False),
+        ({1: 65535}, {1: 0.99999, 2: 0.00001}, True),  # too small to be kept
+    ],
+)
+def test_what_is_the_same(found: dict[int, int], sent: dict[int, float], *, is_same: bool) -> None:
+    assert same(found, sent) is is_same
+
+
+def test_shares_are_clipped_to_the_subnets_limit() -> None:
+    assert clipped({1: 0.8, 2: 0.15, 3: 0.05}, 0.5) == pytest.approx({1: 0.5, 2: 0.375, 3: 0.125})
+    assert clipped({1: 0.8, 2: 0.19, 3: 0.01}, 0.4) == pytest.approx({1: 0.4, 2: 0.4, 3: 0.2})
+    assert clipped({1: 0.9, 2: 0.1}, 0.3) == {1: 0.5, 2: 0.5}
+    assert clipped({1: 0.4, 2: 0.6}, 1.0) == {1: 0.4, 2: 0.6}
+
+
+@given(st.lists(st.floats(0.001, 1000.0), min_size=1, max_size=40), st.floats(0.01, 1.0))
+def test_no_share_ends_above_the_limit_and_none_is_lost(given_: list[float], limit: float) -> None:
+    total = sum(given_)
+    found = clipped({uid: weight / total for uid, weight in enumerate(given_)}, limit)
+    assert sum(found.values()) == pytest.approx(1.0)
+    assert max(found.values()) <= max(limit, 1 / len(given_)) + 1e-6
+
+
+def test_commit_reveal_which_this_network_lacks_is_told(
+    subnet: Subnet, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = earned({address(subnet.join()): 1.0})
+    subnet.clock.blocks(1000)
+    subnet.substrate.set_hyperparameters(1, commit_reveal_weights_enabled=1)
+    assert subnet.setter.set_if_due(table) is None
+    assert "weights were not set" in caplog.text
+
+
+# The metagraph on disk ----------------------------------------------------------------------
+
+
+def test_an_outage_at_start_changes_nothing_for_neurons_already_known(
+    subnet: Subnet, tmp_path: Path
+) -> None:
+    keys, settings = new_keys(), miner_settings(tmp_path)
+    with running(settings, subnet.chain(subnet.new_substrate(), keys)) as program:
+        port = program.endpoint().port
+    flaky = subnet.new_substrate()
+    flaky.down = True
+    away = subnet.chain(flaky, keys, must_connect=False)
+    with running(miner_settings(tmp_path, axon={"port": port}), away) as program:
+        # The validator is known from the disk, a stranger is not.
+        assert wait_for(lambda: program.alive(subnet.validator.wallet), seconds=10)
+        assert not program.alive(new_keys())
+        assert program.miner.neuron.uid == 1
+        flaky.down = False
+        newcomer = subnet.join()
+        wait_for(lambda: program.alive(newcomer), seconds=10, about="the chain is back")
+    assert program.error is None
+
+
+def test_an_address_that_changed_in_an_outage_is_put_there_later(
+    subnet: Subnet, tmp_path: Path
+) -> None:
+    keys = new_keys()
+    with running(miner_settings(tmp_path), subnet.chain(subnet.new_substrate(), keys)) as program:
+        program.endpoint()
+    flaky = subnet.new_substrate()
+    flaky.down = True
+    moved = miner_settings(tmp_path, axon={"external_port": 4242})
+    with running(moved, subnet.chain(flaky, keys, must_connect=False)) as program:
+        program.endpoint()
+        flaky.down = False
+        wait_for(
+            lambda: subnet.validator.metagraph().neuron(1).axon == "127.0.0.1:4242", seconds=15
+        )
+
+
+def test_what_a_reorganisation_took_is_put_there_again(subnet: Subnet, tmp_path: Path) -> None:
+    chain = subnet.chain(subnet.new_substrate())
+    with running(miner_settings(tmp_path), chain) as program:
+        program.miner.neuron.keep_committed(b"mine")
+        axon = f"127.0.0.1:{program.endpoint().port}"
+        wait_for(lambda: subnet.validator.metagraph().neuron(1).axon == axon, seconds=5)
+        with contextlib.closing(sqlite3.connect(subnet.path)) as db:
+            db.execute("UPDATE neurons SET ip = '0', port = 0 WHERE uid = 1")
+            db.execute("DELETE FROM commitments")
+            db.commit()
+        wait_for(lambda: subnet.validator.metagraph().neuron(1).axon == axon, seconds=15)
+        wait_for(lambda: subnet.validator.commitments() == {chain.hotkey: b"mine"}, seconds=15)
+
+
+def test_without_a_snapshot_an_outage_at_start_is_one_line(subnet: Subnet, tmp_path: Path) -> None:
+    flaky = subnet.new_substrate()
+    flaky.down = True
+    chain = subnet.chain(flaky, must_connect=False)
+    with quiet(), pytest.raises(ChainError, match="the node is away"):
+        SmallMiner(miner_settings(tmp_path), chain=chain)
+    with pytest.raises(ChainError, match="connecting on embedded: the node is away"):
+        subnet.chain(flaky)
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[]", "\x00", '{"metagraph": {}, "commitments": {}}'])
+def test_a_damaged_snapshot_is_none(subnet: Subnet, tmp_path: Path, damage: str) -> None:
+    keys, settings = new_keys(), miner_settings(tmp_path)
+    place = tmp_path / "state" / "embedded" / "1" / address(keys)
+    place.mkdir(parents=True)
+    (place / "metagraph.json").write_text(damage)
+    flaky = subnet.new_substrate()
+    flaky.down = True
+    with quiet(), pytest.raises(ChainError):
+        SmallMiner(settings, chain=subnet.chain(flaky, keys, must_connect=False))
+
+
+def test_a_snapshot_gives_back_the_metagraph(subnet: Subnet, tmp_path: Path) -> None:
+    from hiveminer.chain import snapshot
+
+    subnet.validator.serve_axon("127.0.0.1", 8091)
+    subnet.validator.commit(b"run x")
+    subnet.join()
+    graph = subnet.validator.metagraph()
+    snapshot.save(graph, tmp_path / "kept.json")
+    kept = snapshot.load(tmp_path / "kept.json")
+    assert kept is not None
+    graph.raw, kept.raw = {}, {}
+    assert kept.neurons == graph.neurons
+    assert kept == graph
+    assert subnet.validator.commitments(kept) == {subnet.validator.hotkey: b"run x"}
+    text = json.loads((tmp_path / "kept.json").read_text())
+    text["metagraph"]["neurons"][0]["hotkey"] = 7
+    (tmp_path / "kept.json").write_text(json.dumps(text))
+    assert snapshot.load(tmp_path / "kept.json") is None
+
+
+def test_a_refusal_is_no_outage(subnet: Subnet, tmp_path: Path) -> None:
+    """A snapshot is for when the chain is away, not for when it says no."""
+    keys = new_keys()
+    with running(miner_settings(tmp_path), subnet.chain(subnet.new_substrate(), keys)) as program:
+        program.endpoint()
+    subnet.substrate.deregister(address(keys), netuid=1)
+    subnet.substrate.set_hyperparameters(1, registration_allowed=0)
+    chain = subnet.chain(subnet.new_substrate(), keys)
+    with quiet(), pytest.raises(ChainError, match="takes no registrations"):
+        SmallMiner(miner_settings(tmp_path), chain=chain)
+
+
+def test_not_registered_on_a_real_network_exits_2_with_line_and_price(
+    subnet: Subnet, tmp_path: Path
+) -> None:
+    wallet = bt.Wallet("w", "h", str(tmp_path / "wallets"))
+    wallet.create_new_hotkey(suppress=True)
+    client = bt.Client("local", substrate=subnet.new_substrate())
+    settings: MinerSettings = miner_settings(tmp_path, subtensor={"network": "test"})
+    with (
+        Chain(network="test", netuid=1, wallet=wallet, client=client) as chain,
+        quiet(),
+        pytest.raises(NotYetRegistered) as raised,
+    ):
+        SmallMiner(settings, chain=chain)
+    assert raised.value.exit_code == 2
+    line = "btcli tx burned-register --netuid 1 --wallet w --wallet-hotkey h --network test"
+    assert f"{line} (it costs 1.0000 TAO now)" in str(raised.value)
+
+
+class OneSession(FlakySubstrate):
+    """As the SDK's own: when a reconnection has failed once, the session stays dead for good,
+    until it is closed and opened anew."""
+
+    dead = False
+
+    async def _falter(self) -> None:
+        try:
+            await super()._falter()
+        except bt.RpcConnectionError:
+            self.dead = True
+        if self.dead:
+            raise bt.RpcConnectionError("the session is dead")
+
+    async def connect(self) -> None:
+        if not self.down:
+            self.dead = False
+        await super().connect()
+
+
+def test_a_dead_session_is_followed_by_a_new_one(subnet: Subnet) -> None:
+    one = OneSession(subnet.path, clock=subnet.clock)
+    chain = subnet.chain(one)
+    one.down = True
+    for _ in range(2):
+        with pytest.raises(ChainError):
+            chain.block()
+    one.down = False
+    assert chain.block() > 0
+    one.delay_seconds, one.dead = 60.0, False  # it hangs, and a call's deadline comes
+    with pytest.raises(ChainError, match="no answer"):
+        chain.block()
+    one.delay_seconds, one.dead = 0.0, True
+    assert chain.block() > 0
+
+
+# The validator -------------------------------------------------------------------------------
+
+
+def test_the_validator_brings_its_table_to_the_chain(subnet: Subnet, tmp_path: Path) -> None:
+    """Everything of a validator but its swarm and its model."""
+    miner, idle = address(subnet.join()), address(subnet.join())
+    settings = ValidatorSettings(validator={"weights_seconds": 500 * BLOCK_SECONDS})
+    lines: list[tuple[str, dict[str, Any]]] = []
+    made = Validator.__new__(Validator)
+    made.settings, made.weights, made.table = settings, subnet.setter, ScoreTable()
+    made.metrics = SimpleNamespace(log=lambda kind, fields: lines.append((kind, fields)))
+    made.neuron = SimpleNamespace(folder=tmp_path)  # type: ignore[assignment]
+    made._miners = {miner: None, idle: None}  # type: ignore[dict-item]
+    made.run_id = "r"  # type: ignore[assignment]
+    made._began = time.monotonic()
+    subnet.clock.blocks(1000)
+    with ThreadPoolExecutor(1) as made._io:
+
+        def tick() -> None:
+            asyncio.run(made._set_weights(None))
+
+        made.table.add_work(miner, 100)
+        made.table.add_score(miner, 0.5)
+        tick()
+        assert lines == []  # the other one was not replayed yet
+        made.table.add_work(idle, 100)
+        made.table.add_score(idle, 0.0)
+        tick()
+        assert lines == [("weights", {"weights": {"1": 1.0}, "burnt": False})]
+        assert made.table.of(miner).tokens == pytest.approx(90.0)
+        tick()
+        assert len(lines) == 1
+        subnet.substrate.give_away(miner)
+        subnet.substrate.create_subnet(1, owner_hotkey=idle)
+        subnet.clock.blocks(1000)
+        tick()
+        assert lines[1:] == [("weights", {"weights": {"2": 1.0}, "burnt": True})]
+    assert miner not in json.loads((tmp_path / "scores.json").read_text())["scores"]
+
+
+def test_a_miner_that_is_never_replayed_holds_weights_up_for_a_while_only(
+    subnet: Subnet, tmp_path: Path
+) -> None:
+    made = Validator.__new__(Validator)
+    made.settings, made.table = ValidatorSettings(), ScoreTable()
+    made.neuron = SimpleNamespace(folder=tmp_path)  # type: ignore[assignment]
+    made._miners, made.run_id = {"silent": None}, "r"  # type: ignore[assignment, dict-item]
+    graph = subnet.validator.metagraph()
+    made._began = time.monotonic()
+    assert made._earned(graph) is None
+    made._began -= 31
+    assert made._earned(graph) == {}

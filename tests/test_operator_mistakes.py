@@ -1,0 +1,301 @@
+"""Mistakes that operators make. Each ends the program with one line that names the cause and
+the cure, and never with a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import bittensor as bt
+import pytest
+from chain_worker import Keys, new_keys
+from small_neurons import quiet
+
+from hiveminer import base, cli
+from hiveminer.chain import Chain, EmbeddedSubstrate, join_embedded, named_embedded_wallet
+from programs import ROOT, Program
+
+DEAD = "ws://127.0.0.1:1"
+
+Prepare = Callable[[Path, pytest.MonkeyPatch], contextlib.AbstractContextManager[object] | None]
+
+
+@dataclass
+class Mistake:
+    """`words` after `hiveminer`, with {here} for a folder of the test's own."""
+
+    name: str
+    words: str
+    says: list[str]
+    """In the one line: what is wrong, and what to do."""
+    code: int = 2
+    prepare: Prepare = field(default=lambda here, patch: None)
+
+
+def write(name: str, text: str) -> Prepare:
+    def prepare(here: Path, _: pytest.MonkeyPatch) -> None:
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text(text)
+
+    return prepare
+
+
+def variable(name: str, value: str) -> Prepare:
+    return lambda _, patch: patch.setenv(name, value)
+
+
+def held_key(here: Path, _: pytest.MonkeyPatch) -> contextlib.AbstractContextManager[object]:
+    return named_embedded_wallet(here / "network", "default", "mine")
+
+
+def busy_port(here: Path, patch: pytest.MonkeyPatch) -> contextlib.AbstractContextManager[object]:
+    listener = socket.create_server(("127.0.0.1", 0))
+    patch.setenv("HIVEMINER_DHT__PORT", str(listener.getsockname()[1]))
+    return listener
+
+
+def good_hotkey(here: Path, _: pytest.MonkeyPatch) -> None:
+    bt.Wallet("w", "h", str(here / "wallets")).create_new_hotkey(suppress=True)
+
+
+def real_network(*, registered: bool) -> Prepare:
+    """`--subtensor.network test` is a chain in this process, and the hotkey is good."""
+
+    def prepare(here: Path, patch: pytest.MonkeyPatch) -> None:
+        good_hotkey(here, patch)
+        hotkey = bt.Wallet("w", "h", str(here / "wallets")).hotkey
+
+        def chain(network: str, keys: Any) -> Chain:
+            substrate = EmbeddedSubstrate(here / "test.sqlite")
+            client = bt.Client("local", substrate=substrate)
+            return Chain(network=network, netuid=1, wallet=keys, client=client)
+
+        if registered:
+            with chain("embedded", Keys(hotkey, new_keys().coldkey)) as joining:
+                join_embedded(joining)
+        patch.setattr(base, "open_chain", lambda *, wallet, **_: chain("test", wallet))
+
+    return prepare
+
+
+REAL = "--subtensor.network test --wallet.name w --wallet.hotkey h --wallet.path {here}/wallets"
+RUN = "miner --neuron.run {here}/run.toml"
+
+MISTAKES = [
+    # Words
+    Mistake("unknown command", "minre", ["'minre' is not a command", "did you mean miner?"]),
+    Mistake("unknown flag", "miner --axon.prot 1", ["--axon.prot", "did you mean --axon.port?"]),
+    Mistake("flag of another program", "miner --validator.rows 5", ["not a flag of hiveminer mi"]),
+    Mistake("forgotten dashes", "miner netuid 5", ["'netuid'", "--flag value"]),
+    Mistake("flag without its value", "miner --netuid", ["--netuid", "expected"]),
+    Mistake("word for a number", "miner --netuid one", ["--netuid", "whole number", "'one'"]),
+    Mistake("port too high", "miner --axon.port 70000", ["--axon.port", "65535", "70000"]),
+    Mistake(
+        "no such network",
+        "miner --subtensor.network finy",
+        ["--subtensor.network", "embedded, finney"],
+    ),
+    Mistake(
+        "web address for a node",
+        "miner --subtensor.network https://x",
+        ["--subtensor.network", "wss://host:443"],
+    ),
+    Mistake("host name for an address", "miner --axon.external_ip me.org", ["such as 192.0.2.1"]),
+    Mistake("peer without its id", "miner --dht.initial_peers /ip4/1.2.3.4/tcp/1", ["/p2p/12D3"]),
+    Mistake("no such device", "miner --neuron.device gpu", ["--neuron.device", "cuda"]),
+    Mistake("key name with a slash", "miner --wallet.hotkey a/b", ["--wallet.hotkey", "slashes"]),
+    Mistake("zero rows", "validator --validator.rows 0", ["--validator.rows", "from 1 to 4096"]),
+    # Variables and files
+    Mistake(
+        "misspelled variable",
+        "miner",
+        ["HIVEMINER_AXON_PORT: nothing reads", "did you mean HIVEMINER_AXON__PORT?"],
+        prepare=variable("HIVEMINER_AXON_PORT", "1"),
+    ),
+    Mistake(
+        "wrong variable",
+        "miner",
+        ["HIVEMINER_NETUID", "whole number", "'x'"],
+        prepare=variable("HIVEMINER_NETUID", "x"),
+    ),
+    Mistake("no such file", "miner --config {here}/no.toml", ["--config: there is no file"]),
+    Mistake(
+        "file that is no TOML",
+        "miner --config {here}/c.toml",
+        ["c.toml: not a TOML file"],
+        prepare=write("c.toml", "netuid 5"),
+    ),
+    Mistake(
+        "unknown key in the file",
+        "miner --config {here}/c.toml",
+        ["nothing reads the key axon.prot", "did you mean axon.port?"],
+        prepare=write("c.toml", "[axon]\nprot = 1"),
+    ),
+    # Run, model and data
+    Mistake("no run.toml", RUN, ["run.toml: no such file", "--neuron.run wants"]),
+    Mistake("run.toml that is no TOML", RUN, ["not TOML"], prepare=write("run.toml", "=")),
+    Mistake(
+        "wrong value in run.toml",
+        RUN,
+        ["run.toml: model.sequence_length", "greater than or equal to 2"],
+        prepare=write("run.toml", "[model]\nsequence_length = 1"),
+    ),
+    Mistake(
+        "older than the run wants",
+        RUN,
+        ["wants 99.0.0 or newer"],
+        prepare=write("run.toml", 'oldest_version = "99.0.0"'),
+    ),
+    Mistake(
+        "other data than the run's",
+        RUN,
+        ["the run wants", "get the run's own data"],
+        prepare=write("run.toml", f'[data]\nhash = "{"0" * 64}"'),
+    ),
+    Mistake(
+        "data that is not there",
+        RUN,
+        ["data ./no.txt", "no such file or folder"],
+        prepare=write("run.toml", '[data]\nname = "./no.txt"'),
+    ),
+    Mistake(
+        "model that is not there",
+        RUN,
+        ["model ./no", "save_pretrained"],
+        prepare=write("run.toml", '[model]\nname = "./no"'),
+    ),
+    Mistake(
+        "rows longer than the model's",
+        RUN,
+        ["model.sequence_length is 4096", "lower it in run.toml"],
+        prepare=write("run.toml", "[model]\nsequence_length = 4096"),
+    ),
+    # Keys and folders
+    Mistake(
+        "no hotkey",
+        f"miner {REAL}",
+        ["there is no hotkey at", "btcli wallet new-hotkey --wallet w --wallet-hotkey h"],
+    ),
+    Mistake(
+        "damaged hotkey",
+        f"miner {REAL}",
+        ["the hotkey at", "cannot be read"],
+        prepare=write("wallets/w/hotkeys/h", "junk"),
+    ),
+    Mistake(
+        "key that another process uses",
+        "miner --wallet.hotkey mine",
+        ["in use by process", "choose another with --wallet.hotkey"],
+        prepare=held_key,
+    ),
+    Mistake(
+        "file where a folder should be",
+        "miner --subtensor.path {here}/file",
+        ["cannot be kept under", "choose a folder"],
+        prepare=write("file", ""),
+    ),
+    Mistake(
+        "state folder that cannot be made",
+        "miner --neuron.path {here}/file",
+        ["--neuron.path", "choose another"],
+        prepare=write("file", ""),
+    ),
+    Mistake(
+        "another program's file",
+        "miner",
+        ["chain.sqlite", "choose another place"],
+        prepare=write("network/chain.sqlite", "junk" * 1000),
+    ),
+    # Chain and addresses
+    Mistake(
+        "node that is not there",
+        f"miner {REAL.replace('test', DEAD)}",
+        ["connecting on ws://127.0.0.1:1"],
+        code=1,
+        prepare=good_hotkey,
+    ),
+    Mistake("no such subnet", "miner --netuid 7", ["has no subnet 7", "--netuid"]),
+    Mistake(
+        "not registered",
+        f"miner {REAL}",
+        ["is not registered", "btcli tx burned-register --netuid 1 --wallet w", "it costs 1.0000"],
+        prepare=real_network(registered=False),
+    ),
+    Mistake(
+        "loopback as the public address",
+        f"miner {REAL} --axon.external_ip 127.0.0.1",
+        ["loopback", "give the public address with --axon.external_ip"],
+        prepare=real_network(registered=True),
+    ),
+    Mistake(
+        "IPv4 in IPv6's clothes",
+        f"miner {REAL} --dht.external_ip ::ffff:1.2.3.4",
+        ["write 1.2.3.4", "--dht.external_ip"],
+        prepare=real_network(registered=True),
+    ),
+    Mistake(
+        "port in use", "miner", ["--dht.port", "in use on", "choose another"], prepare=busy_port
+    ),
+    Mistake("status of nothing", "status", ["there is no embedded network", "start a miner"]),
+]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("HIVEMINER_SUBTENSOR__PATH", str(tmp_path / "network"))
+    monkeypatch.setenv("HIVEMINER_NEURON__PATH", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    with quiet():
+        yield tmp_path
+
+
+def test_the_list_is_long_enough() -> None:
+    assert len({mistake.name for mistake in MISTAKES}) == len(MISTAKES) >= 20
+
+
+@pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name.replace(" ", "-"))
+def test_a_mistake_is_one_line(
+    mistake: Mistake,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with mistake.prepare(here, monkeypatch) or contextlib.nullcontext():
+        code = cli.main(mistake.words.format(here=here).split())
+    told = capsys.readouterr()
+    lines = [line for line in told.err.splitlines() if line.startswith("hiveminer: ")]
+    assert code == mistake.code, told.err
+    assert told.err.splitlines()[-1:] == lines or "stopped" in told.err.splitlines()[-1], told.err
+    assert len(lines) == 1, told.err
+    assert "Traceback" not in told.err
+    assert told.out == ""
+    assert len(lines[0]) < 600
+    for words in mistake.says:
+        assert words in lines[0], lines[0]
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "says"),
+    [
+        ("miner.py", ["--axon.prot", "1"], "did you mean --axon.port?"),
+        ("validator.py", ["--netuid", "7"], "has no subnet 7"),
+    ],
+)
+def test_so_it_is_in_the_scripts_that_people_copy(
+    tmp_path: Path, script: str, words: list[str], says: str
+) -> None:
+    shutil.copy(ROOT / script, tmp_path / script)
+    env = {
+        "HIVEMINER_SUBTENSOR__PATH": str(tmp_path / "network"),
+        "HIVEMINER_NEURON__PATH": str(tmp_path / "state"),
+    }
+    with Program([str(tmp_path / script), *words], folder=tmp_path / "run", env=env) as program:
+        assert program.process.wait(60) == 2
+        said = program.words
+    assert says in said.splitlines()[-1]
+    assert "Traceback" not in said
