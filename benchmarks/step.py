@@ -29,6 +29,7 @@ benchmarks/profile/.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import random
@@ -106,7 +107,8 @@ class Bench:
         self.trainer = Trainer(model, encode=self.encode, optimizer=LocalStep(self.optimizer))
         self.rows = self.trainer.encode_rows(texts)
         stream = torch.cat(2 * self.rows.tokens)  # twice, so that its batches are full as well
-        self.packed = stream[: len(texts) * LENGTH].reshape(-1, LENGTH)
+        blocks = min(len(texts), len(stream) // LENGTH)
+        self.packed = stream[: blocks * LENGTH].reshape(-1, LENGTH)
         self.ways: dict[str, Callable[[], tuple[int, Seconds]]] = {
             "trainer": self.run_trainer,
             "packed": self.run_packed,
@@ -381,12 +383,12 @@ def words(result: dict[str, Any]) -> str:
         "rounds. `ratio_best*`: of the best rounds; `ratio_cpu*`: by CPU seconds. `computed`: "
         "tokens computed over real ones.",
         "",
-        f"GPU: {json.dumps(result['gpu'])}",
+        "GPU: " + (gpu if isinstance(gpu := result["gpu"], str) else json.dumps(gpu)),
     ]
     return "\n".join(lines)
 
 
-def gpu(device: torch.device) -> dict[str, Any]:
+def measure_gpu(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {"device": device_name(device)}
     for name, (model, length, rows) in gpu_models().items():
         found[name] = mfu(model, device, length=length, rows=rows)
@@ -427,6 +429,7 @@ def run(*, quick: bool, device: torch.device) -> None:
         sys.exit(f"scripts/bench step: GPU: {NO_GPU}")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread, ours too
     result: dict[str, Any] = describe()
+    result["versions"]["accelerate"] = importlib.metadata.version("accelerate")
     sizes = {}
     for size in ROWS:
         rounds, rows = (1, BATCH) if quick else (ROUNDS[size], ROWS[size])
@@ -436,7 +439,7 @@ def run(*, quick: bool, device: torch.device) -> None:
     result |= {key: min(figures[key] for figures in sizes.values()) for key in keys}
     result["peak_memory_mb"] = {size: figures["peak_memory_mb"] for size, figures in sizes.items()}
     result |= {"aims": AIMS, "sizes": sizes, "threads": 1, "load_after": os.getloadavg()[0]}
-    result["gpu"] = gpu(device) if device.type == "cuda" else NO_GPU
+    result["gpu"] = measure_gpu(device) if device.type == "cuda" else NO_GPU
     print(json.dumps({key: result[key] for key in keys}))
     if not quick:
         write(RESULTS / "step.json", result)

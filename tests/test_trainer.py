@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -580,3 +581,24 @@ def test_a_loss_far_from_uniform_is_seen() -> None:
     """The tiny models are no uniform guess, else a wrong mask would hardly show."""
     loss = by_hand(tiny_model("llama"), [ids(row) for row in ROWS])
     assert abs(loss - math.log(VOCABULARY)) > 0.05
+
+
+def test_a_long_group_is_given_up_at_a_batch_s_edge() -> None:
+    """With gradient accumulation, a step is long: the deadline does not wait for its end."""
+    seconds = itertools.count()  # each look at the clock is a second later
+    model = tiny_model("gpt2")
+    before = [value.clone() for value in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = Trainer(
+        model,
+        encode=encode_numbers,
+        optimizer=LocalStep(optimizer),
+        clock=lambda: float(next(seconds)),
+    )
+    result = trainer.train(
+        ["5 9 3 4 1"] * 32, batch_size=1, gradient_accumulation_steps=32, timeout_seconds=5.0
+    )
+    assert (result.finished, result.steps, result.samples, result.tokens) == (False, 0, 0, 0)
+    assert next(seconds) < 20
+    assert all(map(torch.equal, before, model.parameters()))
+    assert all(value.grad is None for value in model.parameters())

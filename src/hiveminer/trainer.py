@@ -137,6 +137,10 @@ class Group:
     batches: list[Batch]
 
 
+class _Late(Exception):
+    """The deadline came in the middle of a group."""
+
+
 class Trainer:
     """Trains one model, one request at a time.
 
@@ -187,12 +191,18 @@ class Trainer:
         """Train on the rows in the order given, each once.
 
         Stops before a group that would outlast `timeout_seconds` (judged by the slowest
-        one so far), or when `stopped()`. `on_step(rows, loss)` is told of each step.
+        one so far), or when `stopped()`; a group that proves too long is given up between
+        two of its batches, and counts in nothing. `on_step(rows, loss)` is told of each
+        step.
 
         Raises TrainingError when no row holds a token to predict, or the loss is not a
         finite number; then the weights have not been touched by that group.
         """
         deadline = self.clock() + timeout_seconds
+
+        def late() -> bool:
+            return stopped() or self.clock() > deadline
+
         result = TrainResult()
         loss_sum = 0.0
         targets = 0
@@ -209,7 +219,12 @@ class Trainer:
                     result.samples += len(rows)
                     result.tokens += rows.real_tokens
                     continue
-                group_loss, kept = self._learn(group)
+                try:
+                    group_loss, kept = self._learn(group, late)
+                except _Late:
+                    self.optimizer.zero_grad()
+                    result.finished = False
+                    break
                 if kept:
                     result.steps += 1
                     result.samples += len(rows)
@@ -299,9 +314,12 @@ class Trainer:
             batches = [Batch(*(tensor.pin_memory() for tensor in batch)) for batch in batches]
         return Group(rows, micro_rows, batches)
 
-    def _learn(self, group: Group) -> tuple[float, bool]:
-        """One optimizer step: the group's mean loss, and whether the step was kept."""
-        numbers = [self._loss_sum(group, learn=True) / group.rows.targets]
+    def _learn(self, group: Group, late: Callable[[], bool]) -> tuple[float, bool]:
+        """One optimizer step: the group's mean loss, and whether the step was kept.
+
+        Raises _Late between two batches once `late()`.
+        """
+        numbers = [self._loss_sum(group, learn=True, late=late) / group.rows.targets]
         if self.max_grad_norm:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
             numbers.append(norm.to(numbers[0].device))
@@ -317,7 +335,9 @@ class Trainer:
         self.optimizer.zero_grad()
         return loss, kept
 
-    def _loss_sum(self, group: Group, *, learn: bool) -> Tensor:
+    def _loss_sum(
+        self, group: Group, *, learn: bool, late: Callable[[], bool] = lambda: False
+    ) -> Tensor:
         """Sum of the group's token losses, a scalar on the device; `learn`: with the gradients
         of their mean. Takes less at a time while memory runs out."""
         while True:
@@ -326,7 +346,7 @@ class Trainer:
             if learn:
                 self.optimizer.zero_grad()
             try:
-                return self._pass(group, learn=learn)
+                return self._pass(group, learn=learn, late=late)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -335,9 +355,11 @@ class Trainer:
                 self.optimizer.zero_grad()
             self._take_less(group)
 
-    def _pass(self, group: Group, *, learn: bool) -> Tensor:
-        sums = []
+    def _pass(self, group: Group, *, learn: bool, late: Callable[[], bool]) -> Tensor:
+        sums: list[Tensor] = []
         for batch in group.batches:
+            if sums and late():
+                raise _Late
             with self._autocast():
                 logits = self.model(
                     input_ids=batch.input_ids.to(self.device, non_blocking=True)
@@ -382,7 +404,7 @@ class Trainer:
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether to compute in bfloat16 there. A CPU stays with float32, also where it has the
-    instructions: few do, and the rest would be slower."""
+    instructions, so that losses there are those of a replay to float32's rounding."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
