@@ -35,7 +35,8 @@ class FlakySubstrate(EmbeddedSubstrate):
         self.answers_to_lose = 0
         """Calls that arrive, and whose answer breaks the connection."""
         self.calls_to_hold = 0
-        """Calls that stay in the pool: the node gives up waiting; `release` includes them."""
+        """Calls that stay in the pool, answered with `held_as`; `release` includes them."""
+        self.held_as = refusal("extrinsic finalitytimeout", name="FinalityTimeout")
         self.wrong_nonces = 0
         self.refusals: list[bt.ExtrinsicResult] = []
         """Answered in their order instead of doing what was asked."""
@@ -99,7 +100,7 @@ class FlakySubstrate(EmbeddedSubstrate):
         if self.calls_to_hold > 0:
             self.calls_to_hold -= 1
             self._held.append((call, keypair))
-            return refusal("extrinsic finalitytimeout", name="FinalityTimeout")
+            return self.held_as
         if self.wrong_nonces > 0:
             self.wrong_nonces -= 1
             nonce = await self.account_next_index(str(keypair.ss58_address)) + 1

@@ -176,6 +176,15 @@ def _in_the_pool_and_included_late(flaky: FlakySubstrate) -> None:
     threading.Timer(0.4, flaky.release).start()
 
 
+def _dropped_in_flight(flaky: FlakySubstrate) -> None:
+    """In the words of the SDK (11.3), which raises this as a refusal."""
+    _in_the_pool_and_included_late(flaky)
+    flaky.held_as = refusal(
+        "Connection dropped while an extrinsic submission was in flight; the transaction may "
+        "already be in the pool or on chain. Verify chain state before retrying."
+    )
+
+
 def _in_the_pool_for_ever(flaky: FlakySubstrate) -> None:
     flaky.calls_to_hold = 1
 
@@ -193,6 +202,7 @@ FAULTS: list[Fault] = [
     _request_lost,
     _answer_lost,
     _in_the_pool_and_included_late,
+    _dropped_in_flight,
     _in_the_pool_for_ever,
 ]
 
@@ -562,6 +572,28 @@ def test_not_registered_on_a_real_network_exits_2_with_line_and_price(
     assert raised.value.exit_code == 2
     line = "btcli tx burned-register --netuid 1 --wallet w --wallet-hotkey h --network test"
     assert f"{line} (it costs 1.0000 TAO now)" in str(raised.value)
+
+
+def test_what_is_in_doubt_and_what_is_not(subnet: Subnet) -> None:
+    """What the SDK says of a submission, and whether it may have arrived."""
+    chain = subnet.chain(subnet.substrate)
+    join_embedded(chain)
+    for result, in_doubt in (
+        (refusal("no close frame received or sent"), True),  # a broken connection, in its words
+        (refusal("extrinsic retracted", name="Retracted"), True),
+        (refusal("Transaction Already Imported"), True),
+        (refusal("too fast", name="CommitmentSetRateLimitExceeded"), False),
+        (refusal("Insufficient balance to pay fees", name="InsufficientBalance"), False),
+    ):
+        subnet.substrate.refusals = [result]
+        with pytest.raises(ChainError) as raised:
+            chain.commit(b"x")
+        assert raised.value.may_stand is in_doubt, result
+        assert bool(raised.value.refused) is not in_doubt, result
+    subnet.clock.blocks(100)
+    with pytest.raises(ChainError, match="All weights are zero") as raised:
+        subnet.validator.set_weights({0: 0.0})
+    assert raised.value.refused  # so it is not tried for an hour
 
 
 class OneSession(FlakySubstrate):

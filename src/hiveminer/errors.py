@@ -38,8 +38,8 @@ class NotYetRegistered(NotRegistered):
 class ChainError(HiveminerError):
     """The chain did not answer in time, or refused; the next attempt may go through.
 
-    `refused` is the chain's own kind of refusal, such as RATE_LIMITED, or empty when it did
-    not answer at all. `may_stand` says that what was sent may have arrived all the same.
+    `refused` is the kind of refusal, such as RATE_LIMITED, or empty when no answer came.
+    `may_stand` says that what was sent may have arrived all the same.
     """
 
     def __init__(self, message: str = "", *, refused: str = "", may_stand: bool = False):

@@ -42,6 +42,7 @@ _NOT_ON_SUBNET = "AccountNotAllowedCommit"
 # The node lost sight of the call: it waited too long in the pool, or its block was dropped
 # in a reorganisation. It may still be included.
 _IN_DOUBT = frozenset({"FinalityTimeout", "Retracted", "Usurped", "Dropped"})
+_IN_DOUBT_WORDS = ("may already be in the pool", "already imported")
 # A call that hangs in the file system cannot be cancelled; its caller is freed all the same.
 _GRACE_SECONDS = 1.0
 
@@ -354,11 +355,11 @@ class Chain:
             if error.code is bt.ErrorCode.SUBNET_NOT_EXISTS:
                 return self._no_subnet()
         text = " ".join(str(error).split())[:500] or type(error).__name__
-        in_doubt = isinstance(error, bt.ChainError) and error.name in _IN_DOUBT
-        lost = hint if in_doubt or isinstance(error, retry.TRANSIENT) else ""
-        refused = error.code.name if isinstance(error, bt.ChainError) and not in_doubt else ""
+        in_doubt = bool(hint) and (isinstance(error, retry.TRANSIENT) or _is_in_doubt(error))
+        lost = hint if in_doubt else ""
+        refused = "" if in_doubt or isinstance(error, retry.TRANSIENT) else _kind(error)
         return ChainError(
-            f"{doing} on {self.network}: {text}{lost}", refused=refused, may_stand=bool(lost)
+            f"{doing} on {self.network}: {text}{lost}", refused=refused, may_stand=in_doubt
         )
 
     def _not_registered(self, doing: str) -> NotRegistered:
@@ -400,6 +401,23 @@ class Chain:
         await self._loop.shutdown_asyncgens()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._loop.shutdown_default_executor(), 1.0)
+
+
+def _is_in_doubt(error: Exception) -> bool:
+    """Whether what was submitted may be included in spite of the error.
+
+    The SDK raises a connection that broke in mid submission as a nameless error of unknown
+    kind; what the chain itself refuses has a name or a kind.
+    """
+    if not isinstance(error, bt.ChainError):
+        return False
+    words = str(error).lower()
+    nameless = error.name is None and error.code is bt.ErrorCode.UNKNOWN
+    return nameless or error.name in _IN_DOUBT or any(each in words for each in _IN_DOUBT_WORDS)
+
+
+def _kind(error: Exception) -> str:
+    return error.code.name if isinstance(error, bt.ChainError) else type(error).__name__
 
 
 def _log_quietly(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -289,7 +289,7 @@ class EmbeddedSubstrate:
         """A generated call as this network carries it."""
         module, function, params = call
         if (module, function) not in rules.CALLS:
-            raise bt.ChainError(f"the embedded network does not know {module}.{function}")
+            raise _not_kept(f"{module}.{function}")
         return Composed(module, function, dict(params))
 
     async def estimate_fee(self, call: Any, keypair: Any) -> bt.Balance:
@@ -428,11 +428,12 @@ class EmbeddedSubstrate:
 
 
 def _not_kept(what: str) -> bt.ChainError:
-    return bt.ChainError(f"the embedded network does not keep {what}")
+    text = f"the embedded network does not keep {what}"
+    return bt.ChainError(text, code=bt.ErrorCode.DISABLED)
 
 
 def _no_such_thing(what: str) -> bt.ChainError:
-    return bt.ChainError(f"the embedded network has no {what}")
+    return bt.ChainError(f"the embedded network has no {what}", code=bt.ErrorCode.DISABLED)
 
 
 def _verifies(message: bytes, signature: bytes, signer: str, crypto_type: int) -> bool:
