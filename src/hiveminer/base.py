@@ -50,6 +50,7 @@ from hiveminer.errors import (
 )
 from hiveminer.protocol import IsAlive, Synapse, Train
 from hiveminer.settings import MinerSettings, Settings
+from hiveminer.swarm import addresses_in
 from hiveminer.swarm.processes import log_to_root
 from hiveminer.workqueue import WorkQueue
 
@@ -187,7 +188,7 @@ class Neuron:
             commitments = self.chain.commitments(self.metagraph)
         committed = (said for who, said in commitments.items() if who != self.hotkey)
         texts = (said.decode(errors="replace") for said in committed)
-        return frozenset(text for text in texts if text.startswith("/"))
+        return frozenset(address for text in texts for address in addresses_in(text))
 
     def keep_in_sync(self, on_sync: Callable[[], None] | None = None) -> None:
         """Read the metagraph every few blocks in a thread of its own, from now on.

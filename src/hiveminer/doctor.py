@@ -380,7 +380,7 @@ class Doctor:
             said = (
                 text.decode(errors="replace") for who, text in commitments.items() if who != own
             )
-            known = known or [text for text in said if text.startswith("/")]
+            known = known or [text.split()[0] for text in said if text.startswith("/")]
         other = self._other_run(commitments)
         if other:
             return failed(other, "get the subnet's run.toml and data: --neuron.run")

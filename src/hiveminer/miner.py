@@ -264,7 +264,7 @@ class Miner(BaseMinerNeuron):
         """Put our peer's address on the chain, meet those that stand there, catch up."""
         assert self.peer is not None
         assert self.swarm is not None
-        self.neuron.keep_committed(self.peer.address.encode())
+        self.neuron.keep_committed(self.peer.commitment.encode())
         self._met_at = 0.0
         self._known: frozenset[str] = frozenset()
         self._meet()
@@ -352,6 +352,7 @@ def start_peer(settings: Settings, *, identity: Path, announce_ip: str | None = 
                 announce_ip=announce_ip or settings.dht.external_ip,
                 announce_port=settings.dht.external_port,
                 identity_path=identity,
+                quic=not settings.embedded,
             )
         except OperatorError:
             if not free:

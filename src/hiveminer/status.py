@@ -150,7 +150,7 @@ def _row(
         hotkey=hotkey,
         axon=neuron.axon,
         alive=None if answer is None else isinstance(answer, IsAlive) and answer.completion,
-        peer=said.rpartition("/p2p/")[2] if said.startswith("/") else None,
+        peer=said.split()[0].rpartition("/p2p/")[2] if said.startswith("/") else None,
         run=answer.run_id if isinstance(answer, IsAlive) else said.partition("run ")[2] or None,
         epoch=answer.epoch if isinstance(answer, IsAlive) else None,
         stake=float(neuron.total_stake.amount),

@@ -6,6 +6,6 @@
 
 from hiveminer.swarm.observer import Observer, SwarmState
 from hiveminer.swarm.optimizer import Round, Swarm, build_optimizer
-from hiveminer.swarm.peer import Peer
+from hiveminer.swarm.peer import Peer, addresses_in
 
-__all__ = ["Observer", "Peer", "Round", "Swarm", "SwarmState", "build_optimizer"]
+__all__ = ["Observer", "Peer", "Round", "Swarm", "SwarmState", "addresses_in", "build_optimizer"]

@@ -27,6 +27,8 @@ from hiveminer.swarm.processes import settle, sweep
 
 logger = logging.getLogger(__name__)
 
+QUIC_WORD = " quic"
+
 START_SECONDS = 30.0
 MEET_SECONDS = 10.0
 
@@ -47,6 +49,7 @@ class Peer:
     identity_path: the file with its private key; made when missing. The peer id follows
         from it.
     client_only: dial out, listen for nobody (a validator needs no open port).
+    quic: listen on the same number of a UDP port as well, for QUIC.
 
     Raises OperatorError when the port is taken or the daemon does not start.
     """
@@ -60,14 +63,16 @@ class Peer:
         announce_port: int | None = None,
         identity_path: Path | None = None,
         client_only: bool = False,
+        quic: bool = False,
     ):
         swept = sweep()
         if swept:
             logger.info("removed %d files that dead processes had left", swept)
         self._claim = _claim_port(port)
         family = "ip6" if ipaddress.ip_address(ip).version == 6 else "ip4"
+        self.quic = quic and port != 0 and not client_only
         options: dict[str, Any] = {
-            "host_maddrs": [f"/{family}/{ip}/tcp/{port}"],
+            "host_maddrs": self._places(f"/{family}/{ip}", port),
             "startup_timeout": START_SECONDS,
             # Asking a router to forward ports is the operator's decision, not ours.
             "nat_port_map": False,
@@ -79,7 +84,9 @@ class Peer:
             options.pop("host_maddrs")
         elif announce_ip is not None:
             told = "ip6" if ipaddress.ip_address(announce_ip).version == 6 else "ip4"
-            options["announce_maddrs"] = [f"/{told}/{announce_ip}/tcp/{announce_port or port}"]
+            options["announce_maddrs"] = self._places(
+                f"/{told}/{announce_ip}", announce_port or port
+            )
         if identity_path is not None:
             identity_path.parent.mkdir(parents=True, exist_ok=True)
             options["identity_path"] = str(identity_path)
@@ -96,9 +103,18 @@ class Peer:
         self.peer_id = str(self.dht.peer_id)
         self._met: set[str] = set()
 
+    def _places(self, host: str, port: int) -> list[str]:
+        return [f"{host}/tcp/{port}"] + [f"{host}/udp/{port}/quic-v1"] * self.quic
+
+    @property
+    def commitment(self) -> str:
+        """What a neuron puts on the chain: its address, and QUIC where it listens so (at most
+        128 bytes, so the second address is not written out: `addresses_in` does)."""
+        return self.address + QUIC_WORD * self.quic
+
     @property
     def address(self) -> str:
-        """The multiaddress that others reach this peer at, with its peer id."""
+        """The multiaddress that others reach this peer at over TCP, with its peer id."""
         visible = [str(address) for address in self.dht.get_visible_maddrs()]
         if not visible:
             raise SwarmError("the peer has no address that others could reach")
@@ -111,19 +127,20 @@ class Peer:
     ) -> tuple[int, int]:
         """Dial all of these peers at once: (how many answered, how many were tried).
 
-        Malformed addresses and our own are passed over. Peers met before are tried again
-        only when the DHT has lost them.
+        Addresses with the same peer id are ways to the same peer. Malformed addresses and
+        our own are passed over. Peers met before are tried again only when the DHT has lost
+        them.
         """
-        wanted = []
+        wanted: dict[str, list[str]] = {}
         for address in addresses:
             peer_id = peer_id_of(address)
             if peer_id is None:
                 logger.warning("not a peer's address, passed over: %.100s", address)
             elif peer_id != self.peer_id:
-                wanted.append(address)
+                wanted.setdefault(peer_id, []).append(address)
         if not wanted:
             return 0, 0
-        task = partial(_meet, addresses=tuple(wanted), timeout_seconds=timeout_seconds)
+        task = partial(_meet, peers=wanted, timeout_seconds=timeout_seconds)
         future = self.dht.run_coroutine(task, return_future=True)
         try:
             answered: set[str] = future.result(timeout=timeout_seconds + 5)
@@ -175,6 +192,18 @@ def _claim_port(port: int) -> int | None:
     return descriptor
 
 
+def addresses_in(committed: str) -> list[str]:
+    """The multiaddresses that a neuron's commitment stands for; none if it is no peer's."""
+    address = committed.removesuffix(QUIC_WORD)
+    if not address.startswith("/"):
+        return []
+    if address == committed or "/tcp/" not in address:
+        return [address]
+    host, _, rest = address.partition("/tcp/")
+    port, _, peer = rest.partition("/")
+    return [address, f"{host}/udp/{port}/quic-v1/{peer}"]
+
+
 def peer_id_of(address: str) -> str | None:
     """The peer id in a multiaddress; None when it is malformed or has none."""
     if len(address) > 512:
@@ -186,27 +215,28 @@ def peer_id_of(address: str) -> str | None:
 
 
 async def _meet(
-    _dht: Any, node: Any, *, addresses: tuple[str, ...], timeout_seconds: float
+    _dht: Any, node: Any, *, peers: dict[str, list[str]], timeout_seconds: float
 ) -> set[str]:
     """Runs in the DHT's process: connect, ping, and let the routing table learn of us."""
 
-    async def meet_one(address: str) -> str | None:
-        peer_id = PeerID.from_base58(Multiaddr(address)["p2p"])
+    async def meet_one(name: str, addresses: list[str]) -> str | None:
+        peer_id = PeerID.from_base58(name)
         if node.protocol.routing_table.get(peer_id=peer_id) is None:
-            place = Multiaddr(address.rsplit("/p2p/", 1)[0])
+            places = [Multiaddr(address.rsplit("/p2p/", 1)[0]) for address in addresses]
             # The daemon's connect has no public door in hivemind; initial_peers alone
             # would do at the start, and never again.
-            await node.p2p._client.connect(peer_id, [place])
+            await node.p2p._client.connect(peer_id, places)
         answered = await node.protocol.call_ping(peer_id)
-        return str(peer_id) if answered is not None else None
+        return name if answered is not None else None
 
-    async def bounded(address: str) -> str | None:
+    async def bounded(name: str, addresses: list[str]) -> str | None:
         try:
-            return await asyncio.wait_for(meet_one(address), timeout_seconds)
+            return await asyncio.wait_for(meet_one(name, addresses), timeout_seconds)
         except Exception:  # noqa: BLE001 - unreachable, gone, or somebody else's address
             return None
 
-    answered = {peer for peer in await asyncio.gather(*map(bounded, addresses)) if peer}
+    met = await asyncio.gather(*(bounded(name, places) for name, places in peers.items()))
+    answered = {peer for peer in met if peer}
     if answered:
         nearest = node.find_nearest_nodes([node.node_id])
         await asyncio.wait({asyncio.ensure_future(nearest)}, timeout=timeout_seconds)
