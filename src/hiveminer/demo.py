@@ -40,6 +40,9 @@ START_SECONDS = 120.0
 
 STOP_SECONDS = 15.0
 
+LOOK_SECONDS = 3.0
+"""How often it is noted which processes and ports there are; it costs a little."""
+
 Line = dict[str, Any]
 
 
@@ -167,14 +170,16 @@ class Demo:
 
     def _watch(self, numbers: TextIO) -> None:
         """Gather numbers and show them until the time is over."""
-        began = time.monotonic()
+        began = looked = time.monotonic()
         with Live(console=self.console, refresh_per_second=4, transient=True) as live:
             while not self.interrupted:
                 self._gather(numbers)
                 self._check()
-                for program in self.programs:
-                    program.look()
                 now = time.monotonic()
+                if now - looked > LOOK_SECONDS:
+                    looked = now
+                    for program in self.programs:
+                        program.look()
                 if self._first_answer is None and any(x["kind"] == "answer" for x in self.lines):
                     self._first_answer = now
                 if self._first_answer is None and now - began > START_SECONDS:
