@@ -90,6 +90,11 @@ _AUTH_KINDS: tuple[tuple[type[http_auth.AuthError], str], ...] = (
 )
 
 
+DRAIN_BYTES = 4 * 2**20
+DRAIN_SECONDS = 1.0
+"""How much of a body that was refused unread is taken in, so that the refusal arrives."""
+
+
 class _Declined(Refused):
     """A refusal of the axon's own; `kind` is the name under which it is counted."""
 
@@ -402,6 +407,7 @@ class Axon:
             status, body = self._fail(request, error)
             request.caller = None
             headers = self._headers(request, status, body)
+        await _drain(request, receive)
         await _send(send, status, body, headers)
 
     async def _answer_or_refuse(self, request: _Request, receive: Receive) -> tuple[int, bytes]:
@@ -683,6 +689,23 @@ async def _first(future: Future[bytes], receive: Receive) -> None:
     finally:
         for wait in waits:
             wait.cancel()
+
+
+async def _drain(request: _Request, receive: Receive) -> None:
+    """Take in a little of a body that was refused unread.
+
+    A connection that is closed on top of unread bytes is reset, and the caller may never
+    see why it was refused.
+    """
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            while not request.body_read and size < DRAIN_BYTES:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return
+                size += len(message.get("body", b""))
+                request.body_read = not message.get("more_body", False)
 
 
 async def _send(send: Send, status: int, body: bytes, headers: list[tuple[str, str]]) -> None:

@@ -1,0 +1,190 @@
+"""One miner as a process, and what a validator may send it: good, bad, twice, too late."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from hiveminer.chain import Chain, embedded_wallet, join_embedded, open_chain
+from hiveminer.dendrite import Dendrite, Endpoint
+from hiveminer.errors import MinerError
+from hiveminer.protocol import IsAlive, Train
+from programs import ROOT, Network, wait_for
+
+RUN = """
+oldest_version = "0.1.0"
+[model]
+sequence_length = 128
+[limits]
+rows = 600
+batch_size = 64
+timeout_seconds = 120.0
+"""
+
+
+class Talk:
+    """A registered hotkey with stake, and the miner it talks to."""
+
+    def __init__(self, dendrite: Dendrite, endpoint: Endpoint, alive: IsAlive):
+        self.dendrite = dendrite
+        self.endpoint = endpoint
+        self.alive = alive
+        self.asked = 0
+
+    def request(self, **changes: Any) -> Train:
+        self.asked += 1
+        fields: dict[str, Any] = {
+            "request_id": f"r{self.asked}",
+            "run_id": self.alive.run_id,
+            "data_hash": self.alive.data_hash,
+            "version": self.alive.version,
+            "dataset_indices": [5, 3, 9, 1],
+            "batch_size": 2,
+            "timeout_seconds": 60.0,
+        }
+        return Train.model_construct(**(Train(**fields).model_dump() | changes))
+
+    async def ask(self, **changes: Any) -> Train:
+        return await self.dendrite.call(self.endpoint, self.request(**changes), timeout_seconds=90)
+
+    async def is_alive(self) -> IsAlive:
+        return await self.dendrite.call(self.endpoint, IsAlive(), timeout_seconds=10)
+
+    async def refusal(self, **changes: Any) -> tuple[int | None, str]:
+        with pytest.raises(MinerError) as raised:
+            await self.ask(**changes)
+        return raised.value.status, raised.value.reason
+
+
+@contextlib.asynccontextmanager
+async def talking(chain: Chain, miner: str) -> AsyncIterator[Talk]:
+    neuron = wait_for(
+        lambda: next((n for n in chain.metagraph() if n.hotkey == miner and n.axon), None),
+        seconds=60,
+        about="the miner's address on the chain",
+    )
+    ip, port = str(neuron.axon).split(":")
+    endpoint = Endpoint(miner, ip, int(port))
+    async with Dendrite(chain.wallet) as dendrite:
+        deadline = time.monotonic() + 30
+        while True:  # until the miner has read the metagraph with us in it
+            with contextlib.suppress(MinerError):
+                alive = await dendrite.call(endpoint, IsAlive(), timeout_seconds=5)
+                break
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.2)
+        yield Talk(dendrite, endpoint, alive)
+
+
+async def _refusals(talk: Talk) -> None:
+    name, run, schema, data = talk.alive.run_id.split("-")
+    wanted: list[tuple[dict[str, Any], int, str]] = [
+        ({"run_id": f"{name}-000000000000-{schema}-{data}"}, 409, "run.toml differs"),
+        ({"run_id": f"{name}-{run}-00000000-{data}"}, 409, "model schema differs"),
+        ({"run_id": "nonsense"}, 409, "is none of ours"),
+        ({"data_hash": "0" * 64}, 409, "data hash differs"),
+        ({"version": "0.0.9"}, 409, "version 0.0.9 is older"),
+        ({"version": "new"}, 409, "version new is older"),
+        ({"dataset_indices": list(range(601))}, 422, "more than this run's 600 rows"),
+        ({"dataset_indices": list(range(5000))}, 422, "dataset_indices"),
+        ({"dataset_indices": []}, 422, "dataset_indices"),
+        ({"dataset_indices": [1, 1]}, 422, "a row is given twice"),
+        ({"dataset_indices": [10**7]}, 422, "row 10000000, and the data has"),
+        ({"dataset_indices": [-1]}, 422, "dataset_indices"),
+        ({"batch_size": 0}, 422, "batch_size"),
+        ({"batch_size": 65}, 422, "more than this run's 64"),
+        ({"batch_size": 1_000_000}, 422, "batch_size"),
+        ({"gradient_accumulation_steps": 0}, 422, "gradient_accumulation_steps"),
+        ({"timeout_seconds": 0.0}, 422, "timeout_seconds"),
+        ({"timeout_seconds": 121.0}, 422, "more than this run's 120"),
+        ({"request_id": ""}, 422, "request_id"),
+    ]
+    for changes, status, words in wanted:
+        told = await talk.refusal(**changes)
+        assert told[0] == status, (changes, told)
+        assert words in told[1], (changes, told)
+    assert (await talk.is_alive()).completion
+
+
+async def _strangers(talk: Talk) -> None:
+    url = f"{talk.endpoint.url}/Train"
+    async with httpx.AsyncClient(trust_env=False) as client:
+        assert (await client.post(url, content=b"{}")).status_code == 401
+        assert (await client.post(url, content=b"x" * 10**6)).status_code == 401
+        assert (await client.get(f"{talk.endpoint.url}/docs")).status_code == 404
+
+
+async def _work(talk: Talk) -> None:
+    answer = await talk.ask(dataset_indices=[40, 7, 23], batch_size=2)
+    assert (answer.samples, answer.steps, len(answer.losses)) == (3, 2, 2)
+    assert answer.loss is not None
+    assert 3 < answer.loss < 7
+    assert 3 < answer.tokens <= 3 * 128
+
+    again = talk.request(dataset_indices=[50, 51], request_id="twice")
+    first, second = await asyncio.gather(
+        *(talk.dendrite.call(talk.endpoint, again, timeout_seconds=60) for _ in range(2))
+    )
+    later = await talk.dendrite.call(talk.endpoint, again, timeout_seconds=60)
+    assert first == second == later  # trained once: a second time would have another loss
+
+    # IsAlive is answered while it trains, and a deadline ends the training at a batch's edge.
+    began = time.monotonic()
+    training = asyncio.create_task(
+        talk.ask(dataset_indices=list(range(100, 700)), batch_size=4, timeout_seconds=3.0)
+    )
+    answers = 0
+    while not training.done():
+        await talk.is_alive()
+        answers += 1
+    late = await training
+    assert answers >= 5
+    assert 0 < late.samples < 600
+    assert late.samples % 4 == 0
+    assert time.monotonic() - began < 15
+
+
+@pytest.mark.timeout(180)
+def test_what_a_validator_may_send_a_miner(tmp_path: Path) -> None:
+    with Network(tmp_path, run=RUN) as network:
+        program = network.start("miner-0")
+        words = program.says("serving on", seconds=90)
+        miner = words.split(", hotkey ", 1)[1].split()[0]
+        place = tmp_path / "network"
+        with (
+            embedded_wallet(place, prefix="caller") as claim,
+            open_chain(
+                network="embedded", netuid=1, wallet=claim.wallet, path=place / "chain.sqlite"
+            ) as chain,
+        ):
+            join_embedded(chain, stake_tao=10_000)
+
+            async def all_of_it() -> None:
+                async with talking(chain, miner) as talk:
+                    assert talk.alive.completion
+                    await _refusals(talk)
+                    await _strangers(talk)
+                    assert not network.numbers("train")  # nothing of all that was trained
+                    await _work(talk)
+
+            asyncio.run(all_of_it())
+        trained = network.numbers("train")
+        assert [line["request_id"] for line in trained].count("twice") == 1
+        assert program.interrupt(seconds=10) == 0
+        assert "Traceback" not in program.words, program.words
+
+
+@pytest.mark.parametrize("name", ["miner.py", "validator.py"])
+def test_an_example_tells_its_flags(name: str) -> None:
+    words = [sys.executable, str(ROOT / "examples" / name), "--help"]
+    told = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "--subtensor.network" in told
