@@ -26,7 +26,7 @@ ROWS = [
     ["model", "data", "memory"],
     ["swarm"],
     ["chain"],
-    ["metrics", "addresses"],
+    ["signals", "metrics", "addresses"],
     ["run", "protocol", "settings", "flags", "errors"],
 ]
 ORDER = {name: (depth, i) for depth, row in enumerate(ROWS) for i, name in enumerate(row)}

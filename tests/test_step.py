@@ -507,7 +507,7 @@ class Started:
 
 
 class NoPeer:
-    address = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooW"
+    commitment = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooW"
 
     def meet(self, addresses: object) -> tuple[int, int]:
         return 0, 0

@@ -11,8 +11,6 @@ import contextlib
 import functools
 import json
 import logging
-import os
-import signal
 import socket
 import sys
 import threading
@@ -21,10 +19,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
-import psutil
 from bittensor import Metagraph, MetagraphNeuron
 
 from hiveminer import __version__, addresses
@@ -50,6 +47,7 @@ from hiveminer.errors import (
 )
 from hiveminer.protocol import IsAlive, Synapse, Train
 from hiveminer.settings import MinerSettings, Settings
+from hiveminer.signals import SHUTDOWN_SECONDS, Signals
 from hiveminer.swarm import addresses_in
 from hiveminer.swarm.processes import log_to_root
 from hiveminer.workqueue import WorkQueue
@@ -67,9 +65,6 @@ PUT_AGAIN_SECONDS = 60.0
 
 EVERY_ADDRESS = ("0.0.0.0", "::")
 """To listen on these is to listen everywhere; nobody can be called at them."""
-
-SHUTDOWN_SECONDS = 8.0
-"""After this the program ends, whatever is still going on."""
 
 
 @dataclass
@@ -100,14 +95,13 @@ class Neuron:
         self.role = role
         self.stopping = threading.Event()
         self._claim: Claimed | None = None
-        self._old_handlers: dict[int, Any] = {}
+        self.signals = Signals(self.stopping)
         self._syncing: threading.Thread | None = None
         self._on_sync: list[Callable[[], None]] = []
-        self._signalled_at: float | None = None
         configure_logging(settings, role)
         # Before anything else is built: an exception out of a signal, in the middle of a
         # library's own start, leaves half of it behind. `go_on` looks instead.
-        self.take_signals()
+        self.signals.take()
         # The network's thread gets its turn ten times sooner than Python would give it
         # beside a training thread: answers take a few milliseconds.
         sys.setswitchinterval(0.0005)
@@ -266,34 +260,21 @@ class Neuron:
             raise OperatorError(words)
         logger.warning("%s", words)
 
-    def take_signals(self) -> None:
-        """Ctrl-C and SIGTERM end the program in order; a second one at once."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old_handlers.setdefault(number, signal.getsignal(number))
-            signal.signal(number, self._on_signal)
-
     def go_on(self) -> None:
         """To be asked between the steps of a start: raises KeyboardInterrupt when told to stop."""
         if self.stopping.is_set():
             raise KeyboardInterrupt
 
-    def give_signals_back(self) -> None:
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
-        self._old_handlers.clear()
-
     def close(self) -> None:
         """Let go of the chain and of the hotkey."""
         self.stopping.set()
-        self.give_signals_back()
         if self._syncing is not None:
             self._syncing.join(timeout=2)
         if hasattr(self, "chain"):
             self.chain.close()
         if self._claim is not None:
             self._claim.release()
+        self.signals.give_back()
 
     def _make_folder(self) -> None:
         try:
@@ -363,18 +344,6 @@ class Neuron:
         with contextlib.suppress(HiveminerError):
             return self.chain.block_seconds()
         return 12.0
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self._signalled_at is not None:
-            # One Ctrl-C can arrive twice: for this process, and for its group.
-            if now - self._signalled_at > 0.2:
-                end_at_once(128 + number)
-            return
-        self._signalled_at = now
-        logger.info("stopping (%s); once more to end at once", signal.Signals(number).name)
-        self.stopping.set()
-        threading.Thread(target=_watch_shutdown, args=(number,), daemon=True).start()
 
 
 class BaseMinerNeuron(ABC):
@@ -462,8 +431,12 @@ class BaseMinerNeuron(ABC):
             self.axon.stop(1.0)
         if dropped:
             logger.info("dropped %d requests: %s", len(dropped), ", ".join(dropped))
+        self.release()
         self.neuron.close()
         logger.info("stopped")
+
+    def release(self) -> None:  # noqa: B027 - nothing to let go of, unless overridden
+        """Let go of what a subclass holds; called once, when nothing is served any more."""
 
     def __enter__(self) -> Self:
         return self
@@ -605,17 +578,3 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             said["error"] = self.formatException(record.exc_info)
         return json.dumps(said)
-
-
-def end_at_once(code: int) -> None:
-    """Kill our children and end, without ceremony."""
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            child.kill()
-    os._exit(code)
-
-
-def _watch_shutdown(number: int) -> None:
-    time.sleep(SHUTDOWN_SECONDS)
-    logger.error("still not stopped after %.0f seconds: ending", SHUTDOWN_SECONDS)
-    end_at_once(128 + number)

@@ -190,6 +190,8 @@ class Miner(BaseMinerNeuron):
             self.neuron.stopping.set()
             self.swarm.interrupt()
         super().close()
+
+    def release(self) -> None:
         if self.swarm is not None:
             self.swarm.close()
         if self.peer is not None:

@@ -29,6 +29,7 @@ def settle(parent: int) -> None:
     """To be called first in a forked process: leave the terminal's group, watch the parent,
     and take the daemon along when told to end."""
     os.setpgid(0, 0)
+    signal.set_wakeup_fd(-1)  # the parent's: what we are told is not for it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda _number, _frame: _end())
     threading.Thread(target=_end_with, args=(parent,), name="watch-parent", daemon=True).start()

@@ -1,0 +1,111 @@
+"""Ctrl-C and SIGTERM: once to stop in order, twice to end at once.
+
+A handler that Python runs may come in the middle of anything the main thread does: a log
+line that it was writing, a lock that it holds, a library's own start. So nothing is done
+in one. The signal's number goes through a pipe, as the interpreter writes it there by
+itself, to a thread that may wait, lock and log; it also answers while the main thread is
+deep in somebody's C code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import threading
+import time
+from typing import Any
+
+import psutil
+
+logger = logging.getLogger(__name__)
+
+SAME_SECONDS = 0.2
+"""One Ctrl-C can arrive twice: for this process, and for its group."""
+
+SHUTDOWN_SECONDS = 8.0
+"""After this the program ends, whatever is still going on."""
+
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Signals:
+    """Takes the signals of this process until they are given back.
+
+    stopping: set at the first signal.
+
+    Outside the main thread it takes nothing: Python only lets that one.
+    """
+
+    def __init__(self, stopping: threading.Event):
+        self.stopping = stopping
+        self._old: dict[int, Any] = {}
+        self._write: int | None = None
+        self._old_wakeup = -1
+
+    def take(self) -> None:
+        """From now on. Doing it again changes nothing."""
+        if threading.current_thread() is not threading.main_thread() or self._write is not None:
+            return
+        read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        for number in NUMBERS:
+            self._old[number] = signal.signal(number, lambda _number, _frame: None)
+        threading.Thread(target=self._watch, args=(read,), name="signals", daemon=True).start()
+
+    def give_back(self) -> None:
+        """As it was before `take`."""
+        if self._write is None:
+            return
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._old.clear()
+        signal.set_wakeup_fd(self._old_wakeup)
+        os.close(self._write)  # the thread reads the pipe's end, and ends too
+        self._write = None
+
+    def _watch(self, read: int) -> None:
+        try:
+            first = _next(read, None)
+            if first is None:
+                return
+            logger.info("stopping (%s); once more to end at once", signal.Signals(first).name)
+            self.stopping.set()
+            began = time.monotonic()
+            while True:
+                left = began + SHUTDOWN_SECONDS - time.monotonic()
+                number = _next(read, max(0.0, left))
+                if number is None:
+                    break
+                if time.monotonic() - began > SAME_SECONDS:
+                    end_at_once(128 + number)
+            if time.monotonic() - began >= SHUTDOWN_SECONDS:  # else the pipe was closed
+                logger.error("still not stopped after %.0f seconds: ending", SHUTDOWN_SECONDS)
+                end_at_once(128 + first)
+        finally:
+            os.close(read)
+
+
+def _next(read: int, timeout_seconds: float | None) -> int | None:
+    """The next of our signals in the pipe; None at its end, or when the time is over."""
+    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+    while True:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not select.select([read], [], [], left)[0]:
+            return None
+        said = os.read(read, 1)
+        if not said:
+            return None
+        if said[0] in NUMBERS:
+            return said[0]
+
+
+def end_at_once(code: int) -> None:
+    """Kill our children and end, without ceremony."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+    os._exit(code)
