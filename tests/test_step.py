@@ -365,7 +365,7 @@ def test_what_is_counted_is_what_the_tensors_hold(bfloat16: bool) -> None:
     assert needed.moments == sum(value.numel() * value.element_size() for value in moments)
     assert needed.weights == needed.gradients == 4 * needed.parameters
     assert needed.casts == (2 * needed.parameters if bfloat16 else 0)
-    assert needed.averaging == 8 * needed.parameters
+    assert needed.averaging == 20 * needed.parameters
 
 
 def test_memory_is_foretold_without_taking_it() -> None:
@@ -382,12 +382,12 @@ SEVEN_BILLION = MemoryNeeded(
     gradients=28 * 10**9,
     moments=56 * 10**9,
     casts=0,
-    averaging=56 * 10**9,
+    averaging=140 * 10**9,
     activations=10**9,
 )
 
 
-@pytest.mark.parametrize(("device", "wanted"), [("cpu", 141 * 10**9), ("cuda:0", 112 * 10**9)])
+@pytest.mark.parametrize(("device", "wanted"), [("cpu", 225 * 10**9), ("cuda:0", 196 * 10**9)])
 def test_a_model_that_cannot_fit_the_machine_is_refused_with_the_figure(
     device: str, wanted: int
 ) -> None:

@@ -18,6 +18,12 @@ from torch import nn
 from hiveminer.errors import OperatorError
 
 FLOAT32, BFLOAT16 = 4, 2
+
+AVERAGING = 5 * FLOAT32
+"""Bytes a parameter: the averager's copy of the weights, one more while a round runs, and the
+weights and moments of the start, which its forked process keeps when ours move on (20;
+`scripts/bench swarm_memory` measured 21)."""
+
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -29,8 +35,7 @@ class MemoryNeeded:
     weights, gradients: the model's, in its own precision.
     moments: AdamW's two, of the same.
     casts: bfloat16 copies of the weights that autocast keeps through a pass.
-    averaging: the averager's copy of the weights, and one more while a round runs; always
-        in the machine's own memory.
+    averaging: what hivemind's processes take, always in the machine's own memory.
     activations: of one row of the run's sequence length, as they are kept when memory asks
         for it: each layer's input, and the logits with their gradient.
     """
@@ -70,7 +75,7 @@ def memory_needed(
         gradients=gradients,
         moments=2 * gradients,
         casts=BFLOAT16 * sum(value.numel() for value in trained) if bfloat16 else 0,
-        averaging=2 * FLOAT32 * sum(value.numel() for value in trained),
+        averaging=AVERAGING * sum(value.numel() for value in trained),
         activations=sequence_length * (width + 2 * vocabulary) * FLOAT32,
     )
 
