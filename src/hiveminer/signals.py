@@ -104,8 +104,12 @@ def _next(read: int, timeout_seconds: float | None) -> int | None:
 
 
 def end_at_once(code: int) -> None:
-    """Kill our children and end, without ceremony."""
+    """Kill our children and end, without ceremony.
+
+    Not torch's shared-memory manager: it ends by itself, and cleans up after us first.
+    """
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            child.kill()
+            if child.name() != "torch_shm_manager":
+                child.kill()
     os._exit(code)

@@ -8,6 +8,7 @@ terminal reaches the daemon before anybody could say goodbye.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import threading
@@ -23,6 +24,18 @@ LOOK_SECONDS = 0.5
 def log_to_root() -> None:
     """Send hivemind's log lines to the root logger, like everybody's."""
     use_hivemind_log_handler("nowhere")
+    dht = logging.getLogger("hivemind.dht.dht")
+    if not any(isinstance(known, _NoGhosts) for known in dht.filters):
+        dht.addFilter(_NoGhosts())
+
+
+class _NoGhosts(logging.Filter):
+    """Keeps back what the DHT says of a message whose sender ended before it was read: at a
+    shutdown the averager's last ones are such, and there is nothing to mend."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, FileNotFoundError | ConnectionError | EOFError)
 
 
 def settle(parent: int) -> None:
@@ -47,9 +60,12 @@ def _end_with(parent: int) -> None:
 
 
 def _end() -> None:
+    """End at once, and take the libp2p daemon along. Not torch's shared-memory manager, which
+    may be our child as well: it removes the shared memory once all who use it are gone."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            child.kill()
+            if child.name() == "p2pd":
+                child.kill()
     os._exit(1)
 
 
