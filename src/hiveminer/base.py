@@ -555,6 +555,8 @@ def configure_logging(settings: Settings, role: str) -> None:
     for old in list(root.handlers):
         if getattr(old, "hiveminer", False):
             root.removeHandler(old)
+    if level > logging.DEBUG:
+        handler.addFilter(_brief)
     handler.hiveminer = True  # type: ignore[attr-defined]
     root.addHandler(handler)
     log_to_root()
@@ -563,6 +565,17 @@ def configure_logging(settings: Settings, role: str) -> None:
     # Theirs are chatty at info, and worth reading when something is wrong.
     for name in ("bittensor", "hivemind"):
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
+
+
+def _brief(record: logging.LogRecord) -> bool:
+    """Cut what hivemind says of a peer's trouble to a line: it logs the whole traceback of
+    what it has caught, such as a download from a peer that is gone."""
+    if record.name.startswith("hivemind") and record.exc_info:
+        error = record.exc_info[1]
+        first = (record.getMessage().strip().splitlines() or [""])[0]
+        record.msg, record.args = f"{first[:200]} ({type(error).__name__})", ()
+        record.exc_info = record.exc_text = None
+    return True
 
 
 class JsonFormatter(logging.Formatter):
