@@ -99,7 +99,6 @@ class Peer:
                 f"the swarm's peer does not start on {ip} port {port}: {reason}; is the port "
                 "taken? choose another with --dht.port"
             ) from error
-        self.client_only = client_only
         self.peer_id = str(self.dht.peer_id)
         self._met: set[str] = set()
 
@@ -151,9 +150,6 @@ class Peer:
             logger.info("met peer %s", peer_id)
         self._met |= answered
         return len(answered), len(wanted)
-
-    def is_alive(self) -> bool:
-        return bool(self.dht.is_alive())
 
     def close(self) -> None:
         """Stop the DHT node and its daemon."""
