@@ -20,7 +20,7 @@ from torch import nn
 from hiveminer.data import builtin_rows
 from hiveminer.model import builtin_model, builtin_tokenizer
 from hiveminer.run import Run
-from hiveminer.swarm.optimizer import build_optimizer
+from hiveminer.swarm.adamw import build_optimizer
 
 BATCH = 8
 SEED_EPOCH = 512

@@ -19,7 +19,7 @@ from hiveminer.replay import Curves, Replayer
 from hiveminer.run import Run
 from hiveminer.scoring import Evidence, score
 from hiveminer.swarm import SwarmState, build_optimizer
-from hiveminer.swarm.optimizer import parameter_groups
+from hiveminer.swarm.adamw import parameter_groups
 from hiveminer.trainer import LocalStep, Trainer
 
 RUN = Run()

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hiveminer.run import Run
 from hiveminer.swarm import SwarmState, build_optimizer
-from hiveminer.swarm.optimizer import parameter_groups
+from hiveminer.swarm.adamw import parameter_groups
 from hiveminer.trainer import Encode, LocalStep, Trainer
 
 

@@ -4,8 +4,9 @@
 `Observer` what a validator sees of it.
 """
 
+from hiveminer.swarm.adamw import build_optimizer
 from hiveminer.swarm.observer import Observer, SwarmState
-from hiveminer.swarm.optimizer import Round, Swarm, build_optimizer
+from hiveminer.swarm.optimizer import Round, Swarm
 from hiveminer.swarm.peer import Peer, addresses_in
 
 __all__ = ["Observer", "Peer", "Round", "Swarm", "SwarmState", "addresses_in", "build_optimizer"]

@@ -14,14 +14,8 @@ from hivemind.optim.progress_tracker import ProgressTracker
 from torch import Tensor, nn
 
 from hiveminer.run import Run
-from hiveminer.swarm.optimizer import (
-    CHUNK_SECONDS,
-    SwarmAverager,
-    averager_prefix,
-    build_optimizer,
-    build_scheduler,
-    parameter_groups,
-)
+from hiveminer.swarm.adamw import build_optimizer, build_scheduler, parameter_groups
+from hiveminer.swarm.averager import CHUNK_SECONDS, SwarmAverager, averager_prefix
 from hiveminer.swarm.peer import Peer
 
 logger = logging.getLogger(__name__)

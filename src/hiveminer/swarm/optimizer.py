@@ -2,13 +2,7 @@
 
 Each step updates this machine's weights with AdamW; once the swarm together has trained
 `epoch_samples` rows, an epoch ends and the peers average their weights. What is changed
-against the stock optimizer, each by overriding one of its hooks, and why:
-
-- `SwarmAverager`: the group is complete when all live peers are in it, so nobody waits out
-  the matchmaking time; peers count by the rows they trained; a state that is not finite,
-  or of another shape, is never loaded, and loading has a deadline.
-- `SampleTracker`: an epoch ends by rows, never by the clock's guess, so a slow moment does
-  not turn into an epoch of one step.
+against the stock optimizer is in `averager.py` and `tracker.py`.
 
 A peer without work calls `idle()` now and then: as long as the others count on it, it
 takes part in the averaging. When work comes after a longer rest, `catch_up` loads what the
@@ -18,35 +12,29 @@ swarm has learnt meanwhile.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import hivemind
 import torch
-from hivemind.averaging import DecentralizedAverager
-from hivemind.averaging.control import StepControl
-from hivemind.compression import CompressionBase, Float16Compression, NoCompression
-from hivemind.optim.progress_tracker import ProgressTracker
-from hivemind.optim.state_averager import TrainingStateAverager
 from torch import Tensor, nn
 
-from hiveminer.run import OptimizerSection, Run, SwarmSection
-from hiveminer.swarm.peer import START_SECONDS, Peer
-from hiveminer.swarm.processes import settle
+from hiveminer.run import Run
+from hiveminer.swarm.adamw import build_optimizer, build_scheduler, parameter_groups
+from hiveminer.swarm.averager import (
+    CHUNK_SECONDS,
+    IDLE_WEIGHT,
+    SwarmAverager,
+    averager_prefix,
+    compression,
+)
+from hiveminer.swarm.peer import Peer
+from hiveminer.swarm.tracker import SampleTracker
 
 logger = logging.getLogger(__name__)
-
-CHUNK_SECONDS = 30.0
-"""How long a peer waits for the next part of a tensor: hivemind's default is shorter than
-some rounds take to begin."""
-
-IDLE_WEIGHT = 1e-3
-"""An idle peer's weight in rows. Not zero: a group of idle peers would divide by it."""
 
 REPORT_SECONDS = 20.0
 """A peer that has not reported for so long is no longer counted."""
@@ -60,158 +48,6 @@ class Round:
     epoch: int
     group_size: int
     seconds: float
-
-
-def build_optimizer(
-    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], section: OptimizerSection
-) -> torch.optim.AdamW:
-    """AdamW as the run wants it; decay only on matrices (vectors are norms and biases)."""
-    groups: list[Any] = list(parameters)
-    if groups and isinstance(groups[0], Tensor):
-        groups = parameter_groups(groups, weight_decay=section.weight_decay)
-    return torch.optim.AdamW(
-        groups, lr=section.learning_rate, betas=section.betas, eps=section.eps, fused=True
-    )
-
-
-def parameter_groups(
-    parameters: Iterable[nn.Parameter], *, weight_decay: float
-) -> list[dict[str, Any]]:
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in parameters:
-        (matrices if parameter.dim() > 1 else vectors).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, section: OptimizerSection
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """The run's learning rate by epoch: hivemind steps it when the swarm's epoch does."""
-    # A peer that loads the swarm's state catches up with its rate before its first step.
-    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: rate_factor(epoch, section))
-
-
-def rate_factor(epoch: int, section: OptimizerSection) -> float:
-    """The share of the full learning rate at an epoch, between a tenth and one."""
-    low = 0.1
-    if epoch < section.warmup_epochs:
-        return low + (1 - low) * epoch / section.warmup_epochs
-    if section.schedule == "constant":
-        return 1.0
-    span = max(1, section.total_epochs - section.warmup_epochs)
-    done = min(1.0, (epoch - section.warmup_epochs) / span)
-    left = 1 - done if section.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return low + (1 - low) * left
-
-
-class _Guard(DecentralizedAverager):  # type: ignore[misc]
-    """Stands between TrainingStateAverager and its base in the order of inheritance."""
-
-    rows_weight: float = IDLE_WEIGHT
-    last_control: StepControl | None = None
-    loaded_epoch: int | None = None
-
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Begin a round; this peer weighs as much as the rows it trained in the epoch."""
-        kwargs["weight"] = self.rows_weight
-        control = super().step(*args, **kwargs)
-        if isinstance(control, StepControl):
-            self.last_control = control
-        return control
-
-    def load_state_from_peers(
-        self, wait: bool = True, timeout: float | None = None
-    ) -> tuple[Any, Any] | None:
-        """The base's download, within a deadline, and refused unless it is sound."""
-        self.loaded_epoch = None
-        try:
-            state = super().load_state_from_peers(wait=wait, timeout=timeout)
-        except Exception as error:  # noqa: BLE001 - whatever a peer's bytes may cause
-            logger.warning("no state could be had from peers: %r", error)
-            return None
-        if state is None:
-            return None
-        problem = self._problem_with(state)
-        if problem:
-            logger.error("a peer's state is refused: %s", problem)
-            return None
-        self.loaded_epoch = state[0]["epoch"]
-        return state  # type: ignore[no-any-return]
-
-    def _problem_with(self, state: tuple[Any, Any]) -> str | None:
-        metadata, tensors = state
-        if not isinstance(metadata, dict) or not isinstance(metadata.get("epoch"), int):
-            return "it does not say its epoch"
-        if not isinstance(metadata.get("optimizer_metadata"), list):
-            return "it does not describe its optimizer"
-        expected = self.get_current_state()[1]
-        shapes = [tuple(tensor.shape) for tensor in expected]
-        if [tuple(tensor.shape) for tensor in tensors] != shapes:
-            return "its tensors have other shapes than ours"
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-            return "it holds numbers that are not finite"
-        return None
-
-
-class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
-    """The stock state averager, but: its group size can follow the number of live peers;
-    it hands out the weights that the epoch began with, which are the same for all peers,
-    and not its own of this moment; its process ends with its parent."""
-
-    def run(self) -> None:
-        settle(self._parent_pid)
-        super().run()
-
-    def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
-        """As the stock one, but SIGINT is ignored in the new process only, so that a Ctrl-C
-        while a program starts is not lost."""
-        self.start()
-        if await_ready:
-            self.wait_until_ready(timeout if timeout is not None else START_SECONDS)
-
-    def get_current_state(self) -> tuple[Any, Any, Any]:
-        """What a peer that asks is given: the averaging buffers still hold the epoch's start."""
-        metadata, tensors, infos = super().get_current_state()
-        with self.get_tensors() as averaged:
-            start = [tensor.clone() for tensor in averaged[: len(self.main_parameters)]]
-        return metadata, start + tensors[len(start) :], infos
-
-    def begin_epoch(self) -> None:
-        """Take the weights of this moment for the epoch's start: there was no averaging."""
-        self._load_local_tensors_into_averager_()
-
-    @property
-    def loaded(self) -> bool:
-        """Whether the last download was sound, and not behind what this peer already had."""
-        return self.loaded_epoch is not None and self.loaded_epoch >= self.local_epoch
-
-    def set_target_group_size(self, size: int) -> None:
-        """A group of this many peers is complete and need not wait for more."""
-        self._outer_pipe.send(("_set_target_group_size", [size], {}))
-
-    async def _set_target_group_size(self, size: int) -> None:
-        """Runs in the averager's process. The key manager's own target stays unset: it
-        takes it for a bound, and fails on a group that has outgrown it."""
-        self._matchmaking.target_group_size = size
-        self._matchmaking.potential_leaders.target_group_size = size
-
-
-class SampleTracker(ProgressTracker):  # type: ignore[misc]
-    """The stock progress tracker, without the epoch that ends by the clock."""
-
-    @property
-    def ready_to_update_epoch(self) -> bool:
-        progress = self.global_progress
-        return bool(
-            self.global_epoch > self.local_progress.epoch
-            or progress.samples_accumulated >= self.target_batch_size
-        )
 
 
 class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
@@ -412,11 +248,3 @@ class Swarm:
             averager.begin_epoch()
         if self.on_round is not None:
             self.on_round(Round(epoch=self.epoch, group_size=size, seconds=seconds))
-
-
-def averager_prefix(run_id: str) -> str:
-    return f"{run_id}_state_averager"
-
-
-def compression(section: SwarmSection) -> CompressionBase:
-    return Float16Compression() if section.compression == "float16" else NoCompression()

@@ -23,7 +23,7 @@ from hivemind.p2p import P2PDaemonError, PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
 from hiveminer.errors import OperatorError, SwarmError
-from hiveminer.swarm.processes import settle, sweep
+from hiveminer.swarm.processes import settle, start_shared_memory, sweep
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class Peer:
         swept = sweep()
         if swept:
             logger.info("removed %d files that dead processes had left", swept)
+        start_shared_memory()
         self._claim = _claim_port(port)
         family = "ip6" if ipaddress.ip_address(ip).version == 6 else "ip4"
         self.quic = quic and port != 0 and not client_only

@@ -8,6 +8,7 @@ terminal reaches the daemon before anybody could say goodbye.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 import psutil
+import torch
 from hivemind.utils.logging import use_hivemind_log_handler
 
 LOOK_SECONDS = 0.5
@@ -36,6 +38,20 @@ class _NoGhosts(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         return not isinstance(error, FileNotFoundError | ConnectionError | EOFError)
+
+
+@functools.cache
+def start_shared_memory() -> None:
+    """Start torch's shared-memory manager, with nothing to disturb it.
+
+    torch reads the manager's first words in a loop that never ends, with the interpreter's
+    lock held, once a signal has interrupted it: no Ctrl-C can then be heard.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    try:
+        torch.zeros(1).share_memory_()  # type: ignore[no-untyped-call]
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def settle(parent: int) -> None:
