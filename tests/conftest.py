@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -28,6 +29,19 @@ def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv(MARK, uuid.uuid4().hex)
         yield
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A neuron configures logging; the next test shall not see by whom and how."""
+    root, ours = logging.getLogger(), logging.getLogger("hiveminer")
+    handlers, levels = list(root.handlers), (root.level, ours.level)
+    yield
+    for handler in [each for each in root.handlers if each not in handlers]:
+        if getattr(handler, "hiveminer", False):
+            root.removeHandler(handler)
+    root.setLevel(levels[0])
+    ours.setLevel(levels[1])
 
 
 @pytest.fixture(scope="session", autouse=True)

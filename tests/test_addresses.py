@@ -201,5 +201,6 @@ def test_peers_are_told_the_same_address(
         miner.BaseMinerNeuron.__init__(
             made, settings, chain=chain, ask_outside=lambda: "93.184.216.34"
         )
+        made.run_id = "run"
         made._start_peer()
     assert told == [announced]

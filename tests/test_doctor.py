@@ -246,7 +246,7 @@ def test_memory_is_read_off_the_models_configuration(
         return check
 
     needed = memory.memory_needed(built, sequence_length=64)
-    least = needed.training + needed.averaging
+    least = needed.training + needed.host
     assert looked(10**12).verdict == "passed"
     assert looked(least + 1).verdict == "warned"
     assert looked(least - 1).verdict == "failed"

@@ -20,13 +20,13 @@ ROWS = [
     ["cli", "demo", "status", "doctor"],
     ["miner", "validator"],
     ["base"],
-    ["axon", "dendrite", "workqueue", "connections"],
+    ["axon", "dendrite", "workqueue", "watchdog", "connections"],
     ["blacklist", "scoring"],
-    ["replay", "trainer", "weights"],
-    ["model", "data", "memory"],
+    ["replay", "progress", "trainer", "weights"],
+    ["model", "data", "memory", "checkpoint"],
     ["swarm"],
     ["chain"],
-    ["signals", "metrics", "addresses"],
+    ["signals", "metrics", "events", "dependencies", "addresses"],
     ["run", "protocol", "settings", "flags", "errors"],
 ]
 ORDER = {name: (depth, i) for depth, row in enumerate(ROWS) for i, name in enumerate(row)}

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from bittensor.keyfiles import Keypair
 from small_neurons import Running, miner_settings, running
 
 from hiveminer import cli, status
 from hiveminer.chain import Chain, embedded_wallet, join_embedded, open_chain
+from hiveminer.checkpoint import MANIFEST, SCORES_FOLDER, Checkpoints, signed_by
 from programs import wait_for
 
 
@@ -48,11 +50,13 @@ def test_the_table_joins_chain_probes_and_what_neurons_wrote(
     ]
     text = "\n".join(map(json.dumps, lines)) + '\n{"cut sho'
     (folder / ours / "metrics.jsonl").write_text(text)
-    (folder / theirs).mkdir()
     score = {"score": 0.5, "replays": 3, "tokens": 9.0}
-    (folder / theirs / "scores.json").write_text(
-        json.dumps({"run_id": "r", "scores": {ours: score}})
+    kept = Checkpoints(
+        folder / theirs / SCORES_FOLDER,
+        sign=validator.wallet.hotkey.sign,
+        verify=signed_by(theirs),
     )
+    assert kept.save(None, {"run_id": "r", "scores": {ours: score}})
     wait_for(lambda: validator.metagraph().by_hotkey(ours).axon, seconds=5)  # type: ignore[union-attr]
     rows = {row.hotkey: row for row in status.gather(miner_settings(tmp_path), clock=lambda: 1010)}
     mine, other = rows[ours], rows[theirs]
@@ -85,10 +89,16 @@ def test_a_neuron_that_does_not_answer_is_not_alive(
 
 
 def test_damaged_files_leave_their_columns_empty(tmp_path: Path) -> None:
-    place = tmp_path / "5Hot"
-    place.mkdir()
-    for scores in ("", "[]", '{"scores": [1]}', '{"scores": {"a": {}}}'):
-        (place / "scores.json").write_text(scores)
+    key = Keypair.create_from_uri("//Alice")
+    place = tmp_path / key.ss58_address
+    kept = Checkpoints(
+        place / SCORES_FOLDER, sign=key.sign, verify=signed_by(key.ss58_address), keep=9
+    )
+    kept.save(None, {"scores": {"5Hot": {"score": 0.5, "replays": 1, "tokens": 2}}})
+    assert status.read_local(tmp_path).scores == {"5Hot": 0.5}
+    (place / SCORES_FOLDER / "checkpoint-000001" / MANIFEST).write_text("{}")
+    for said in ({}, {"scores": [1]}, {"scores": 1}, {"scores": {"a": {}}}):
+        kept.save(None, said)
         (place / "metrics.jsonl").write_text('1\n{"kind": "train"}\n{"kind":"axon","time":"x"}\n')
         local = status.read_local(tmp_path)
         assert (local.scores, local.last_calls, local.refusals) == ({}, {}, {})

@@ -31,7 +31,15 @@ __all__ = ["BaseMinerNeuron", "IsAlive", "Miner", "Train", "Validator", "__versi
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    except ImportError as error:
+        from hiveminer.dependencies import unmet
+
+        wrong = "; ".join(map(str, unmet()))
+        if not wrong:
+            raise
+        raise ImportError(f"{error}; {wrong}") from error
 
 
 def __dir__() -> list[str]:

@@ -24,7 +24,7 @@ from typing import Any, Self
 
 from bittensor import Metagraph, MetagraphNeuron
 
-from hiveminer import __version__, addresses
+from hiveminer import __version__, addresses, dependencies
 from hiveminer.axon import Axon
 from hiveminer.blacklist import Policy, Standing, refusal
 from hiveminer.chain import (
@@ -45,20 +45,30 @@ from hiveminer.errors import (
     NotYetRegistered,
     OperatorError,
 )
+from hiveminer.events import tell
 from hiveminer.protocol import IsAlive, Synapse, Train
 from hiveminer.settings import MinerSettings, Settings
 from hiveminer.signals import SHUTDOWN_SECONDS, Signals
-from hiveminer.swarm import addresses_in
+from hiveminer.swarm import Identity, addresses_in
 from hiveminer.swarm.processes import log_to_root
+from hiveminer.watchdog import Watchdog
 from hiveminer.workqueue import WorkQueue
 
 logger = logging.getLogger(__name__)
 
-SYNC_BLOCKS = 5
-"""The metagraph is read again after so many blocks."""
+SYNC_BLOCKS = 4
+"""The metagraph is read again after so many blocks: within the minute in which a neuron that
+is no longer registered is to lose its access."""
 
 KEPT_SECONDS = 10.0
 """The metagraph is written to disk at most so often."""
+
+GRACE_SECONDS = 120.0
+"""A request that has not ended so long after its own time is told to be stuck: loading the
+swarm's state, and a last averaging, come on top of what its time is for."""
+
+IDLE_SECONDS = 180.0
+"""The same for what a miner does between requests: an averaging, at most."""
 
 PUT_AGAIN_SECONDS = 60.0
 """What was put on the chain is not put there again before this, if it does not show."""
@@ -110,6 +120,8 @@ class Neuron:
         self._by_hotkey: dict[str, MetagraphNeuron] = {}
         wallet = self._open_wallet() if chain is None else chain.wallet
         self.hotkey = str(wallet.hotkey.ss58_address)
+        # From here on, and in the processes that hivemind forks, each line says whose it is.
+        configure_logging(settings, self.name)
         self.folder = subnet_folder(settings) / self.hotkey
         try:
             self._make_folder()
@@ -134,12 +146,29 @@ class Neuron:
         return neuron.uid if neuron is not None else None
 
     @property
+    def name(self) -> str:
+        """Role and key, as log lines name them: "miner-0" for a throwaway key, else such as
+        "miner 5F3sa2TJ"."""
+        key = self._claim.hotkey_name if self._claim is not None else self.hotkey[:8]
+        return key if key.startswith(f"{self.role}-") else f"{self.role} {key}"
+
+    @property
     def network(self) -> str:
         return self.settings.subtensor.network
 
     @property
     def _snapshot(self) -> Path:
         return self.folder / "metagraph.json"
+
+    @property
+    def registered(self) -> frozenset[str]:
+        """The hotkeys registered on the subnet, by the metagraph as last read."""
+        return frozenset(self._by_hotkey)
+
+    def identity(self, run_id: str) -> Identity:
+        """Who we are to the peers of this run: our hotkey, and a key of our own folder."""
+        hotkey = self.chain.wallet.hotkey
+        return Identity(hotkey, run_id=run_id, key_path=self.folder / "peer.key")
 
     def check_registered(self) -> None:
         """Raise NotRegistered, with what to do, when we have lost our uid."""
@@ -317,20 +346,23 @@ class Neuron:
 
     def _introduce(self) -> None:
         if self.chain.embedded:
-            logger.info(
-                "This is the embedded network: a chain in %s, on this machine alone. To join a "
-                "real one: --subtensor.network finney --netuid N --wallet.name W --wallet.hotkey H",
-                self.settings.subtensor.path,
-            )
+            place = self.settings.subtensor.path
+            cause = f"This is the embedded network: a chain in {place}, on this machine alone"
+            tell(logger, "embedded_chain", cause, level=logging.INFO)
         key = f" (key {self._claim.hotkey_name})" if self._claim is not None else ""
         logger.info(
             "%s %s: uid %s on subnet %d of %s, hotkey %s%s",
             self.role, __version__, self.uid, self.settings.netuid, self.network, self.hotkey, key,
         )  # fmt: skip
+        for each in dependencies.unmet():
+            tell(logger, "dependencies", str(each))
 
     def _sync(self) -> None:
         pause = 1.0 if self.chain.embedded else min(60.0, SYNC_BLOCKS * self._block_seconds())
-        while not self.stopping.wait(pause):
+        began = time.monotonic()
+        # What is done at a sync may wait for others; the next one is not to be late for that.
+        while not self.stopping.wait(max(1.0, began + pause - time.monotonic())):
+            began = time.monotonic()
             try:
                 self.sync()
             except ChainError as error:
@@ -371,7 +403,8 @@ class BaseMinerNeuron(ABC):
         except OperatorError:
             self.neuron.close()
             raise
-        self.queue = WorkQueue(capacity=settings.axon.max_waiting, idle=self.idle)
+        self.watchdog = Watchdog()
+        self.queue = WorkQueue(capacity=settings.axon.max_waiting, idle=self._idle)
         self.policy = Policy(
             allow_non_registered=settings.blacklist.allow_non_registered,
             force_validator_permit=settings.blacklist.force_validator_permit,
@@ -408,6 +441,19 @@ class BaseMinerNeuron(ABC):
     def idle(self) -> None:  # noqa: B027 - nothing to do, unless overridden
         """Called in the worker thread about once a second while there is no work."""
 
+    def check(self) -> None:  # noqa: B027 - nothing to look after, unless overridden
+        """Called in the main thread about once a second; raise a HiveminerError to end."""
+
+    def _forward(self, synapse: Train) -> Train:
+        what = f"request {synapse.request_id[:8]} of {synapse.dendrite.hotkey[:8]}"
+        limit = synapse.timeout_seconds + GRACE_SECONDS
+        with self.watchdog.watch(what, limit_seconds=limit):
+            return self.forward(synapse)
+
+    def _idle(self) -> None:
+        with self.watchdog.watch("what is done between requests", limit_seconds=IDLE_SECONDS):
+            self.idle()
+
     def run(self) -> None:
         """Serve until Ctrl-C or SIGTERM. Raises NotRegistered when our uid is lost."""
         self.neuron.go_on()
@@ -418,6 +464,7 @@ class BaseMinerNeuron(ABC):
         logger.info("serving on %s port %d", self.settings.axon_ip, self.axon.port)
         while not self.neuron.stopping.wait(1.0):
             self.neuron.check_registered()
+            self.check()
 
     def close(self) -> None:
         """Stop serving, let the running job come to a batch's edge, let go of everything."""
@@ -432,6 +479,7 @@ class BaseMinerNeuron(ABC):
         if dropped:
             logger.info("dropped %d requests: %s", len(dropped), ", ".join(dropped))
         self.release()
+        self.watchdog.stop()
         self.neuron.close()
         logger.info("stopped")
 
@@ -464,7 +512,7 @@ class BaseMinerNeuron(ABC):
             )
             axon.attach(self.is_alive, self.blacklist, self.priority, synapse=IsAlive)
             axon.attach(
-                self.forward,
+                self._forward,
                 self.blacklist,
                 self.priority,
                 synapse=Train,
@@ -542,14 +590,15 @@ def port_is_free(ip: str, port: int) -> bool:
     return True
 
 
-def configure_logging(settings: Settings, role: str) -> None:
-    """One configuration for ours, Bittensor's and Hivemind's lines, on stderr."""
+def configure_logging(settings: Settings, name: str) -> None:
+    """One configuration for ours, Bittensor's and Hivemind's lines, on stderr; each names the
+    neuron."""
     level = getattr(logging, settings.logging.level.upper())
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        JsonFormatter()
+        JsonFormatter(name)
         if settings.logging.format == "json"
-        else logging.Formatter(f"%(asctime)s {role} %(levelname)s %(message)s", "%H:%M:%S")
+        else logging.Formatter(f"%(asctime)s {name} %(levelname)s %(message)s", "%H:%M:%S")
     )
     root = logging.getLogger()
     for old in list(root.handlers):
@@ -579,15 +628,23 @@ def _brief(record: logging.LogRecord) -> bool:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message."""
+    """One JSON object a line: time, level, neuron, logger, event if it is one, message."""
+
+    def __init__(self, neuron: str):
+        super().__init__()
+        self.neuron = neuron
 
     def format(self, record: logging.LogRecord) -> str:
         said = {
             "time": round(record.created, 3),
             "level": record.levelname.lower(),
+            "neuron": self.neuron,
             "logger": record.name,
             "message": record.getMessage(),
         }
+        event = getattr(record, "event", None)
+        if event is not None:
+            said["event"] = event
         if record.exc_info:
             said["error"] = self.formatException(record.exc_info)
         return json.dumps(said)

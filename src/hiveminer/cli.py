@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from hiveminer import __version__, flags
+from hiveminer.dependencies import unmet
 from hiveminer.errors import OperatorError
 from hiveminer.settings import (
     DemoSettings,
@@ -91,7 +92,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str]) -> int | None:
     command, *rest = words or ["--help"]
     if command in COMMANDS:
-        return COMMANDS[command](rest)
+        try:
+            return COMMANDS[command](rest)
+        except ImportError as error:
+            wrong = "; ".join(map(str, unmet()))
+            if not wrong:
+                raise
+            raise OperatorError(f"{error}; {wrong}") from error
     if command in ("-h", "--help", "help"):
         print(_overview())
     elif command == "--version":

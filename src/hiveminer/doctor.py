@@ -194,7 +194,7 @@ class Doctor:
         device = choose_device(self.settings.neuron.device)
         free = memory_left(device)
         needed = memory_needed(built, sequence_length=self._run.model.sequence_length)
-        least = needed.training + (0 if device.type == "cuda" else needed.averaging)
+        least = needed.training + (0 if device.type == "cuda" else needed.host)
         usual = least + (USUAL_ROWS - 1) * needed.activations
         said = (
             f"{device}, {gigabytes(free)} free; {needed.parameters / 1e6:.1f}M parameters take "

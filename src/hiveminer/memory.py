@@ -24,6 +24,10 @@ AVERAGING = 5 * FLOAT32
 weights and moments of the start, which its forked process keeps when ours move on (20;
 `scripts/bench swarm_memory` measured 21)."""
 
+SNAPSHOT = 4 * FLOAT32
+"""Bytes a parameter: the copy of weights, epoch's start and moments that a checkpoint is
+written from, while that takes."""
+
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -36,6 +40,7 @@ class MemoryNeeded:
     moments: AdamW's two, of the same.
     casts: bfloat16 copies of the weights that autocast keeps through a pass.
     averaging: what hivemind's processes take, always in the machine's own memory.
+    snapshot: what a checkpoint takes there while it is written.
     activations: of one row of the run's sequence length, as they are kept when memory asks
         for it: each layer's input, and the logits with their gradient.
     """
@@ -46,6 +51,7 @@ class MemoryNeeded:
     moments: int
     casts: int
     averaging: int
+    snapshot: int
     activations: int
 
     @property
@@ -54,9 +60,9 @@ class MemoryNeeded:
         return self.weights + self.gradients + self.moments + self.casts + self.activations
 
     @property
-    def starting(self) -> int:
-        """Bytes of the machine's own memory before anything moves to another device."""
-        return self.weights + self.moments + self.averaging
+    def host(self) -> int:
+        """Bytes of the machine's own memory, wherever the model trains."""
+        return self.averaging + self.snapshot
 
 
 def memory_needed(
@@ -76,6 +82,7 @@ def memory_needed(
         moments=2 * gradients,
         casts=BFLOAT16 * sum(value.numel() for value in trained) if bfloat16 else 0,
         averaging=AVERAGING * sum(value.numel() for value in trained),
+        snapshot=SNAPSHOT * sum(value.numel() for value in trained),
         activations=sequence_length * (width + 2 * vocabulary) * FLOAT32,
     )
 
@@ -99,8 +106,10 @@ def check_machine(
     CPU, training is counted too. Touches no other device.
     """
     cpu = device == "cpu" or (device is None and not _has_accelerator())
-    training = needed.gradients + needed.activations if cpu else 0
-    wanted = needed.starting - needed.weights + training
+    if cpu:
+        wanted = needed.host + needed.training - needed.weights
+    else:  # weights and moments have moved away by the first checkpoint
+        wanted = max(needed.averaging + needed.moments, needed.host - needed.weights)
     _refuse(needed, wanted, left(torch.device("cpu")), where="this machine")
 
 
@@ -117,7 +126,8 @@ def check_device(
     if device.type == "cuda":
         _refuse(needed, needed.training, left(device), where=str(device))
     else:
-        _refuse(needed, needed.gradients + needed.activations, left(device), where="this machine")
+        wanted = needed.gradients + needed.activations + needed.snapshot
+        _refuse(needed, wanted, left(device), where="this machine")
 
 
 def _refuse(needed: MemoryNeeded, wanted: int, left: int, *, where: str) -> None:

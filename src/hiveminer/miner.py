@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 
 import torch
 from transformers import BatchEncoding
@@ -18,19 +18,31 @@ from transformers import BatchEncoding
 from hiveminer import __version__, model
 from hiveminer.base import EVERY_ADDRESS, BaseMinerNeuron, port_is_free, ports_to_try
 from hiveminer.chain import Chain
+from hiveminer.checkpoint import STATE_FOLDER, Checkpoints, signed_by
 from hiveminer.data import Rows, load_rows
 from hiveminer.errors import OperatorError, Refused, TrainingError
+from hiveminer.events import tell
 from hiveminer.memory import check_device, check_machine, memory_needed
 from hiveminer.metrics import Metrics, open_metrics, progress_bar
+from hiveminer.progress import LAST_SECONDS, Progress
 from hiveminer.protocol import IsAlive, Train
-from hiveminer.run import RunId, load_run
+from hiveminer.run import Run, RunId, load_run
 from hiveminer.settings import MinerSettings, Settings, parse, script
-from hiveminer.swarm import Peer, Round, Swarm
+from hiveminer.swarm import Identity, Neighbours, Peer, PortTaken, Round, Swarm
+from hiveminer.swarm.processes import Children
 from hiveminer.trainer import Trainer, TrainResult, has_bfloat16
+from hiveminer.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
-MEET_AGAIN_SECONDS = 30.0
+COUNT_SECONDS = 30.0
+"""The axon's counts go to the metrics so often."""
+
+MOST_TOLD = 1024
+"""What was told to be odd of so many requests is remembered, so as not to tell it again."""
+
+JOIN_SECONDS = 180.0
+"""A start that has not joined the swarm after this is told to be stuck."""
 
 ENDED_WELL = ("answered", "hung_up")
 """Kinds in the axon's counts that are no refusals."""
@@ -58,6 +70,9 @@ class Miner(BaseMinerNeuron):
         self._script = settings is None
         self.swarm: Swarm | None = None
         self.peer: Peer | None = None
+        self.progress: Progress | None = None
+        self._children = Children()
+        self._large_steps: set[tuple[str, int]] = set()
         self._metrics = metrics
         with script() if self._script else contextlib.nullcontext():
             if settings is None:
@@ -127,14 +142,23 @@ class Miner(BaseMinerNeuron):
         self.accept(synapse)
         began = time.monotonic()
         assert self.swarm is not None
+        assert self.progress is not None
+        self._check_step(synapse)
         self.swarm.catch_up()
         synapse.epoch = self.swarm.epoch
         synapse.epoch_steps = 0
+        self.progress.request()
         try:
             result = self.train(synapse)
         except TrainingError as error:
             logger.warning("request %s: %s", synapse.request_id, error)
+            self.swarm.heal()  # if it is our weights, no request would ever go well again
             raise
+        self.progress.answered(result)
+        if result.discarded:
+            cause = f"{result.discarded} rows of request {synapse.request_id[:8]} were thrown away"
+            why = "this peer had fallen behind the swarm, so they do not count for the answer"
+            tell(logger, "catch_up", f"{cause}: {why}")
         synapse.loss = result.loss
         synapse.losses = result.losses
         synapse.steps = result.steps
@@ -147,7 +171,8 @@ class Miner(BaseMinerNeuron):
     def train(self, synapse: Train) -> TrainResult:
         """Train the rows of a request: what `forward` does between question and answer."""
         assert self.swarm is not None
-        swarm = self.swarm
+        assert self.progress is not None
+        swarm, progress = self.swarm, self.progress
         in_first_epoch = True
         with progress_bar(
             title=f"train {synapse.request_id[:8]}",
@@ -161,6 +186,7 @@ class Miner(BaseMinerNeuron):
                 # The step at whose end the swarm averaged was still made before it.
                 synapse.epoch_steps += in_first_epoch
                 in_first_epoch = in_first_epoch and swarm.epoch == synapse.epoch
+                progress.step(rows)
                 bar.update(rows)
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
@@ -177,6 +203,12 @@ class Miner(BaseMinerNeuron):
         """Take part in the swarm's averaging while no validator wants anything."""
         if self.swarm is not None:
             self.swarm.idle()
+        if self.progress is not None:
+            self.progress.keep_if_due()
+
+    def check(self) -> None:
+        """Raise SwarmError when one of hivemind's processes has ended."""
+        self._children.check()
 
     def run(self) -> None:
         """Serve until Ctrl-C or SIGTERM."""
@@ -192,10 +224,17 @@ class Miner(BaseMinerNeuron):
         super().close()
 
     def release(self) -> None:
+        if self.progress is not None:
+            self.neuron.signals.allow(LAST_SECONDS + 1)
+            self.progress.keep_last()
         if self.swarm is not None:
             self.swarm.close()
         if self.peer is not None:
             self.peer.close()
+        self._children.end()
+        if self.progress is not None:
+            self.neuron.signals.allow(self.progress.write_seconds + 1)
+            self.progress.close()
         if self._metrics is not None:
             self._metrics.close()
 
@@ -223,10 +262,13 @@ class Miner(BaseMinerNeuron):
         )
         self.neuron.go_on()
         self.peer = self._start_peer()
+        self.neighbours = Neighbours(self.peer)
+        self._children.watch("the DHT's process", self.peer.process)
         self.neuron.go_on()
         self.swarm = Swarm(
             self.model, peer=self.peer, run=run, run_id=str(self.run_id), on_round=self._on_round
         )
+        self._children.watch("the averager's process", self.swarm.process)
         self.neuron.go_on()
         self.device = model.choose_device(settings.neuron.device)
         bfloat16 = has_bfloat16(self.device)
@@ -236,11 +278,15 @@ class Miner(BaseMinerNeuron):
         self.trainer = Trainer(
             self.model,
             encode=self._tensors,
-            optimizer=self.swarm,
+            optimizer=_WatchedStep(self.swarm, self.watchdog, limit_seconds=step_seconds(run)),
             device=self.device,
             max_grad_norm=run.optimizer.max_grad_norm,
         )
-        self._join_swarm()
+        self.progress = self._resume()
+        self.neuron.go_on()
+        with self.watchdog.watch("joining the swarm", limit_seconds=JOIN_SECONDS):
+            self._join_swarm()
+        self._tell_meaning()
         logger.info(
             "run %s: %d parameters on %s, %d rows, epoch %d",
             self.run_id,
@@ -254,21 +300,44 @@ class Miner(BaseMinerNeuron):
         encoded = self.encode(texts)
         return {key: encoded[key] for key in ("input_ids", "attention_mask")}
 
+    def _resume(self) -> Progress:
+        """What was kept, put back before the swarm hears of us."""
+        assert self.swarm is not None
+        settings = self.settings.neuron
+        checkpoints = Checkpoints(
+            self.neuron.folder / STATE_FOLDER,
+            sign=self.neuron.chain.wallet.hotkey.sign,
+            verify=signed_by(self.neuron.hotkey),
+        )
+        progress = Progress(
+            self.swarm,
+            checkpoints,
+            run_id=str(self.run_id),
+            every_seconds=settings.checkpoint_seconds,
+        )
+        if settings.resume:
+            progress.resume()
+        return progress
+
     def _start_peer(self) -> Peer:
         settings = self.settings
         announced = settings.dht.external_ip
         if announced is None and settings.dht_ip in EVERY_ADDRESS:
             announced = self.public_ip
         self.neuron.check_address("--dht.external_ip", announced or settings.dht_ip)
-        return start_peer(settings, identity=self.neuron.folder / "peer.key", announce_ip=announced)
+        return start_peer(
+            settings,
+            identity=self.neuron.identity(str(self.run_id)),
+            admitted=self.neuron.registered,
+            announce_ip=announced,
+        )
 
     def _join_swarm(self) -> None:
         """Put our peer's address on the chain, meet those that stand there, catch up."""
         assert self.peer is not None
         assert self.swarm is not None
         self.neuron.keep_committed(self.peer.commitment.encode())
-        self._met_at = 0.0
-        self._known: frozenset[str] = frozenset()
+        self._counted_at = self._worked_at = -math.inf
         self._meet()
         self.swarm.catch_up()
         self.neuron.keep_in_sync(self._meet)
@@ -276,21 +345,55 @@ class Miner(BaseMinerNeuron):
     def _meet(self) -> None:
         """Meet the peers on the chain, when there are new ones or it is time to look again."""
         assert self.peer is not None
-        addresses = self.neuron.peer_addresses()
-        again = time.monotonic() - self._met_at > MEET_AGAIN_SECONDS
-        if again and self.axon is not None:
-            counts = dict(self.axon.counts)
-            refused = sum(count for kind, count in counts.items() if kind not in ENDED_WELL)
-            self.metrics.log("axon", {"refused": refused, "counts": counts})
-        if addresses == self._known and not again:
+        self.peer.admit(self.neuron.registered)
+        self._count()
+        look = self.neighbours.meet(self.neuron.peer_addresses())
+        # Only who works has to report; when we do, the others have work as well.
+        recently = time.monotonic() - self._worked_at < COUNT_SECONDS
+        if look is not None and self.swarm is not None and recently:
+            self.neighbours.compare(working=len(look.answered), reporting=self.swarm.peers - 1)
+
+    def _count(self) -> None:
+        """Log what the axon has answered and refused so far."""
+        if self.axon is None or time.monotonic() - self._counted_at < COUNT_SECONDS:
             return
-        self._known, self._met_at = addresses, time.monotonic()
-        answered, tried = self.peer.meet(sorted(addresses))
-        if tried:
-            logger.info("%d of %d known peers answered", answered, tried)
+        self._counted_at = time.monotonic()
+        counts = dict(self.axon.counts)
+        refused = sum(count for kind, count in counts.items() if kind not in ENDED_WELL)
+        self.metrics.log("axon", {"refused": refused, "counts": counts})
+
+    def _tell_meaning(self) -> None:
+        """What a batch, an epoch and the learning rate are here; nobody should have to guess."""
+        run = self.run_file
+        tell(
+            logger, "batch_meaning",
+            "a step learns from batch_size x gradient_accumulation_steps rows of a request; an "
+            f"epoch ends, and weights are averaged, after {run.swarm.epoch_samples} rows of all "
+            f"peers together; the learning rate of {run.optimizer.learning_rate:g} is that of each "
+            "peer's own steps, and does not grow with the number of peers",
+            level=logging.INFO,
+        )  # fmt: skip
+
+    def _check_step(self, synapse: Train) -> None:
+        """Warn, once a caller and size, of steps that hold more rows than an epoch."""
+        rows = synapse.batch_size * synapse.gradient_accumulation_steps
+        rows = min(rows, len(synapse.dataset_indices))
+        epoch = self.run_file.swarm.epoch_samples
+        asked = (synapse.dendrite.hotkey, rows)
+        if rows <= epoch or asked in self._large_steps:
+            return
+        if len(self._large_steps) < MOST_TOLD:
+            self._large_steps.add(asked)
+        tell(
+            logger, "batch_meaning",
+            f"a step of request {synapse.request_id[:8]} holds {rows} rows and an epoch "
+            f"{epoch}: every step ends an epoch, and waits for an averaging",
+        )  # fmt: skip
 
     def _on_round(self, ended: Round) -> None:
         """Told by the swarm, in the worker thread, of each epoch that ended."""
+        if self.progress is not None:
+            self.progress.epoch_began()
         logger.info(
             "epoch %d begins: %s",
             ended.epoch,
@@ -308,6 +411,7 @@ class Miner(BaseMinerNeuron):
         )
 
     def _tell(self, synapse: Train, result: TrainResult, *, seconds: float) -> None:
+        self._worked_at = time.monotonic()
         loss = "none" if result.loss is None else f"{result.loss:.3f}"
         logger.info(
             "trained %d rows for %s in %.1f s: loss %s, %.0f tokens/s, epoch %s%s",
@@ -335,7 +439,36 @@ class Miner(BaseMinerNeuron):
         )
 
 
-def start_peer(settings: Settings, *, identity: Path, announce_ip: str | None = None) -> Peer:
+class _WatchedStep:
+    """The swarm's step, watched over: it waits for others."""
+
+    def __init__(self, swarm: Swarm, watchdog: Watchdog, *, limit_seconds: float):
+        self._swarm = swarm
+        self._watchdog = watchdog
+        self._limit_seconds = limit_seconds
+
+    def step(self, *, batch_size: int) -> bool:
+        with self._watchdog.watch("the swarm's step", limit_seconds=self._limit_seconds):
+            return self._swarm.step(batch_size=batch_size)
+
+    def zero_grad(self) -> None:
+        self._swarm.zero_grad()
+
+
+def step_seconds(run: Run) -> float:
+    """After so long a step of the swarm is stuck: it may look for a group, average, and load
+    the state."""
+    section = run.swarm
+    return 2 * section.matchmaking_seconds + section.averaging_timeout_seconds + 90.0
+
+
+def start_peer(
+    settings: Settings,
+    *,
+    identity: Identity,
+    admitted: Collection[str],
+    announce_ip: str | None = None,
+) -> Peer:
     """The DHT node, on the port asked for, or the next free one where none was.
 
     `announce_ip` is what peers are told when it is not the address listened on.
@@ -343,23 +476,23 @@ def start_peer(settings: Settings, *, identity: Path, announce_ip: str | None = 
     free = settings.embedded and not settings.given("dht.port")
     ip = settings.dht_ip
     for port in ports_to_try(settings.dht.port, free=free):
-        if port and not port_is_free(ip, port):
-            if not free:
-                raise OperatorError(f"--dht.port {port}: in use on {ip}; choose another")
-            continue
         try:
+            if port and not port_is_free(ip, port):
+                raise PortTaken(f"--dht.port {port}: in use on {ip}; choose another")
             peer = Peer(
                 ip=ip,
                 port=port,
                 announce_ip=announce_ip or settings.dht.external_ip,
                 announce_port=settings.dht.external_port,
-                identity_path=identity,
+                identity=identity,
+                admitted=admitted,
                 quic=not settings.embedded,
             )
-        except OperatorError:
-            if not free:
-                raise
-            continue
+        except PortTaken as error:
+            if free:
+                continue
+            tell(logger, "peer_start", str(error).partition(";")[0], level=logging.ERROR)
+            raise
         if port not in (settings.dht.port, 0):
             logger.info("port %d is in use: the swarm's peer takes %d", settings.dht.port, port)
         return peer

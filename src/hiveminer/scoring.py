@@ -95,6 +95,41 @@ def score(evidence: Evidence) -> float:
     return fits * learns
 
 
+def shortfalls(evidence: Evidence) -> list[str]:
+    """Why a score is below 1, each reason in plain words with what a miner can do; empty when
+    nothing is short."""
+    steps = len(evidence.trained)
+    if steps < FEWEST_STEPS:
+        return [
+            f"fewer than {FEWEST_STEPS} of its losses belong to the epoch's state, so nothing can "
+            "be compared: train whole requests, and keep up with the swarm (see catch_up)"
+        ]
+    if len(evidence.answered) != steps or len(evidence.untrained) != steps:
+        return [
+            f"{len(evidence.answered)} losses were answered where a replay has {steps}: answer one "
+            "for each step"
+        ]
+    if not all(map(math.isfinite, evidence.answered)):
+        return ["a loss was answered that is no finite number: look at the miner's log for NaN"]
+    reasons = []
+    if evidence.claimed_samples > evidence.given_samples:
+        reasons.append(
+            f"{evidence.claimed_samples} rows are claimed and {evidence.given_samples} were given"
+        )
+    if evidence.fit < FULL_FIT:
+        reasons.append(
+            f"fit {evidence.fit:.2f} of {FULL_FIT}: the losses do not rise and fall with these "
+            "rows, so they are other rows', or the weights are far from the swarm's: see the "
+            "miner's log for diverged and catch_up"
+        )
+    if evidence.learning < FULL_LEARNING:
+        reasons.append(
+            f"learning {evidence.learning:.2f} of {FULL_LEARNING}: the losses hardly fall as "
+            "training makes them: steps were skipped or thrown away, or begun from other weights"
+        )
+    return reasons
+
+
 def fit(answered: Sequence[float], trained: Sequence[float]) -> float:
     """1 - Var(answered - trained) / Var(trained), trends taken off, at least -10.
 
@@ -186,7 +221,7 @@ class ScoreTable:
     def dump(self) -> dict[str, dict[str, float]]:
         return {
             who: {"score": s.score, "replays": s.replays, "tokens": s.tokens}
-            for who, s in self.standings.items()
+            for who, s in list(self.standings.items())  # answers may come in meanwhile
         }
 
     @classmethod

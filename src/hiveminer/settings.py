@@ -221,6 +221,16 @@ class NeuronSettings(Group):
         description="CPU threads of PyTorch; if not given: 1 on the embedded network, where "
         "several neurons share the machine, and PyTorch's own choice on a real one",
     )
+    resume: bool = Field(
+        True, description="go on from the newest checkpoint; --no-neuron.resume starts anew"
+    )
+    checkpoint_seconds: float = Field(
+        60.0,
+        ge=1.0,
+        le=86400.0,
+        description="seconds between two checkpoints at least; a miner writes one when an epoch "
+        "begins, and within an epoch that is ten times as long",
+    )
 
 
 class LoggingSettings(Group):

@@ -26,9 +26,12 @@ SAME_SECONDS = 0.2
 """One Ctrl-C can arrive twice: for this process, and for its group."""
 
 SHUTDOWN_SECONDS = 8.0
-"""After this the program ends, whatever is still going on."""
+"""After this the program ends, whatever is still going on, unless it was allowed more."""
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM)
+
+CLOSED = 0
+"""No signal's number: the pipe's end."""
 
 
 class Signals:
@@ -41,6 +44,7 @@ class Signals:
 
     def __init__(self, stopping: threading.Event):
         self.stopping = stopping
+        self._deadline = 0.0
         self._old: dict[int, Any] = {}
         self._write: int | None = None
         self._old_wakeup = -1
@@ -67,30 +71,34 @@ class Signals:
         os.close(self._write)  # the thread reads the pipe's end, and ends too
         self._write = None
 
+    def allow(self, seconds: float) -> None:
+        """The end may take so long from now, where there is something worth waiting for."""
+        self._deadline = max(self._deadline, time.monotonic() + seconds)
+
     def _watch(self, read: int) -> None:
         try:
             first = _next(read, None)
-            if first is None:
+            if first is None or first == CLOSED:
                 return
             logger.info("stopping (%s); once more to end at once", signal.Signals(first).name)
             self.stopping.set()
             began = time.monotonic()
-            while True:
-                left = began + SHUTDOWN_SECONDS - time.monotonic()
-                number = _next(read, max(0.0, left))
-                if number is None:
-                    break
-                if time.monotonic() - began > SAME_SECONDS:
+            self.allow(SHUTDOWN_SECONDS)
+            while (left := self._deadline - time.monotonic()) > 0:
+                number = _next(read, left)
+                if number == CLOSED:
+                    return
+                if number is not None and time.monotonic() - began > SAME_SECONDS:
                     end_at_once(128 + number)
-            if time.monotonic() - began >= SHUTDOWN_SECONDS:  # else the pipe was closed
-                logger.error("still not stopped after %.0f seconds: ending", SHUTDOWN_SECONDS)
-                end_at_once(128 + first)
+            seconds = time.monotonic() - began
+            logger.error("still not stopped after %.0f seconds: ending", seconds)
+            end_at_once(128 + first)
         finally:
             os.close(read)
 
 
 def _next(read: int, timeout_seconds: float | None) -> int | None:
-    """The next of our signals in the pipe; None at its end, or when the time is over."""
+    """The next of our signals in the pipe; CLOSED at its end, None when the time is over."""
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     while True:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -98,7 +106,7 @@ def _next(read: int, timeout_seconds: float | None) -> int | None:
             return None
         said = os.read(read, 1)
         if not said:
-            return None
+            return CLOSED
         if said[0] in NUMBERS:
             return said[0]
 

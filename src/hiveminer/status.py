@@ -24,10 +24,12 @@ from rich.table import Table
 
 from hiveminer.base import subnet_folder
 from hiveminer.chain import Chain, open_chain, open_wallet
+from hiveminer.checkpoint import SCORES_FOLDER, newest, signed_by
 from hiveminer.dendrite import Dendrite, Endpoint, endpoint_of
 from hiveminer.doctor import Reader, embedded_key
 from hiveminer.errors import MinerError, OperatorError
 from hiveminer.protocol import IsAlive
+from hiveminer.scoring import ScoreTable
 from hiveminer.settings import MinerSettings
 
 ALIVE_SECONDS = 3.0
@@ -175,16 +177,19 @@ def read_local(folder: Path) -> Local:
         return local
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
         local.hotkeys.add(place.name)
-        local.scores.update(_scores(place / "scores.json"))
+        local.scores.update(_scores(place))
         for line in last_lines(place / "metrics.jsonl"):
             _take(local, place.name, line)
     return local
 
 
-def _scores(path: Path) -> dict[str, float]:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        said = json.loads(path.read_text(encoding="utf-8"))["scores"]
-        return {str(who): float(row["score"]) for who, row in said.items()}
+def _scores(place: Path) -> dict[str, float]:
+    """By hotkey, from a neuron's folder; none if it is no validator's."""
+    found = newest(place / SCORES_FOLDER, verify=signed_by(place.name))
+    with contextlib.suppress(KeyError, ValueError):
+        if found is not None:
+            table = ScoreTable.restore(found.facts["scores"])
+            return {who: standing.score for who, standing in table.standings.items()}
     return {}
 
 

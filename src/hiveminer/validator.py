@@ -10,25 +10,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-import os
 import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
 from bittensor import Metagraph
 
-from hiveminer import __version__, model, scoring
+from hiveminer import __version__, events, model, scoring
 from hiveminer.base import Neuron
 from hiveminer.chain import Chain
+from hiveminer.checkpoint import SCORES_FOLDER, Checkpoints, of_run, signed_by
 from hiveminer.data import load_rows, split_held_out
 from hiveminer.dendrite import Dendrite, Endpoint, endpoint_of
 from hiveminer.errors import HiveminerError, MinerError, TrainingError
@@ -38,7 +36,8 @@ from hiveminer.replay import Curves, Replayer
 from hiveminer.run import RunId, load_run
 from hiveminer.scoring import Evidence, ScoreTable
 from hiveminer.settings import ValidatorSettings, parse, script
-from hiveminer.swarm import Observer, Peer, SwarmState
+from hiveminer.swarm import Neighbours, Observer, Peer, SwarmState
+from hiveminer.swarm.processes import Children
 from hiveminer.weights import EMBEDDED_FILL_SECONDS, FILL_SECONDS, WeightSetter, filled
 
 logger = logging.getLogger(__name__)
@@ -74,6 +73,9 @@ LEAST_SECONDS = 1.0
 without work would otherwise be what the validator is busy with."""
 
 ALIVE_SECONDS = 5.0
+
+WORKING_SECONDS = 60.0
+"""A miner that answered with work so lately is to be seen among the swarm's peers."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Validator:
         self.neuron: Neuron | None = None
         self.peer: Peer | None = None
         self.observer: Observer | None = None
+        self._children = Children()
         with script() if self._script else contextlib.nullcontext():
             if settings is None:
                 settings = parse(
@@ -176,7 +179,7 @@ class Validator:
         self._closed = True
         if self.neuron is not None:
             self.neuron.stopping.set()
-            if hasattr(self, "table"):
+            if hasattr(self, "checkpoints"):
                 self._save()
         if hasattr(self, "_compute"):
             self._compute.shutdown(wait=True, cancel_futures=True)
@@ -185,6 +188,7 @@ class Validator:
             self.observer.close()
         if self.peer is not None:
             self.peer.close()
+        self._children.end()
         if self._metrics is not None:
             self._metrics.close()
         if self.neuron is not None:
@@ -227,11 +231,26 @@ class Validator:
             run, schema_hash=model.schema_hash(self.model), data_hash=self.dataset.hash
         )
         self.table = ScoreTable()
-        self._restore()
+        self.checkpoints = Checkpoints(
+            neuron.folder / SCORES_FOLDER,
+            sign=neuron.chain.wallet.hotkey.sign,
+            verify=signed_by(neuron.hotkey),
+        )
+        if settings.neuron.resume:
+            self._restore()
         neuron.go_on()
-        self.peer = Peer(ip=settings.dht_ip, client_only=True)
+        self.peer = Peer(
+            ip=settings.dht_ip,
+            client_only=True,
+            identity=neuron.identity(str(self.run_id)),
+            admitted=neuron.registered,
+        )
+        self._children.watch("the DHT's process", self.peer.process)
+        self.neighbours = Neighbours(self.peer)
+        self._worked_at: dict[str, float] = {}
         neuron.go_on()
         self.observer = Observer(self.model, peer=self.peer, run=run, run_id=str(self.run_id))
+        self._children.watch("the averager's process", self.observer.process)
         neuron.go_on()
         device = model.choose_device(settings.neuron.device)
         self.replayer = Replayer(self.model, encode=self._tensors, run=run, device=device)
@@ -263,7 +282,12 @@ class Validator:
     def _meet(self) -> None:
         assert self.peer is not None
         assert self.neuron is not None
-        self.peer.meet(sorted(self.neuron.peer_addresses()))
+        self.peer.admit(self.neuron.registered)
+        look = self.neighbours.meet(self.neuron.peer_addresses())
+        if look is not None and self.observer is not None:
+            since = time.monotonic() - WORKING_SECONDS
+            working = sum(at > since for at in list(self._worked_at.values()))
+            self.neighbours.compare(working=working, reporting=self.observer.peers)
 
     # --- the loops -----------------------------------------------------------------------
 
@@ -275,6 +299,9 @@ class Validator:
                 asyncio.create_task(self._again(self._watch_swarm, None, 0.5)),
                 asyncio.create_task(self._again(self._replay_next, None, 0.1)),
                 asyncio.create_task(
+                    self._again(self._keep_scores, None, self.settings.neuron.checkpoint_seconds)
+                ),
+                asyncio.create_task(
                     self._again(
                         self._set_weights, None, min(30.0, self.settings.weights_seconds / 4)
                     )
@@ -283,6 +310,7 @@ class Validator:
             try:
                 while not neuron.stopping.is_set():
                     neuron.check_registered()
+                    self._children.check()
                     await asyncio.wait(loops, timeout=0.2, return_when=asyncio.FIRST_EXCEPTION)
                     for loop in loops:
                         if loop.done():
@@ -320,6 +348,7 @@ class Validator:
         live = {each.hotkey: each for each, good in zip(endpoints, alive, strict=True) if good}
         for hotkey in set(self._miners) - set(live):
             logger.info("miner %s is gone", hotkey[:8])
+            self._worked_at.pop(hotkey, None)
             for task in self._miners.pop(hotkey).tasks:
                 task.cancel()
         for hotkey, endpoint in live.items():
@@ -413,6 +442,8 @@ class Validator:
         rows = request.dataset_indices[: min(answer.samples, len(request.dataset_indices))]
         mask = self._tensors(self.dataset.texts(rows))["attention_mask"] if rows else None
         tokens = min(answer.tokens, int(mask.sum()) if mask is not None else 0)
+        if answer.samples:
+            self._worked_at[hotkey] = time.monotonic()
         if self._is_timely(answer):
             self.table.add_work(hotkey, tokens)
         else:
@@ -545,6 +576,10 @@ class Validator:
             "score of %s: %.2f (fit %s, learning %s), on average %.2f",
             sample.hotkey[:8], value, fit, learning, self.table.of(sample.hotkey).score,
         )  # fmt: skip
+        if value < 1:
+            why = "; ".join(scoring.shortfalls(evidence)) or "by this subnet's own score"
+            cause = f"{sample.hotkey[:8]} scores {value:.2f} of 1 with this answer: {why}"
+            events.tell(logger, "score", cause, level=logging.INFO)
         self.metrics.log(
             "evidence",
             {
@@ -598,35 +633,27 @@ class Validator:
 
     # --- what survives a restart ---------------------------------------------------------
 
-    @property
-    def _state_file(self) -> Path:
-        assert self.neuron is not None
-        return self.neuron.folder / "scores.json"
+    _saved: dict[str, Any] | None = None
+    """What the newest checkpoint says."""
+
+    async def _keep_scores(self, _: None) -> None:
+        await self._in(self._io, self._save)
 
     def _save(self) -> None:
         said = {"run_id": str(self.run_id), "scores": self.table.dump()}
-        draft = self._state_file.with_suffix(".draft")
-        try:
-            with draft.open("w", encoding="utf-8") as stream:
-                json.dump(said, stream, indent=1)
-                stream.flush()
-                os.fsync(stream.fileno())
-            draft.replace(self._state_file)
-        except OSError as error:
-            logger.error("the scores could not be kept: %s", error)
+        if said != self._saved and self.checkpoints.save(None, said) is not None:
+            self._saved = said
 
     def _restore(self) -> None:
-        try:
-            said = json.loads(self._state_file.read_text(encoding="utf-8"))
-            if said["run_id"] != str(self.run_id):
-                logger.info("the scores in %s are another run's; starting anew", self._state_file)
-                return
-            self.table = ScoreTable.restore(said["scores"])
-            logger.info("resumed %d scores", len(self.table.standings))
-        except FileNotFoundError:
+        found = self.checkpoints.load(of_run(str(self.run_id)))
+        if found is None:
             return
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("%s cannot be used (%s); starting anew", self._state_file, error)
+        try:
+            self.table = ScoreTable.restore(found.facts["scores"])
+        except (KeyError, ValueError) as error:
+            events.tell(logger, "checkpoint", f"{found.name} is not used: {error!s:.200}")
+            return
+        logger.info("resumed %d scores, from %s", len(self.table.standings), found.name)
 
 
 def main(settings: ValidatorSettings) -> int:

@@ -5,8 +5,22 @@
 """
 
 from hiveminer.swarm.adamw import build_optimizer
+from hiveminer.swarm.identity import Identity
+from hiveminer.swarm.neighbours import Neighbours
 from hiveminer.swarm.observer import Observer, SwarmState
 from hiveminer.swarm.optimizer import Round, Swarm
-from hiveminer.swarm.peer import Peer, addresses_in
+from hiveminer.swarm.peer import Look, Peer, PortTaken, addresses_in
 
-__all__ = ["Observer", "Peer", "Round", "Swarm", "SwarmState", "addresses_in", "build_optimizer"]
+__all__ = [
+    "Identity",
+    "Look",
+    "Neighbours",
+    "Observer",
+    "Peer",
+    "PortTaken",
+    "Round",
+    "Swarm",
+    "SwarmState",
+    "addresses_in",
+    "build_optimizer",
+]

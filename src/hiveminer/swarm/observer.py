@@ -10,13 +10,14 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from hivemind.optim.progress_tracker import ProgressTracker
 from torch import Tensor, nn
 
 from hiveminer.run import Run
 from hiveminer.swarm.adamw import build_optimizer, build_scheduler, parameter_groups
 from hiveminer.swarm.averager import CHUNK_SECONDS, SwarmAverager, averager_prefix
+from hiveminer.swarm.optimizer import bounds
 from hiveminer.swarm.peer import Peer
+from hiveminer.swarm.tracker import SampleTracker
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Observer:
     def __init__(self, model: nn.Module, *, peer: Peer, run: Run, run_id: str):
         self.model = model
         self.run = run
-        self._tracker = ProgressTracker(
+        self._tracker = SampleTracker(
             dht=peer.dht,
             prefix=run_id,
             target_batch_size=run.swarm.epoch_samples,
@@ -48,6 +49,7 @@ class Observer:
             min_refresh_period=0.2,
             max_refresh_period=1.0,
             default_refresh_period=1.0,
+            private_key=peer.private_key,
             start=True,
         )
         self._averager = SwarmAverager(
@@ -56,10 +58,16 @@ class Observer:
             params=parameter_groups(model.parameters(), weight_decay=run.optimizer.weight_decay),
             optimizer=lambda groups: build_optimizer(groups, run.optimizer),
             scheduler=lambda optimizer: build_scheduler(optimizer, run.optimizer),
+            bounds=bounds(run),
             next_chunk_timeout=CHUNK_SECONDS,
             client_mode=True,
             start=True,
         )
+
+    @property
+    def process(self) -> int:
+        """The number of hivemind's process."""
+        return int(self._averager.pid)
 
     @property
     def epoch(self) -> int:

@@ -20,24 +20,32 @@ from typing import Any
 
 import hivemind
 import torch
+from hivemind.averaging.control import AveragingStage
 from torch import Tensor, nn
 
+from hiveminer.errors import SwarmError
+from hiveminer.events import tell
 from hiveminer.run import Run
 from hiveminer.swarm.adamw import build_optimizer, build_scheduler, parameter_groups
 from hiveminer.swarm.averager import (
     CHUNK_SECONDS,
     IDLE_WEIGHT,
+    SHUN_SECONDS,
     SwarmAverager,
     averager_prefix,
     compression,
 )
 from hiveminer.swarm.peer import Peer
-from hiveminer.swarm.tracker import SampleTracker
+from hiveminer.swarm.snapshot import put_back, take
+from hiveminer.swarm.soundness import Bounds
+from hiveminer.swarm.tracker import REPORT_SECONDS, SampleTracker
+from hiveminer.swarm.watch import Watch
 
 logger = logging.getLogger(__name__)
 
-REPORT_SECONDS = 20.0
-"""A peer that has not reported for so long is no longer counted."""
+LOAD_SECONDS = 60.0
+LOAD_BYTES = 1_250_000.0
+"""A state is given up after LOAD_SECONDS, and a second more for each LOAD_BYTES of it."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,10 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
             **kwargs,
         )
 
+    def _should_load_state_from_peers(self) -> bool:
+        """The stock one lets a peer that is one epoch behind average with those ahead of it."""
+        return bool(super()._should_load_state_from_peers() or self.tracker.is_left_behind)
+
     def load_state_from_peers(self, **kwargs: Any) -> None:
         self.reloads += 1
         super().load_state_from_peers(**kwargs)
@@ -102,7 +114,6 @@ class Swarm:
         peer: Peer,
         run: Run,
         run_id: str,
-        load_state_seconds: float = 60.0,
         on_round: Callable[[Round], None] | None = None,
     ):
         self.model = model
@@ -123,25 +134,42 @@ class Swarm:
             matchmaking_time=section.matchmaking_seconds,
             averaging_timeout=section.averaging_timeout_seconds,
             next_chunk_timeout=CHUNK_SECONDS,
-            load_state_timeout=load_state_seconds,
+            load_state_timeout=LOAD_SECONDS + state_bytes(model) / LOAD_BYTES,
             state_averaging_compression=compression(section),
-            averager_opts={"request_timeout": min(1.5, section.matchmaking_seconds / 2)},
+            averager_opts={
+                "request_timeout": min(1.5, section.matchmaking_seconds / 2),
+                "bounds": bounds(run),
+            },
             tracker_opts={
                 "min_refresh_period": 0.2,
                 "max_refresh_period": 1.0,
                 "default_refresh_period": 1.0,
                 "metadata_expiration": REPORT_SECONDS,
+                "private_key": peer.private_key,
             },
         )
         self._target = 2
         self.optimizer.state_averager.set_target_group_size(self._target)
         self._trained_in: int | None = None
+        self._deserted = False
         self._lock = threading.Lock()
+        self._watch = Watch(
+            peer=peer,
+            tracker=self.optimizer.tracker,
+            rounding=self._is_rounding,
+            gone=self._go_on_without,
+            deserted=self._give_up_looking,
+        )
 
     @property
     def epoch(self) -> int:
         """The epoch this machine is in."""
         return int(self.optimizer.local_epoch)
+
+    @property
+    def process(self) -> int:
+        """The number of hivemind's process."""
+        return int(self.optimizer.state_averager.pid)
 
     @property
     def peers(self) -> int:
@@ -182,6 +210,39 @@ class Swarm:
             self.optimizer.load_state_from_peers()
             return bool(self.optimizer.state_averager.loaded)
 
+    def heal(self) -> bool:
+        """Go back to the last good state if our weights are not sound; whether they were."""
+        with self._lock:
+            averager = self.optimizer.state_averager
+            if averager.is_sound():
+                return True
+            averager.go_back()
+            self.zero_grad()
+            if self.peers > 1:
+                self.optimizer.load_state_from_peers()
+            return False
+
+    def snapshot(
+        self, *, timeout_seconds: float = 60.0
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Copies of all that training goes on from, and facts about it, as `resume` takes them.
+
+        Waits for the end of a step; raises SwarmError when that does not come in time.
+        """
+        if not self._lock.acquire(timeout=timeout_seconds):
+            raise SwarmError(f"the running step did not end in {timeout_seconds:.0f} s")
+        try:
+            return take(self.optimizer)
+        finally:
+            self._lock.release()
+
+    def resume(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Go on from a snapshot. Raises ValueError, and changes nothing, if it does not fit."""
+        with self._lock:
+            put_back(self.optimizer, tensors, facts)
+            if facts["rows"]:  # they are reported again, so the others count on this peer
+                self._trained_in = self.epoch
+
     def move_to(self, device: torch.device) -> None:
         """Move the model and the optimizer's state to a device, after the processes started."""
         self.model.to(device)
@@ -198,6 +259,7 @@ class Swarm:
 
     def close(self) -> None:
         """Say goodbye to the peers and stop hivemind's process."""
+        self._watch.close()
         try:
             self.optimizer.shutdown()
         except Exception as error:  # noqa: BLE001 - a dead process must not keep the rest up
@@ -208,43 +270,85 @@ class Swarm:
         self._weigh(batch_size)
         epoch, reloads = self.epoch, self.optimizer.reloads
         began = time.monotonic()
-        self.optimizer.step(batch_size=batch_size)
+        self._deserted = False
+        with self._watch.over():
+            self.optimizer.step(batch_size=batch_size)
+        if self._deserted:
+            self.optimizer.load_state_from_peers()
         kept = self.optimizer.reloads == reloads
         if not kept:
-            logger.warning(
-                "this peer fell behind the swarm: %d rows were thrown away, and its state %s",
-                batch_size,
-                "was loaded" if self.optimizer.state_averager.loaded else "could not be had",
-            )
+            loaded = self.optimizer.state_averager.loaded
+            outcome = "was loaded" if loaded else "could not be had"
+            cause = f"this peer fell behind the swarm: {batch_size} rows were thrown away"
+            tell(logger, "catch_up", f"{cause}, and the swarm's state {outcome}")
         elif self.epoch != epoch:
+            self._take_what_was_lost()
             self._tell_round(time.monotonic() - began)
         return kept
 
+    def _take_what_was_lost(self) -> None:
+        """A part of the average did not arrive; the others have it, as the epoch's start."""
+        averager = self.optimizer.state_averager
+        if averager.is_whole:
+            return
+        tell(logger, "diverged", f"epoch {self.epoch}: a part of the average was lost on the way")
+        self.optimizer.load_state_from_peers()
+
     def _follow_live_peers(self) -> None:
-        target = max(2, self.peers)
+        """A group of all live peers of our epoch is complete; who sent poison is none."""
+        for peer in self.optimizer.state_averager.shunned():
+            self.optimizer.tracker.leave_out(peer, shun_seconds=SHUN_SECONDS)
+        target = max(2, 1 + len(self.optimizer.tracker.companions))
         if target != self._target:
             self.optimizer.state_averager.set_target_group_size(target)
             self._target = target
+
+    def _is_rounding(self) -> bool:
+        control = self.optimizer.state_averager.last_control
+        return control is not None and control.triggered and not control.done()
+
+    def _go_on_without(self, lost: set[str]) -> None:
+        """Told by the watch, in its thread."""
+        self.optimizer.state_averager.leave_out(self.optimizer.tracker.reports.gone | lost)
+        self._follow_live_peers()
+
+    def _give_up_looking(self) -> None:
+        """Told by the watch, in its thread: nobody will come to our round."""
+        control = self.optimizer.state_averager.last_control
+        if control is None or control.done():
+            return
+        if control.stage == AveragingStage.LOOKING_FOR_GROUP:
+            self._deserted = self.optimizer.tracker.is_left_behind
+            control.cancel()
 
     def _weigh(self, batch_size: int) -> None:
         """Tell the averager, and a round that is already arranged, what this peer weighs."""
         rows = self.optimizer.local_progress.samples_accumulated + batch_size
         averager = self.optimizer.state_averager
-        averager.rows_weight = float(rows) if rows else IDLE_WEIGHT
+        most = averager.bounds.most_rows
+        averager.rows_weight = min(float(rows), most) if rows else IDLE_WEIGHT
         scheduled = self.optimizer.scheduled_state
         if scheduled is not None and not scheduled.triggered and not scheduled.done():
             scheduled.weight = averager.rows_weight
 
     def _tell_round(self, seconds: float) -> None:
-        averager = self.optimizer.state_averager
-        control, averager.last_control = averager.last_control, None
-        size = 1
-        if control is not None and control.done() and not control.cancelled():
-            if control.exception() is None and control.result():
-                size = len(control.result())
-            else:
-                logger.warning("epoch %d: averaging failed; going on with our own", self.epoch)
-        if size == 1:
-            averager.begin_epoch()
+        size, expected = self.optimizer.state_averager.group_size, self._target
+        if size < expected and self.peers > 1:
+            came = (
+                f"{size} of {expected} peers came to the round" if size > 1 else "the round failed"
+            )
+            tell(logger, "no_group", f"epoch {self.epoch}: {came}, {seconds:.1f} s")
         if self.on_round is not None:
             self.on_round(Round(epoch=self.epoch, group_size=size, seconds=seconds))
+
+
+def bounds(run: Run) -> Bounds:
+    """What a peer of this run may send in a round."""
+    return Bounds(
+        most_rows=float(run.swarm.epoch_samples), learning_rate=run.optimizer.learning_rate
+    )
+
+
+def state_bytes(model: nn.Module) -> int:
+    """What a peer's state takes on the way: the weights and two moments of each, in float32."""
+    return 12 * sum(parameter.numel() for parameter in model.parameters())

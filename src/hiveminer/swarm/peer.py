@@ -8,12 +8,15 @@ two peers that started in the same second still find each other at the next look
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import fcntl
 import ipaddress
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,14 @@ from hivemind.p2p import P2PDaemonError, PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
 from hiveminer.errors import OperatorError, SwarmError
-from hiveminer.swarm.processes import settle, start_shared_memory, sweep
+from hiveminer.events import tell
+from hiveminer.swarm.identity import Authorizer, Identity, change_admitted, guard, identify
+from hiveminer.swarm.processes import (
+    mark_temporary_folder,
+    settle,
+    start_shared_memory,
+    sweep,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +41,56 @@ QUIC_WORD = " quic"
 
 START_SECONDS = 30.0
 MEET_SECONDS = 10.0
+ADMIT_SECONDS = 10.0
+
+MESSAGE_CHARACTERS = 2048
+"""What one message to the DHT's process may carry. Every thread and process writes into the
+same pipe, without a lock: only 4,096 bytes at a time are sure to stay together."""
+
+START_CURES = (
+    ("address already in use", "another program has the port: choose another with --dht.port"),
+    ("cannot assign requested", "this machine has no such address: choose one with --dht.ip"),
+    ("permission denied", "low ports are the system's: choose one above 1023 with --dht.port"),
+    ("binary", "reinstall hivemind: pip install --force-reinstall --no-deps hivemind"),
+    ("failed to start in", "this machine is too busy: see what else it does, and start again"),
+    ("its process ended", "the system may have ended it for lack of memory: make room for it"),
+)
+"""What to do when the daemon does not start, by what it says."""
+
+SILENCES = (
+    ("peer id mismatch", "another peer has its address now"),
+    ("connection refused", "nobody listens there, it is stopped"),
+    ("failed to negotiate", "what listens there is no peer"),
+    ("no such host", "its name is not known"),
+    ("dial backoff", "it could not be reached a moment ago"),
+)
+"""Why a peer does not answer, by what libp2p says of the dial; the most telling first."""
+
+UNREACHED = "no answer: it is off, or a firewall is in the way"
+FOREIGN = "it is there and does not speak with us: another run, one not registered, or it hangs"
+LOST = "it answered before, and does not any more"
+HELD, JOINED = "held", "joined"
+
+
+@dataclass(frozen=True)
+class Look:
+    """A look for peers, by peer id.
+
+    answered: who did; `joined`, those of them that our part of the DHT did not hold before.
+    silent: why the others did not.
+    """
+
+    answered: frozenset[str] = frozenset()
+    joined: frozenset[str] = frozenset()
+    silent: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def tried(self) -> frozenset[str]:
+        return self.answered | self.silent.keys()
+
+
+class PortTaken(OperatorError):
+    """The port is another's."""
 
 
 class _Node(hivemind.DHT):  # type: ignore[misc]
@@ -40,14 +100,31 @@ class _Node(hivemind.DHT):  # type: ignore[misc]
         settle(self._parent_pid)
         super().run()
 
+    def wait_until_ready(self, timeout: float | None = None) -> None:
+        """As the stock one, but it waits neither for a process that has ended, nor for ever."""
+        deadline = time.monotonic() + (timeout or 2 * START_SECONDS)
+        while True:
+            try:
+                super().wait_until_ready(0.5)
+            except concurrent.futures.TimeoutError:
+                if not self.is_alive():
+                    raise RuntimeError(f"its process ended with {self.exitcode}") from None
+                if time.monotonic() > deadline:
+                    raise RuntimeError("its process failed to start in time") from None
+            else:
+                return
+
 
 class Peer:
     """A started DHT node.
 
     ip, port: where it listens for other peers (TCP; port 0 for any).
     announce_ip: the address that others are told, when it is not `ip`.
-    identity_path: the file with its private key; made when missing. The peer id follows
-        from it.
+    identity: the hotkey that vouches for this peer. With it, only peers of registered
+        hotkeys in the same run are spoken with; without, everybody is.
+    admitted: the registered hotkeys at the start; `admit` says who they are later.
+    identity_path: without an identity, the file with the private key; made when missing.
+        The peer id follows from it.
     client_only: dial out, listen for nobody (a validator needs no open port).
     quic: listen on the same number of a UDP port as well, for QUIC.
 
@@ -61,6 +138,8 @@ class Peer:
         port: int = 0,
         announce_ip: str | None = None,
         announce_port: int | None = None,
+        identity: Identity | None = None,
+        admitted: Collection[str] = (),
         identity_path: Path | None = None,
         client_only: bool = False,
         quic: bool = False,
@@ -69,8 +148,10 @@ class Peer:
         if swept:
             logger.info("removed %d files that dead processes had left", swept)
         start_shared_memory()
+        mark_temporary_folder()
         self._claim = _claim_port(port)
         family = "ip6" if ipaddress.ip_address(ip).version == 6 else "ip4"
+        self.client_only = client_only
         self.quic = quic and port != 0 and not client_only
         options: dict[str, Any] = {
             "host_maddrs": self._places(f"/{family}/{ip}", port),
@@ -88,20 +169,92 @@ class Peer:
             options["announce_maddrs"] = self._places(
                 f"/{told}/{announce_ip}", announce_port or port
             )
+        self.identity = identity
+        self._admitted: frozenset[str] = frozenset()
+        try:
+            self.dht = self._start(options, identity_path)
+        except (P2PDaemonError, RuntimeError, ValueError, OSError) as error:
+            self._release_port()
+            raise self._failure(ip, port, _first_line(error)) from error
+        self.peer_id = str(self.dht.peer_id)
+        self._met: set[str] = set()
+        if identity is not None:
+            self._open(identity, admitted)
+
+    def _start(self, options: dict[str, Any], identity_path: Path | None) -> _Node:
+        if self.identity is not None:
+            # Nobody is admitted before the handlers are guarded.
+            options["authorizer"] = Authorizer(self.identity)
+            with self.identity.key_file() as path:
+                return _Node(start=True, identity_path=str(path), **options)
         if identity_path is not None:
             identity_path.parent.mkdir(parents=True, exist_ok=True)
             options["identity_path"] = str(identity_path)
+        return _Node(start=True, **options)
+
+    def _failure(self, ip: str, port: int, reason: str) -> OperatorError:
+        cause = f"the swarm's peer does not start on {ip} port {port}: {reason}"
+        if "address already in use" in reason:
+            return PortTaken(f"{cause}; {start_cure(reason)}")
+        tell(logger, "peer_start", cause, level=logging.ERROR)
+        return OperatorError(f"{cause}; {start_cure(reason)}")
+
+    def _open(self, identity: Identity, admitted: Collection[str]) -> None:
+        """Let registered peers in, behind the guard."""
         try:
-            self.dht = _Node(start=True, **options)
-        except (P2PDaemonError, RuntimeError, ValueError, OSError) as error:
-            self._release_port()
-            reason = _first_line(error)
-            raise OperatorError(
-                f"the swarm's peer does not start on {ip} port {port}: {reason}; is the port "
-                "taken? choose another with --dht.port"
-            ) from error
-        self.peer_id = str(self.dht.peer_id)
-        self._met: set[str] = set()
+            assert self.peer_id == identity.peer_id
+            self._ask(guard, timeout_seconds=START_SECONDS)
+            self.admit(admitted)
+        except BaseException:
+            self.close()
+            raise
+
+    def _ask(self, what: Callable[..., Any], *, timeout_seconds: float) -> Any:
+        """Run a coroutine in the DHT's process, and wait for what it gives."""
+        return self.dht.run_coroutine(what, return_future=True).result(timeout=timeout_seconds)
+
+    def admit(self, hotkeys: Collection[str]) -> None:
+        """From now on speak with the peers of these hotkeys, and no others.
+
+        Only what has changed is told to the DHT's process, those who leave first. When it
+        does not answer in time, the next call tells it again.
+        """
+        if self.identity is None:
+            return
+        wanted = frozenset(hotkeys)
+        try:
+            for part in _parts({name: name for name in self._admitted - wanted}):
+                self._ask(partial(change_admitted, dropped=[*part]), timeout_seconds=ADMIT_SECONDS)
+                self._admitted -= part.keys()
+            for part in _parts({name: name for name in wanted - self._admitted}):
+                self._ask(partial(change_admitted, added=[*part]), timeout_seconds=ADMIT_SECONDS)
+                self._admitted |= part.keys()
+        except Exception as error:  # noqa: BLE001 - the next call makes up for it
+            logger.warning("the DHT was not told who is registered: %s", _first_line(error))
+
+    def hotkey_of(self, peer_id: str, *, timeout_seconds: float = 5.0) -> str | None:
+        """The registered hotkey that a peer id has proved; asks the peer if need be.
+
+        None when it proved none in time; "" without an identity, when nobody is checked.
+        """
+        what = partial(identify, peer_id=peer_id, timeout_seconds=timeout_seconds)
+        try:
+            found: str | None = self._ask(what, timeout_seconds=timeout_seconds + 5)
+        except Exception as error:  # noqa: BLE001 - whoever cannot be asked has proved nothing
+            logger.warning("a peer could not be identified: %s", _first_line(error))
+            return None
+        return found
+
+    @property
+    def process(self) -> int:
+        """The number of the DHT's process, whose child the libp2p daemon is."""
+        return int(self.dht.pid)
+
+    @property
+    def private_key(self) -> Any:
+        """The RSA key that this peer's records in the DHT are signed with; None without an
+        identity."""
+        return self.identity.private_key if self.identity is not None else None
 
     def _places(self, host: str, port: int) -> list[str]:
         return [f"{host}/tcp/{port}"] + [f"{host}/udp/{port}/quic-v1"] * self.quic
@@ -125,7 +278,12 @@ class Peer:
     def meet(
         self, addresses: Sequence[str], *, timeout_seconds: float = MEET_SECONDS
     ) -> tuple[int, int]:
-        """Dial all of these peers at once: (how many answered, how many were tried).
+        """As `look`, in numbers: (how many answered, how many were tried)."""
+        look = self.look(addresses, timeout_seconds=timeout_seconds)
+        return len(look.answered), len(look.tried)
+
+    def look(self, addresses: Sequence[str], *, timeout_seconds: float = MEET_SECONDS) -> Look:
+        """Dial all of these peers at once, and say how it went.
 
         Addresses with the same peer id are ways to the same peer. Malformed addresses and
         our own are passed over. Peers met before are tried again only when the DHT has lost
@@ -139,18 +297,52 @@ class Peer:
             elif peer_id != self.peer_id:
                 wanted.setdefault(peer_id, []).append(address)
         if not wanted:
-            return 0, 0
-        task = partial(_meet, peers=wanted, timeout_seconds=timeout_seconds)
-        future = self.dht.run_coroutine(task, return_future=True)
+            return Look()
+        look = self._dial(wanted, timeout_seconds=timeout_seconds)
+        for peer_id in sorted(look.answered - self._met):
+            logger.info("met peer %s", peer_id)
+        self._met |= look.answered
+        return look
+
+    def _dial(self, peers: Mapping[str, Sequence[str]], *, timeout_seconds: float) -> Look:
+        calls = [
+            self.dht.run_coroutine(
+                partial(_dial, peers=part, timeout_seconds=timeout_seconds), return_future=True
+            )
+            for part in _parts(peers)
+        ]
+        deadline = time.monotonic() + timeout_seconds + 5
+        found = dict.fromkeys(peers, "our own DHT node did not dial it in time")
         try:
-            answered: set[str] = future.result(timeout=timeout_seconds + 5)
+            for call in calls:
+                found |= call.result(timeout=max(0.0, deadline - time.monotonic()))
+            if HELD in found.values() or JOINED in found.values():
+                learn = partial(_learn, timeout_seconds=timeout_seconds)
+                self._ask(learn, timeout_seconds=timeout_seconds + 5)
         except Exception as error:  # noqa: BLE001 - no peer met is no reason to end
             logger.warning("looking for peers failed: %s", _first_line(error))
-            return 0, len(wanted)
-        for peer_id in sorted(answered - self._met):
-            logger.info("met peer %s", peer_id)
-        self._met |= answered
-        return len(answered), len(wanted)
+        joined = frozenset(name for name, how in found.items() if how == JOINED)
+        return Look(
+            answered=joined | {name for name, how in found.items() if how == HELD},
+            joined=joined,
+            silent={name: how for name, how in found.items() if how not in (HELD, JOINED)},
+        )
+
+    def answering(self, peers: Collection[str], *, timeout_seconds: float) -> set[str]:
+        """Those of these peers (ids) that answer a ping now. None of them when our own node
+        does not."""
+        tasks = [
+            partial(_ping, peers=[*part], timeout_seconds=timeout_seconds)
+            for part in _parts(dict.fromkeys(sorted(peers), ()))
+        ]
+        futures = [self.dht.run_coroutine(task, return_future=True) for task in tasks]
+        try:
+            # All run at once.
+            answered = [future.result(timeout=timeout_seconds + 2) for future in futures]
+        except Exception as error:  # noqa: BLE001 - asked again soon
+            logger.debug("peers could not be pinged: %r", error)
+            return set()
+        return set().union(*answered)
 
     def close(self) -> None:
         """Stop the DHT node and its daemon."""
@@ -183,7 +375,7 @@ def _claim_port(port: int) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        raise OperatorError(
+        raise PortTaken(
             f"--dht.port {port}: another peer on this machine has it; choose another"
         ) from None
     return descriptor
@@ -211,33 +403,79 @@ def peer_id_of(address: str) -> str | None:
         return None
 
 
-async def _meet(
-    _dht: Any, node: Any, *, peers: dict[str, list[str]], timeout_seconds: float
-) -> set[str]:
-    """Runs in the DHT's process: connect, ping, and let the routing table learn of us."""
+def _parts(items: Mapping[str, Iterable[str]]) -> Iterator[dict[str, Any]]:
+    """The same in parts that each fit into one message to the DHT's process."""
+    part: dict[str, Any] = {}
+    room = MESSAGE_CHARACTERS
+    for name, value in items.items():
+        size = len(name) + sum(map(len, value)) + 16
+        if part and size > room:
+            yield part
+            part, room = {}, MESSAGE_CHARACTERS
+        part[name] = value
+        room -= size
+    if part:
+        yield part
 
-    async def meet_one(name: str, addresses: list[str]) -> str | None:
+
+def start_cure(reason: str) -> str:
+    """What to do when a peer does not start for this reason."""
+    for words, cure in START_CURES:
+        if words in reason:
+            return cure
+    return "see that nothing else has the port (--dht.port), and start again"
+
+
+def why_silent(error: BaseException) -> str:
+    """What a failed dial means."""
+    return next((why for words, why in SILENCES if words in str(error)), UNREACHED)
+
+
+async def _dial(
+    _dht: Any, node: Any, *, peers: dict[str, list[str]], timeout_seconds: float
+) -> dict[str, str]:
+    """Runs in the DHT's process: connect and ping all at once. By peer: HELD or JOINED, or
+    why it did not answer."""
+
+    async def dial_one(name: str, addresses: list[str]) -> str:
         peer_id = PeerID.from_base58(name)
-        if node.protocol.routing_table.get(peer_id=peer_id) is None:
+        held = node.protocol.routing_table.get(peer_id=peer_id) is not None
+        if not held:
             places = [Multiaddr(address.rsplit("/p2p/", 1)[0]) for address in addresses]
             # The daemon's connect has no public door in hivemind; initial_peers alone
             # would do at the start, and never again.
             await node.p2p._client.connect(peer_id, places)
-        answered = await node.protocol.call_ping(peer_id)
-        return name if answered is not None else None
+        if await node.protocol.call_ping(peer_id) is None:
+            return LOST if held else FOREIGN
+        return HELD if held else JOINED
 
-    async def bounded(name: str, addresses: list[str]) -> str | None:
+    async def bounded(name: str, addresses: list[str]) -> str:
         try:
-            return await asyncio.wait_for(meet_one(name, addresses), timeout_seconds)
-        except Exception:  # noqa: BLE001 - unreachable, gone, or somebody else's address
+            return await asyncio.wait_for(dial_one(name, addresses), timeout_seconds)
+        except Exception as error:  # noqa: BLE001 - unreachable, gone, or somebody else's address
+            return why_silent(error)
+
+    found = await asyncio.gather(*(bounded(name, places) for name, places in peers.items()))
+    return dict(zip(peers, found, strict=True))
+
+
+async def _learn(_dht: Any, node: Any, *, timeout_seconds: float) -> None:
+    """Runs in the DHT's process: let the routing table learn of who is around."""
+    nearest = node.find_nearest_nodes([node.node_id])
+    await asyncio.wait({asyncio.ensure_future(nearest)}, timeout=timeout_seconds)
+
+
+async def _ping(_dht: Any, node: Any, *, peers: list[str], timeout_seconds: float) -> set[str]:
+    """Runs in the DHT's process: who answers, all asked at once."""
+
+    async def ping(name: str) -> str | None:
+        try:
+            call = node.protocol.call_ping(PeerID.from_base58(name))
+            return name if await asyncio.wait_for(call, timeout_seconds) is not None else None
+        except Exception:  # noqa: BLE001 - gone, or not reached in time
             return None
 
-    met = await asyncio.gather(*(bounded(name, places) for name, places in peers.items()))
-    answered = {peer for peer in met if peer}
-    if answered:
-        nearest = node.find_nearest_nodes([node.node_id])
-        await asyncio.wait({asyncio.ensure_future(nearest)}, timeout=timeout_seconds)
-    return answered
+    return {name for name in await asyncio.gather(*map(ping, peers)) if name}
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,8 +1,11 @@
-"""What each of hivemind's processes does first, and what ends it.
+"""What each of hivemind's processes does first, what ends it, and who sees that it lives.
 
 Hivemind forks: the DHT node (which starts the libp2p daemon) and the averager. Left to
 themselves they outlive a parent that was killed and keep its ports, and a Ctrl-C on the
-terminal reaches the daemon before anybody could say goodbye.
+terminal reaches the daemon before anybody could say goodbye. So each leads a process group
+of its own, in which the daemon is as well; it watches its parent, and ends with its whole
+group. (A daemon ends by itself once the process that started it is gone: it writes into a
+pipe that nobody reads.) What files are left is swept away when the next peer starts.
 """
 
 from __future__ import annotations
@@ -10,8 +13,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import multiprocessing.util
 import os
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -20,12 +26,18 @@ import psutil
 import torch
 from hivemind.utils.logging import use_hivemind_log_handler
 
+from hiveminer.errors import SwarmError
+
 LOOK_SECONDS = 0.5
+
+DAEMON = "p2pd"
+"""The libp2p daemon's name among processes."""
 
 
 def log_to_root() -> None:
     """Send hivemind's log lines to the root logger, like everybody's."""
     use_hivemind_log_handler("nowhere")
+    logging.addLevelName(logging.WARNING, "WARNING")  # hivemind has shortened it for everybody
     dht = logging.getLogger("hivemind.dht.dht")
     if not any(isinstance(known, _NoGhosts) for known in dht.filters):
         dht.addFilter(_NoGhosts())
@@ -54,9 +66,20 @@ def start_shared_memory() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def mark_temporary_folder() -> None:
+    """Write into multiprocessing's folder (of which hivemind's processes have their part) that
+    it is ours: Python removes it at an ordinary end, `sweep` after any other."""
+    folder = Path(multiprocessing.util.get_temp_dir())
+    (folder / f"hiveminer-{os.getpid()}").touch()
+
+
 def settle(parent: int) -> None:
     """To be called first in a forked process: leave the terminal's group, watch the parent,
-    and take the daemon along when told to end."""
+    and take the daemon along when told to end.
+
+    parent: its number as it was before the fork, so that a parent that is dead already is
+    seen at the first look.
+    """
     os.setpgid(0, 0)
     signal.set_wakeup_fd(-1)  # the parent's: what we are told is not for it
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -76,38 +99,99 @@ def _end_with(parent: int) -> None:
 
 
 def _end() -> None:
-    """End at once, and take the libp2p daemon along. Not torch's shared-memory manager, which
-    may be our child as well: it removes the shared memory once all who use it are gone."""
-    for child in psutil.Process().children(recursive=True):
+    """End at once, with all of this process's group: the system does it in one act, so that
+    a daemon that is being started this moment is no exception. Not torch's shared-memory
+    manager, which leads a group of its own: it removes the shared memory once all who use it
+    are gone."""
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+class Children:
+    """The processes that a peer stands on, as their parent sees them.
+
+    Nothing else would say that one has died, of lack of memory for instance: who waits for
+    its answer waits for ever.
+    """
+
+    def __init__(self) -> None:
+        self._watched: dict[str, psutil.Process] = {}
+
+    def watch(self, name: str, process: int) -> None:
+        """From now on look after a child, by its number, and after its daemon if it has one."""
         with contextlib.suppress(psutil.Error):
-            if child.name() == "p2pd":
-                child.kill()
-    os._exit(1)
+            self._watched[name] = psutil.Process(process)
+            for child in self._watched[name].children():
+                if child.name() == DAEMON:
+                    self._watched[f"the libp2p daemon of {name}"] = child
+
+    def lost(self) -> list[str]:
+        """The names of those that have ended."""
+        return [name for name, process in self._watched.items() if not lives(process)]
+
+    def check(self) -> None:
+        """Raise SwarmError when one has ended."""
+        lost = self.lost()
+        if lost:
+            raise SwarmError(
+                f"{' and '.join(lost)} has ended, and without it there is no swarm; the system may "
+                "have ended it for lack of memory: see dmesg, and start again"
+            )
+
+    def end(self) -> None:
+        """Kill those that still live: a daemon whose process has died, for one."""
+        for process in self._watched.values():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it has not ended; a zombie has."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def sweep(*, shared_memory: Path = Path("/dev/shm"), sockets: Path = Path("/tmp")) -> int:
-    """Remove what dead processes of this user left: torch's shared memory, p2p sockets.
+    """Remove what dead processes of this user left: torch's shared memory, p2p sockets, and
+    multiprocessing's and torch's folders of sockets.
 
-    Returns how many files. Only names that carry a dead process's number, and sockets that
-    nobody holds open, are touched.
+    Returns how many. Only what carries a dead process's number, and sockets that nobody
+    holds open, are touched.
     """
     removed = 0
     for path in shared_memory.glob("torch_*_*"):
-        owner = path.name.split("_")[1]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            removed += _remove(path)
+        removed += _is_dead(path.name.split("_")[1]) and _remove(path)
+    for mark in Path(tempfile.gettempdir()).glob("pymp-*/hiveminer-*"):
+        removed += _is_dead(mark.name.partition("-")[2]) and _remove(mark.parent)
+    # First the files, then the table: a socket that is made in between is in no list.
+    files = [*sockets.glob("hivemind-p2p*.sock"), *sockets.glob("torch-shm-dir-*/manager.sock")]
     open_sockets = _open_sockets()
     if open_sockets is not None:
-        closed = (p for p in sockets.glob("hivemind-p2p*.sock") if str(p) not in open_sockets)
-        removed += sum(map(_remove, closed))
+        for file in files:
+            if str(file) not in open_sockets:
+                removed += _remove(file.parent if file.name == "manager.sock" else file)
     return removed
+
+
+def _is_dead(number: str) -> bool:
+    """Whether a process's number, as a name has it, is nobody's any more."""
+    try:
+        return number.isdecimal() and not lives(psutil.Process(int(number)))
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
 
 
 def _remove(path: Path) -> int:
     try:
-        if path.stat().st_uid != os.getuid():
+        if path.lstat().st_uid != os.getuid():
             return 0
-        path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     except OSError:  # gone already, or not ours to remove
         return 0
     return 1

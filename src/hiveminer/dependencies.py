@@ -1,0 +1,61 @@
+"""Which packages do not fit: what is installed against what this one says it needs.
+
+The ranges are read from our own metadata, as pip has them, so there is no second list.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+
+from packaging.requirements import InvalidRequirement, Requirement
+
+
+@dataclass(frozen=True)
+class Unmet:
+    """A package that is missing, or of a version outside the range."""
+
+    name: str
+    found: str | None
+    wanted: str
+
+    def __str__(self) -> str:
+        found = (
+            f"{self.name} {self.found} is installed" if self.found else f"{self.name} is missing"
+        )
+        return f"{found}, and {self.wanted or 'any version'} is wanted: {self.pip}"
+
+    @property
+    def pip(self) -> str:
+        """The line that mends it."""
+        return f"pip install '{self.name}{self.wanted}'"
+
+
+def unmet(distribution: str = "hiveminer") -> list[Unmet]:
+    """What this distribution needs and does not have here; nothing when it is not installed
+    itself (run from a folder), for then nobody knows."""
+    try:
+        lines = importlib.metadata.requires(distribution) or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    checked = [_check(line) for line in lines]
+    return [each for each in checked if each is not None]
+
+
+def _check(line: str) -> Unmet | None:
+    try:
+        wanted = Requirement(line)
+    except InvalidRequirement:
+        return None
+    # Extras are for those who asked for them; `python_version` and the like are honoured.
+    if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+        return None
+    # pip writes the parts of a range in no order of its own.
+    parts = sorted(str(wanted.specifier).split(","), key=lambda part: part[:1] != ">")
+    try:
+        found = importlib.metadata.version(wanted.name)
+    except importlib.metadata.PackageNotFoundError:
+        return Unmet(wanted.name, None, ",".join(parts))
+    if wanted.specifier.contains(found, prereleases=True):
+        return None
+    return Unmet(wanted.name, found, ",".join(parts))

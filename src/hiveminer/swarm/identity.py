@@ -1,0 +1,514 @@
+"""Who a peer is: a hotkey vouches for the libp2p key, and every DHT message is checked for it.
+
+A peer's id follows from an RSA key. The neuron's hotkey signs that key into a token, each
+request and response of the DHT carries the token and is signed with the key, and a token
+counts only while its hotkey is registered. So a peer id stands for one hotkey and a hotkey
+for one peer id, whoever dials whom; hivemind's other handlers, which know a caller's peer id
+by libp2p, ask `identify` for the hotkey.
+
+It costs a signature and a check a message each way (about 1 ms), and it is identity only:
+what a registered peer may do is its handlers' affair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hashlib
+import logging
+import math
+import os
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bittensor import CRYPTO_SR25519
+from bittensor.keyfiles import Keypair
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from hivemind.p2p import PeerID
+from hivemind.proto import crypto_pb2
+from hivemind.proto.auth_pb2 import AccessToken
+from hivemind.utils.auth import AuthRole, AuthRPCWrapper, TokenAuthorizerBase
+from hivemind.utils.crypto import RSAPrivateKey
+from hivemind.utils.timed_storage import get_dht_time
+
+from hiveminer.errors import OperatorError, SwarmError
+from hiveminer.events import tell
+
+logger = logging.getLogger(__name__)
+
+LIFETIME_SECONDS = 600.0
+"""A token counts for so long; it is made anew when half of it is over."""
+
+SKEW_SECONDS = 60.0
+"""Clocks may differ by so much; hivemind takes no request that is older than this."""
+
+DOMAIN = b"hiveminer peer token 1\n"
+"""What a hotkey signs begins so. With the key it is longer than 256 bytes, and so is never
+the payload of a transaction: the chain signs the hash of a long one."""
+
+MAX_HOTKEY = 64
+MAX_RUN_ID = 128
+MAX_PUBLIC_KEY = 800
+"""Bytes; an RSA key of 4,096 bits has 724."""
+MAX_TIME = 20
+MAX_NONCE = 32
+MAX_PEER_ID = 64
+MAX_KEY_FILE = 8192
+RSA_BITS = range(2048, 4097)
+
+REMEMBERED_TOKENS = 1024
+"""Tokens that were proved are not proved again; the longest unused gives way."""
+
+ASKED_AT_ONCE = 64
+"""Unknown peers that are asked who they are at the same time; more are turned away."""
+
+ASKED_AGAIN_SECONDS = 1.0
+"""A peer that did not say who it is is not asked again before this."""
+
+TOLD_AGAIN_SECONDS = 60.0
+
+
+class Identity:
+    """A hotkey, the RSA key that it vouches for, and the run that it is in.
+
+    hotkey_keypair: the neuron's sr25519 hotkey; a `Keypair`, or what signs like one.
+    key_path: where the RSA key is kept, in hivemind's format; made when missing. None for
+        a key that ends with this object.
+
+    Raises OperatorError when the file is no peer's key, cannot be read or cannot be made.
+    """
+
+    def __init__(self, hotkey_keypair: Any, *, run_id: str, key_path: Path | None):
+        if getattr(hotkey_keypair, "crypto_type", CRYPTO_SR25519) != CRYPTO_SR25519:
+            raise OperatorError(
+                "the hotkey is not sr25519: make one with `btcli wallet new-hotkey`"
+            )
+        assert len(run_id) <= MAX_RUN_ID
+        assert " " not in run_id
+        self._keypair = hotkey_keypair
+        self.hotkey = str(hotkey_keypair.ss58_address)
+        self.run_id = run_id
+        self.key_path = key_path
+        self.private_key = RSAPrivateKey() if key_path is None else _load_or_make(key_path)
+        self.public_key: bytes = self.private_key.get_public_key().to_bytes()
+        peer_id = peer_id_of_key(self.public_key)
+        assert peer_id is not None
+        self.peer_id = peer_id
+
+    def endorse(self, *, expires: float) -> Any:
+        """A token, which counts until `expires` (seconds since 1970)."""
+        token = AccessToken(
+            username=f"{self.hotkey} {self.run_id}",
+            public_key=self.public_key,
+            expiration_time=f"{expires:.3f}",
+        )
+        token.signature = self._keypair.sign(_statement(token))
+        return token
+
+    @contextlib.contextmanager
+    def key_file(self) -> Iterator[Path]:
+        """The key as a file for the libp2p daemon, which reads it when it starts."""
+        if self.key_path is not None:
+            yield self.key_path
+            return
+        with tempfile.TemporaryDirectory(prefix="hiveminer-") as folder:
+            yield _write(self.private_key, Path(folder) / "peer.key")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a token with a good signature says; `expires` is in seconds since 1970."""
+
+    hotkey: str
+    run_id: str
+    peer_id: str
+    expires: float
+
+    def contradicts(self, other: Proof) -> bool:
+        """Whether one hotkey would stand for two peer ids, or one peer id for two hotkeys."""
+        return (self.hotkey == other.hotkey) != (self.peer_id == other.peer_id)
+
+
+class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
+    """Lets DHT messages of registered hotkeys in our run pass, and remembers who is who.
+
+    It lives in the DHT's process. Of two tokens that contradict each other, the one that
+    expires later counts; the other's peer loses its access.
+    """
+
+    def __init__(self, identity: Identity, *, admitted: Collection[str] = ()):
+        super().__init__(identity.private_key)
+        self.identity = identity
+        self._admitted = frozenset(admitted)
+        self._proofs: OrderedDict[bytes, Proof] = OrderedDict()
+        self._by_hotkey: dict[str, Proof] = {}
+        self._by_peer: dict[str, Proof] = {}
+        self._tell_again_at: dict[str, float] = {}
+        self._asking: dict[str, asyncio.Task[Any]] = {}
+        self._ask_again_at: dict[str, float] = {}
+
+    @property
+    def admitted(self) -> frozenset[str]:
+        """The registered hotkeys, as far as we were told."""
+        return self._admitted
+
+    def admit(self, hotkeys: Collection[str]) -> None:
+        """From now on let these hotkeys in, and no others."""
+        self._admitted = frozenset(hotkeys)
+        for hotkey in self._by_hotkey.keys() - self._admitted:
+            self._by_peer.pop(self._by_hotkey.pop(hotkey).peer_id, None)
+        for raw in [
+            raw for raw, proof in self._proofs.items() if proof.hotkey not in self._admitted
+        ]:
+            del self._proofs[raw]
+        for hotkey in self._tell_again_at.keys() - self._admitted:
+            del self._tell_again_at[hotkey]
+        self._ask_again_at.clear()
+
+    def hotkey_of(self, peer_id: str) -> str | None:
+        """The registered hotkey that this peer id has proved; None when there is none."""
+        if peer_id == self.identity.peer_id:
+            return self.identity.hotkey if self.identity.hotkey in self._admitted else None
+        proof = self._by_peer.get(peer_id)
+        return proof.hotkey if proof is not None and proof.expires > get_dht_time() else None
+
+    async def identify(
+        self, peer_id: str, *, ask: Callable[[Any], Awaitable[Any]], timeout_seconds: float
+    ) -> str | None:
+        """As `hotkey_of`, but a peer that is not known is asked: `ask` pings a PeerID."""
+        known = self.hotkey_of(peer_id)
+        if known is not None or peer_id == self.identity.peer_id:
+            return known
+        task = self._asking.get(peer_id) or self._begin_asking(peer_id, ask)
+        if task is not None:
+            # Not wait_for: it would end the question for all others who wait for it.
+            await asyncio.wait({task}, timeout=timeout_seconds)
+        return self.hotkey_of(peer_id)
+
+    def _begin_asking(
+        self, peer_id: str, ask: Callable[[Any], Awaitable[Any]]
+    ) -> asyncio.Task[Any] | None:
+        now = time.monotonic()
+        if now < self._ask_again_at.get(peer_id, 0.0) or len(self._asking) >= ASKED_AT_ONCE:
+            return None
+        if not 0 < len(peer_id) <= MAX_PEER_ID:  # decoding base58 takes quadratic time
+            return None
+        try:
+            name = PeerID.from_base58(peer_id)
+        except ValueError:
+            return None
+        if len(self._ask_again_at) >= REMEMBERED_TOKENS:
+            self._ask_again_at.clear()
+        self._ask_again_at[peer_id] = now + ASKED_AGAIN_SECONDS
+        task = self._asking[peer_id] = asyncio.ensure_future(ask(name))
+        task.add_done_callback(lambda done: self._end_asking(peer_id, done))
+        return task
+
+    def _end_asking(self, peer_id: str, task: asyncio.Task[Any]) -> None:
+        self._asking.pop(peer_id, None)
+        if not task.cancelled() and task.exception() is not None:
+            logger.debug("asking %s who it is failed: %r", peer_id, task.exception())
+
+    def refusal(self, token: Any) -> str | None:
+        """Why the bearer of this token is not let in; None when it is. Cheapest test first."""
+        claim = _claim(token)
+        if claim is None:
+            return "no token of ours"
+        hotkey, run_id, expires = claim
+        if hotkey not in self._admitted:
+            return f"hotkey {hotkey} is not registered"
+        proof = self._prove(token, hotkey=hotkey, run_id=run_id, expires=expires)
+        if proof is None:
+            return f"the token is not signed by {hotkey} for an RSA key"
+        if run_id != self.identity.run_id:
+            self._tell_other_run(proof)
+            return f"it is in run {run_id}"
+        left = expires - get_dht_time()
+        if not 0 < left <= LIFETIME_SECONDS + SKEW_SECONDS:
+            return f"the token counts for {left:.0f} s"
+        for known in (self._by_hotkey.get(hotkey), self._by_peer.get(proof.peer_id)):
+            if known is not None and known.contradicts(proof) and known.expires >= expires:
+                return f"{known.hotkey} has a newer token, with peer id {known.peer_id}"
+        return None
+
+    # What hivemind calls.
+
+    async def get_token(self) -> Any:
+        return self.identity.endorse(expires=get_dht_time() + LIFETIME_SECONDS)
+
+    def does_token_need_refreshing(self, access_token: Any) -> bool:
+        left = float(access_token.expiration_time) - get_dht_time()
+        # Longer than any token lives: the clock was set back.
+        return not LIFETIME_SECONDS / 2 < left < LIFETIME_SECONDS + SKEW_SECONDS / 2
+
+    def is_token_valid(self, access_token: Any) -> bool:
+        # hivemind asserts that our own token is valid. It is of no use to anybody else: the
+        # message must be signed with our key.
+        if access_token == self._local_access_token:
+            return True
+        reason = self.refusal(access_token)
+        if reason is not None:
+            logger.debug("a DHT message is refused: %s", reason)
+        return reason is None
+
+    async def validate_request(self, request: Any) -> bool:
+        auth = request.auth
+        # A time that is no number is neither too old nor too new, and so good for ever.
+        if not 0 < len(auth.nonce) <= MAX_NONCE or not math.isfinite(auth.time):
+            return False
+        if not await super().validate_request(request):
+            self._tell_clock(auth)
+            return False
+        self._remember(auth.client_access_token)
+        return True
+
+    async def validate_response(self, response: Any, request: Any) -> bool:
+        if not await super().validate_response(response, request):
+            return False
+        self._remember(response.auth.service_access_token)
+        return True
+
+    def _prove(self, token: Any, *, hotkey: str, run_id: str, expires: float) -> Proof | None:
+        """What the token says, once its signature is known to be good."""
+        raw = token.SerializeToString()
+        proof = self._proofs.get(raw)
+        if proof is None:
+            peer_id = peer_id_of_key(token.public_key)
+            if peer_id is None or not _is_signed(token, hotkey=hotkey):
+                return None
+            proof = self._proofs[raw] = Proof(hotkey, run_id, peer_id, expires)
+            if len(self._proofs) > REMEMBERED_TOKENS:
+                self._proofs.popitem(last=False)
+        self._proofs.move_to_end(raw)
+        return proof
+
+    def _remember(self, token: Any) -> None:
+        """Bind hotkey and peer id. Only when the message was signed with the token's key:
+        otherwise a hotkey could claim the key, and so the peer id, of another."""
+        proof = self._proofs.get(token.SerializeToString())
+        if proof is None:  # our own
+            return
+        for known in (self._by_hotkey.get(proof.hotkey), self._by_peer.get(proof.peer_id)):
+            if known is not None:
+                if known.contradicts(proof):
+                    logger.info("hotkey %s now has peer id %s", proof.hotkey, proof.peer_id)
+                elif known.expires >= proof.expires:
+                    return
+                self._by_hotkey.pop(known.hotkey, None)
+                self._by_peer.pop(known.peer_id, None)
+        self._by_hotkey[proof.hotkey] = self._by_peer[proof.peer_id] = proof
+
+    def _tell_other_run(self, proof: Proof) -> None:
+        if self._may_tell(proof.hotkey):
+            tell(
+                logger,
+                "other_run",
+                f"peer {proof.peer_id} of hotkey {proof.hotkey} is refused: it is in run "
+                f"{proof.run_id}, we are in {self.identity.run_id}",
+            )
+
+    def _tell_clock(self, auth: Any) -> None:
+        """Say that a registered peer is refused for its clock; it cannot know by itself."""
+        proof = self._proofs.get(auth.client_access_token.SerializeToString())
+        ahead = auth.time - get_dht_time()
+        if proof is not None and abs(ahead) > SKEW_SECONDS and self._may_tell(proof.hotkey):
+            logger.warning(
+                "a peer of hotkey %s is refused: its clock is %.0f s %s ours; set both by NTP",
+                proof.hotkey, abs(ahead), "ahead of" if ahead > 0 else "behind",
+            )  # fmt: skip
+
+    def _may_tell(self, hotkey: str) -> bool:
+        """Whether something about this hotkey was not told of late; only for admitted ones,
+        so that what is remembered is bounded."""
+        now = time.monotonic()
+        if now < self._tell_again_at.get(hotkey, 0.0):
+            return False
+        self._tell_again_at[hotkey] = now + TOLD_AGAIN_SECONDS
+        return True
+
+
+class _Handlers:
+    """The DHT's handlers behind the authorizer, for callers whose key the token is for.
+
+    hivemind's own wrapper does not look at who called, so anybody to whom a registered peer
+    ever sent a request could pass it on as its own, and read the answer.
+    """
+
+    def __init__(self, protocol: Any):
+        self._protected = AuthRPCWrapper(protocol, AuthRole.SERVICER, protocol.authorizer)
+
+    def __getattr__(self, name: str) -> Any:
+        return functools.partial(self._call, getattr(self._protected, name))
+
+    async def _call(self, method: Callable[..., Awaitable[Any]], request: Any, context: Any) -> Any:
+        key = request.auth.client_access_token.public_key
+        response = None
+        if peer_id_of_key(key) == str(context.remote_id):
+            response = await method(request, context)
+        if response is None:
+            raise SwarmError("not a registered peer of this run")
+        return response
+
+
+async def guard(_dht: Any, node: Any) -> None:
+    """Put the DHT's handlers behind `_Handlers`; runs in the DHT's process, at its start.
+
+    Until then the authorizer should admit nobody.
+    """
+    protocol = node.protocol
+    if not protocol.client_mode:  # a client has no handlers
+        await protocol.remove_p2p_handlers(protocol.p2p)
+        await protocol.add_p2p_handlers(protocol.p2p, _Handlers(protocol))
+
+
+async def change_admitted(
+    _dht: Any, node: Any, *, added: Collection[str] = (), dropped: Collection[str] = ()
+) -> None:
+    """Runs in the DHT's process: add to the admitted hotkeys, and take from them.
+
+    Whom we know no longer goes from the routing table too: what is stored is sent to those in
+    it, before they show who they are.
+    """
+    authorizer, table = node.protocol.authorizer, node.protocol.routing_table
+    authorizer.admit((authorizer.admitted | frozenset(added)) - frozenset(dropped))
+    for node_id, peer_id in list(table.uid_to_peer_id.items()):
+        if authorizer.hotkey_of(str(peer_id)) is None:
+            del table[node_id]
+
+
+async def identify(_dht: Any, node: Any, *, peer_id: str, timeout_seconds: float) -> str | None:
+    """Runs in the DHT's process: the registered hotkey that this peer id has proved.
+
+    A peer that is not known is pinged once, and its signed answer proves it. None when it
+    proved nothing within the time. "" where the DHT has no authorizer: nobody is checked.
+    """
+    authorizer = node.protocol.authorizer
+    if authorizer is None:
+        return ""
+    found: str | None = await authorizer.identify(
+        peer_id, ask=node.protocol.call_ping, timeout_seconds=timeout_seconds
+    )
+    return found
+
+
+def peer_id_of_key(public_key: bytes) -> str | None:
+    """The libp2p peer id that belongs to an RSA public key in OpenSSH's format; None when it
+    is no such key, or of a size that nobody needs."""
+    return _peer_id_of_key(public_key) if len(public_key) <= MAX_PUBLIC_KEY else None
+
+
+@functools.lru_cache(maxsize=REMEMBERED_TOKENS)
+def _peer_id_of_key(public_key: bytes) -> str | None:
+    try:
+        key = serialization.load_ssh_public_key(public_key)
+    except Exception:  # noqa: BLE001 - the parser raises whatever it meets
+        return None
+    if not isinstance(key, rsa.RSAPublicKey) or key.key_size not in RSA_BITS:
+        return None
+    der = key.public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    message = crypto_pb2.PublicKey(key_type=crypto_pb2.RSA, data=der).SerializeToString()
+    # https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md: a multihash, whose
+    # first bytes say SHA-256 and 32 bytes.
+    return str(PeerID(b"\x12\x20" + hashlib.sha256(message).digest()))
+
+
+def _statement(token: Any) -> bytes:
+    """What the hotkey signs: every field, with its length, so that none runs into the next."""
+    fields = (token.username.encode(), token.public_key, token.expiration_time.encode())
+    return DOMAIN + b"".join(len(field).to_bytes(4, "big") + field for field in fields)
+
+
+def _claim(token: Any) -> tuple[str, str, float] | None:
+    """The hotkey, run id and expiry that a token claims; None when it is not of our shape.
+
+    No cryptography, and nothing that takes long for a long field.
+    """
+    if len(token.username) > MAX_HOTKEY + 1 + MAX_RUN_ID or len(token.signature) != 64:
+        return None
+    if len(token.public_key) > MAX_PUBLIC_KEY or len(token.expiration_time) > MAX_TIME:
+        return None
+    hotkey, separator, run_id = token.username.partition(" ")
+    # What is printed may come from anybody who is registered.
+    if not separator or " " in run_id or not (run_id.isascii() and run_id.isprintable()):
+        return None
+    if len(hotkey) > MAX_HOTKEY or len(run_id) > MAX_RUN_ID:
+        return None
+    try:
+        expires = float(token.expiration_time)
+    except ValueError:
+        return None
+    return (hotkey, run_id, expires) if math.isfinite(expires) else None
+
+
+def _is_signed(token: Any, *, hotkey: str) -> bool:
+    try:
+        key = Keypair(ss58_address=hotkey, crypto_type=CRYPTO_SR25519)
+        return bool(key.verify(_statement(token), token.signature))
+    except ValueError:
+        return False
+
+
+def _load_or_make(path: Path) -> Any:
+    """The RSA key in this file; a new one when there is no such file."""
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            key = RSAPrivateKey()
+            _write(key, path)
+            return key
+        with path.open("rb") as stream:
+            # hivemind made it 400, and a copy from elsewhere may be open to all.
+            os.fchmod(stream.fileno(), 0o600)
+            data = stream.read(MAX_KEY_FILE + 1)
+    except OSError as error:
+        raise OperatorError(
+            f"the peer's key {path} cannot be used: {error.strerror}; it must be a file of "
+            "this user's"
+        ) from None
+    key = _parse(data)
+    if key is None:
+        raise OperatorError(
+            f"{path} is not a peer's key; put the right file there, or remove it to get a new "
+            "key and peer id"
+        )
+    return key
+
+
+def _parse(data: bytes) -> Any:
+    """The key in a file of hivemind's format: libp2p's protobuf around PKCS #1; or None."""
+    if len(data) > MAX_KEY_FILE:
+        return None
+    try:
+        message = crypto_pb2.PrivateKey.FromString(data)
+        key = RSAPrivateKey.__new__(RSAPrivateKey)
+        # The way in that hivemind has for pickle; there is no other for bytes.
+        key.__setstate__({"_private_key": message.data})
+        same = message.key_type == crypto_pb2.RSA and key.to_bytes() == message.data
+        return key if same and peer_id_of_key(key.get_public_key().to_bytes()) else None
+    except Exception:  # noqa: BLE001 - the parsers raise whatever they meet
+        return None
+
+
+def _write(key: Any, path: Path) -> Path:
+    """Write a key so that the file is whole, or not there, and nobody else's to read."""
+    data = crypto_pb2.PrivateKey(key_type=crypto_pb2.RSA, data=key.to_bytes()).SerializeToString()
+    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 600
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(draft).replace(path)
+    except OSError:
+        Path(draft).unlink(missing_ok=True)
+        raise
+    return path

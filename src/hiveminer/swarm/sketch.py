@@ -1,0 +1,109 @@
+"""A sketch of a model's weights: a few numbers that tell how far two models are apart.
+
+Peers that were averaged hold nearly the same weights, never the same bits, so no hash can
+vouch for a state. Each number of a sketch is the sum of all weights with pseudo-random
+signs; the mean square of the differences of two sketches estimates the squared distance of
+the weights (Alon, Matias, Szegedy: The space complexity of approximating the frequency
+moments, 1996). With 32 numbers the estimate is within about a quarter.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+NUMBERS = 32
+"""Numbers in a sketch."""
+
+WIDTH = 4096
+"""Weights that are summed in one go."""
+
+TOLERANCE = 0.02
+"""States that differ by less than this share of their norm are the same: Float16 averaging
+leaves about a thousandth."""
+
+FAR_EPOCHS = 2
+"""Peers of one swarm are not further apart than this."""
+
+Vouch = tuple[int, list[float]]
+"""What a peer says of its state: the epoch, and the sketch of its weights."""
+
+
+class Sketch:
+    """Takes tensors one by one, in the model's order; `numbers` is what came of them."""
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(NUMBERS, dtype=torch.float64)
+        self._rows = 0
+
+    def add(self, tensor: Tensor) -> None:
+        signs = _signs()
+        flat = tensor.detach().reshape(-1).to(device="cpu", dtype=torch.float32)
+        rows = torch.nn.functional.pad(flat, (0, -len(flat) % WIDTH)).view(-1, WIDTH)
+        # Each row of a tensor has its own sign beside those of its columns.
+        numbers = (torch.arange(self._rows, self._rows + len(rows)) * 769 + 1) % WIDTH
+        self._sums += ((rows @ signs) * signs[numbers]).sum(dim=0, dtype=torch.float64)
+        self._rows += len(rows)
+
+    @property
+    def numbers(self) -> list[float]:
+        return [float(number) for number in self._sums]
+
+
+def sketch_of(tensors: Iterable[Tensor]) -> list[float]:
+    """The sketch of a model's weights, in their order."""
+    sketch = Sketch()
+    for tensor in tensors:
+        sketch.add(tensor)
+    return sketch.numbers
+
+
+def agree(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether two sketches are of the same weights, within TOLERANCE."""
+    distance = math.dist(ours, theirs)
+    return distance <= TOLERANCE * max(math.hypot(*ours), math.hypot(*theirs), 1e-12)
+
+
+def contradiction(epoch: int, seen: Sequence[float], vouches: Sequence[Vouch]) -> str | None:
+    """Why a donor's state is not the swarm's; None if it may be.
+
+    epoch, seen: the epoch that the donor names, and the sketch of the weights that it sent.
+    vouches: what the other peers say of their own. The donor's own word counts for one, so
+    of two that contradict each other neither is refused: nobody could say who is right.
+    """
+    same = [numbers for other, numbers in vouches if other == epoch]
+    against = sum(not agree(seen, numbers) for numbers in same)
+    if against > len(same) - against + 1:
+        return f"{against} of {len(same)} peers hold other weights in epoch {epoch}"
+    far = sum(abs(other - epoch) > FAR_EPOCHS for other, _ in vouches)
+    if far > len(vouches) - far + 1:
+        return f"it says epoch {epoch}, and {far} of {len(vouches)} peers are far from it"
+    return None
+
+
+def read_vouch(said: object) -> Vouch | None:
+    """A vouch as it came off the network; None when it is not one."""
+    if not isinstance(said, list | tuple) or len(said) != 2:
+        return None
+    epoch, numbers = said
+    if not isinstance(epoch, int) or not isinstance(numbers, list | tuple):
+        return None
+    if len(numbers) != NUMBERS or not all(isinstance(number, float) for number in numbers):
+        return None
+    return (epoch, list(numbers)) if all(map(math.isfinite, numbers)) else None
+
+
+@functools.cache
+def _signs() -> Tensor:
+    """[WIDTH, NUMBERS] of 1 and -1, out of SHA-256: the same on every machine."""
+    bits = b"".join(
+        hashlib.sha256(f"hiveminer sketch {number}".encode()).digest()
+        for number in range(WIDTH * NUMBERS // 256)
+    )
+    ones = torch.tensor(list(bits), dtype=torch.uint8)[:, None] >> torch.arange(8) & 1
+    return (ones.to(torch.float32) * 2 - 1).view(WIDTH, NUMBERS)

@@ -1,0 +1,794 @@
+"""Checkpoints on disk: whole or not at all, refused when they are not as they were written."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import random
+import resource
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from bittensor.keyfiles import Keypair
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hiveminer.checkpoint import (
+    DOMAIN,
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    STATE,
+    Checkpoint,
+    Checkpoints,
+    newest,
+    of_run,
+    signed_by,
+)
+from hiveminer.errors import SwarmError
+from hiveminer.progress import Progress, read_trained
+from hiveminer.scoring import ScoreTable
+from hiveminer.trainer import TrainResult
+from hiveminer.validator import Validator
+from programs import Program, wait_for
+
+KEY = Keypair.create_from_uri("//Alice")
+VERIFY = signed_by(KEY.ss58_address)
+
+
+def tensors(number: int) -> dict[str, Tensor]:
+    """What checkpoint `number` of a test holds."""
+    return {"a": torch.full((4, 3), float(number)), "b": torch.tensor(0.1 * number)}
+
+
+def checkpoints(folder: Path, *, keep: int = 3) -> Checkpoints:
+    return Checkpoints(folder, sign=KEY.sign, verify=VERIFY, keep=keep)
+
+
+def written(folder: Path, *, count: int = 2) -> Checkpoints:
+    """A folder with so many checkpoints; the fact `n` is their number."""
+    kept = checkpoints(folder)
+    for number in range(1, count + 1):
+        assert kept.save(tensors(number), {"n": number}) == f"checkpoint-{number:06d}"
+    return kept
+
+
+def is_number(found: Checkpoint | None, number: int) -> bool:
+    """Whether this is checkpoint `number`, each bit of it."""
+    if found is None or found.facts != {"n": number} or found.tensors.keys() != {"a", "b"}:
+        return False
+    return all(torch.equal(found.tensors[name], value) for name, value in tensors(number).items())
+
+
+def looked(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """What is found, and the reasons why newer ones were refused."""
+    refused: list[str] = []
+    return newest(folder, verify=VERIFY, refuse=refused.append), refused
+
+
+def the_one_before(folder: Path, words: str = "") -> None:
+    """The newest of two is refused with these words, in one line, and the first is used."""
+    found, refused = looked(folder)
+    assert is_number(found, 1)
+    assert len(refused) == 1
+    assert refused[0].startswith("checkpoint-000002 is refused: ")
+    assert words in refused[0], refused
+    assert "\n" not in refused[0]
+
+
+def sign_again(path: Path, **changes: Any) -> None:
+    """Change a manifest and sign it, as only the owner of the key could."""
+    said = json.loads(path.read_bytes())
+    del said["signature"]
+    said |= changes
+    text = json.dumps(said, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    said["signature"] = KEY.sign(DOMAIN + text).hex()
+    text = json.dumps(said, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+    path.write_bytes(text)
+
+
+# --- what is kept ---------------------------------------------------------------------------
+
+
+def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
+    values = {
+        "float32": torch.randn(3, 5, generator=torch.Generator().manual_seed(1)),
+        "bfloat16": torch.tensor([1.5, -2.0], dtype=torch.bfloat16),
+        "scalar": torch.tensor(7.0),
+        "integers": torch.arange(5),
+        "empty": torch.zeros(0, 3),
+    }
+    facts = {"epoch": 3, "pi": 3.141592653589793, "text": 'ä "\n\ud800', "list": [1, None, True]}
+    kept = checkpoints(tmp_path / "some" / "folder")
+    assert kept.save(values, facts) == kept.newest == "checkpoint-000001"
+    found = checkpoints(kept.folder).load()
+    assert found is not None
+    assert found.name == "checkpoint-000001"
+    assert found.facts == facts
+    assert found.tensors.keys() == values.keys()
+    for name, value in values.items():
+        assert found.tensors[name].dtype == value.dtype
+        assert torch.equal(found.tensors[name], value)
+
+
+def test_facts_alone_need_no_tensors(tmp_path: Path) -> None:
+    kept = checkpoints(tmp_path)
+    kept.save(None, {"scores": {}})
+    assert [path.name for path in (tmp_path / "checkpoint-000001").iterdir()] == [MANIFEST]
+    found = kept.load()
+    assert found is not None
+    assert (found.facts, found.tensors) == ({"scores": {}}, {})
+
+
+def test_the_last_three_are_kept(tmp_path: Path) -> None:
+    kept = written(tmp_path, count=12)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["checkpoint-000010", "checkpoint-000011", "checkpoint-000012"]
+    assert is_number(kept.load(), 12)
+    again = checkpoints(tmp_path)
+    assert again.save(tensors(13), {"n": 13}) == "checkpoint-000013"
+
+
+def test_numbers_go_by_their_value(tmp_path: Path) -> None:
+    kept = written(tmp_path)
+    for name, number in (("checkpoint-999999", 999_999), ("checkpoint-09999999", 9_999_999)):
+        (tmp_path / name).mkdir()
+        shutil.copy(tmp_path / "checkpoint-000002" / MANIFEST, tmp_path / name)
+        shutil.copy(tmp_path / "checkpoint-000002" / STATE, tmp_path / name)
+        sign_again(tmp_path / name / MANIFEST, number=number)
+    found, refused = looked(tmp_path)
+    assert found is not None
+    assert (found.name, refused) == ("checkpoint-999999", [])
+    assert kept.save(tensors(7), {"n": 7}) == "checkpoint-1000000"
+    assert is_number(kept.load(), 7)
+
+
+def test_other_files_are_left_alone(tmp_path: Path) -> None:
+    kept = written(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "checkpoint-000001" / "notes.txt").write_text("mine too")
+    (tmp_path / "checkpoint-new").mkdir()
+    assert is_number(kept.load(), 2)
+    kept.save(tensors(3), {"n": 3})
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "checkpoint-new").is_dir()
+
+
+def test_leftovers_of_a_crash_are_swept_at_start(tmp_path: Path) -> None:
+    written(tmp_path)
+    shutil.copytree(tmp_path / "checkpoint-000002", tmp_path / ".draft-x7")
+    (tmp_path / ".draft-checkpoint-000000").mkdir()
+    assert is_number(checkpoints(tmp_path).load(), 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-000001",
+        "checkpoint-000002",
+    ]
+
+
+def test_an_empty_and_a_missing_folder_hold_none(tmp_path: Path) -> None:
+    assert checkpoints(tmp_path).load() is None
+    assert checkpoints(tmp_path / "no" / "such").load() is None
+    assert not (tmp_path / "no").exists()
+
+
+# --- what is refused ------------------------------------------------------------------------
+
+
+def test_a_manifest_cut_at_any_byte_is_survived(tmp_path: Path) -> None:
+    written(tmp_path)
+    path = tmp_path / "checkpoint-000002" / MANIFEST
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        the_one_before(tmp_path, MANIFEST)
+    path.write_bytes(whole)
+    assert is_number(looked(tmp_path)[0], 2)
+
+
+def test_tensors_cut_at_any_byte_are_survived(tmp_path: Path) -> None:
+    written(tmp_path)
+    path = tmp_path / "checkpoint-000002" / STATE
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        the_one_before(tmp_path, f"has {length} bytes instead of {len(whole)}")
+    path.write_bytes(whole + b"\0")
+    the_one_before(tmp_path, "bytes instead of")
+
+
+def test_a_flipped_bit_anywhere_is_seen(tmp_path: Path) -> None:
+    written(tmp_path)
+    chance = random.Random(5)
+    for name in (MANIFEST, STATE):
+        path = tmp_path / "checkpoint-000002" / name
+        whole = path.read_bytes()
+        for place in range(len(whole)):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << chance.randrange(8)
+            path.write_bytes(flipped)
+            the_one_before(tmp_path, name)
+        path.write_bytes(whole)
+    assert is_number(looked(tmp_path)[0], 2)
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_whatever_is_done_to_the_newest_a_sound_one_is_loaded(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    """Any bytes in place of any others, in either file."""
+    folder = tmp_path / "kept"
+    if not folder.exists():
+        written(folder)
+    path = folder / "checkpoint-000002" / data.draw(st.sampled_from([MANIFEST, STATE]))
+    whole = path.read_bytes()
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.integers(start, len(whole)))
+    changed = whole[:start] + data.draw(st.binary(max_size=64)) + whole[stop:]
+    path.write_bytes(changed)
+    try:
+        assert is_number(looked(folder)[0], 2 if changed == whole else 1)
+    finally:
+        path.write_bytes(whole)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(facts=st.dictionaries(st.text(), JSON, max_size=4))
+def test_facts_come_back_as_they_were(tmp_path: Path, facts: dict[str, Any]) -> None:
+    kept = checkpoints(tmp_path)
+    assert kept.save(None, facts) is not None
+    found = kept.load()
+    assert found is not None
+    assert found.facts == facts
+
+
+def _swap(first: Path, second: Path) -> None:
+    aside = first.with_name("aside")
+    first.rename(aside)
+    second.rename(first)
+    aside.rename(second)
+
+
+def test_swapped_manifests_are_refused_both(tmp_path: Path) -> None:
+    written(tmp_path)
+    _swap(tmp_path / "checkpoint-000001" / MANIFEST, tmp_path / "checkpoint-000002" / MANIFEST)
+    found, refused = looked(tmp_path)
+    assert found is None
+    assert ["it was written as number" in line for line in refused] == [True, True]
+
+
+def test_swapped_tensors_are_refused_both(tmp_path: Path) -> None:
+    written(tmp_path)
+    _swap(tmp_path / "checkpoint-000001" / STATE, tmp_path / "checkpoint-000002" / STATE)
+    found, refused = looked(tmp_path)
+    assert found is None
+    assert ["its hash differs" in line for line in refused] == [True, True]
+
+
+def test_a_checkpoint_under_another_number_is_refused(tmp_path: Path) -> None:
+    written(tmp_path, count=3)
+    (tmp_path / "checkpoint-000002").rename(tmp_path / "checkpoint-000009")
+    found, refused = looked(tmp_path)
+    assert is_number(found, 3)
+    assert refused == ["checkpoint-000009 is refused: it was written as number 2"]
+
+
+def _replace(path: Path, make: Callable[[Path], object]) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    make(path)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, STATE])
+def test_only_a_regular_file_is_read(tmp_path: Path, name: str) -> None:
+    """No link, also to the very file; no folder; no pipe, which would be waited for."""
+    written(tmp_path / "kept")
+    path = tmp_path / "kept" / "checkpoint-000002" / name
+    target = tmp_path / "elsewhere"
+    shutil.copy(path, target)
+    for make in (lambda p: p.symlink_to(target), Path.mkdir, os.mkfifo, lambda p: None):
+        _replace(path, make)
+        the_one_before(tmp_path / "kept", name)
+        if not path.exists():
+            path.touch()
+    shutil.copy(target, path)
+    assert is_number(looked(tmp_path / "kept")[0], 2)
+
+
+def test_a_linked_checkpoint_is_refused_and_removed_as_a_link(tmp_path: Path) -> None:
+    kept = written(tmp_path / "kept")
+    place, elsewhere = kept.folder / "checkpoint-000002", tmp_path / "elsewhere"
+    place.rename(elsewhere)
+    place.symlink_to(elsewhere)
+    the_one_before(kept.folder, "it is no folder")
+    for number in range(3, 7):
+        kept.save(tensors(number), {"n": number})
+    assert not place.is_symlink()
+    assert (elsewhere / MANIFEST).exists()
+    # The folder of all checkpoints may lie on another disk.
+    (tmp_path / "link").symlink_to(kept.folder)
+    assert is_number(checkpoints(tmp_path / "link").load(), 6)
+
+
+def test_another_keys_signature_is_refused(tmp_path: Path) -> None:
+    written(tmp_path)
+    other = Keypair.create_from_uri("//Bob")
+    Checkpoints(tmp_path, sign=other.sign, verify=VERIFY).save(tensors(3), {"n": 3})
+    found, refused = looked(tmp_path)
+    assert is_number(found, 2)
+    assert refused == [
+        f"checkpoint-000003 is refused: {MANIFEST} is not signed by this hotkey",
+    ]
+    assert newest(tmp_path, verify=signed_by("no address")) is None
+
+
+@pytest.mark.parametrize("signature", ["", "00" * 64, "00" * 63, "xy" * 64, "0" * 127, 5, None])
+def test_what_is_no_signature_is_refused(tmp_path: Path, signature: object) -> None:
+    written(tmp_path)
+    path = tmp_path / "checkpoint-000002" / MANIFEST
+    said = json.loads(path.read_bytes()) | {"signature": signature}
+    path.write_bytes(json.dumps(said, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+    the_one_before(tmp_path, MANIFEST)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"1", b"[" * 100_000, b'{"a":' * 5000, b"\xff\xfe", b"9" * 5000, b"NaN"]
+)
+def test_what_is_no_manifest_is_refused(tmp_path: Path, text: bytes) -> None:
+    written(tmp_path)
+    (tmp_path / "checkpoint-000002" / MANIFEST).write_bytes(text)
+    the_one_before(tmp_path, MANIFEST)
+
+
+def test_a_manifest_is_not_read_beyond_its_limit(tmp_path: Path) -> None:
+    kept = written(tmp_path)
+    with (tmp_path / "checkpoint-000002" / MANIFEST).open("wb") as stream:
+        stream.truncate(2**40)  # it takes no room, but a reader's memory
+    the_one_before(tmp_path, f"longer than {MAX_MANIFEST_BYTES} bytes")
+    assert kept.save(None, {"text": "x" * MAX_MANIFEST_BYTES}) is None
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    written(tmp_path)
+    sign_again(tmp_path / "checkpoint-000002" / MANIFEST, format=2)
+    the_one_before(tmp_path, "its format is 2, and this version reads 1")
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    """Not even where the key's owner has signed it."""
+    written(tmp_path)
+    path = tmp_path / "checkpoint-000002" / STATE
+    torch.save({"a": torch.zeros(1)}, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    said = {"bytes": path.stat().st_size, "sha256": digest}
+    sign_again(path.with_name(MANIFEST), state=said)
+    the_one_before(tmp_path, f"{STATE} cannot be read")
+
+
+def test_each_refusal_is_one_line_of_the_event(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = checkpoints(tmp_path)
+    for number, run in enumerate(["ours", "theirs", "ours"], start=1):
+        kept.save(tensors(number), {"run_id": run})
+    (tmp_path / "checkpoint-000003" / STATE).unlink()
+    with caplog.at_level(logging.WARNING):
+        found = kept.load(of_run("ours"))
+    assert found is not None
+    assert found.name == "checkpoint-000001"
+    assert [record.__dict__["event"] for record in caplog.records] == ["checkpoint"] * 2
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith(f"checkpoint-000003 is refused: {STATE} cannot be read (No such file")
+    words = "checkpoint-000002 is refused: it is of run theirs, and this is ours"
+    assert second.startswith(words)
+
+
+# --- a disk that fails ------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def no_file_longer_than(size: int) -> Iterator[None]:
+    """Writing more fails in the middle, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 100, 1500])
+def test_a_full_disk_is_one_line_and_changes_nothing(
+    tmp_path: Path, size: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = written(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    large = {"a": torch.zeros(1000)}
+    with no_file_longer_than(size):
+        assert kept.save(large, {"n": 3}) is None
+        assert kept.save(large, {"n": 3}) is None  # the same trouble is not told again
+    assert sorted(tmp_path.rglob("*")) == before
+    assert len(caplog.records) == 1
+    assert "no checkpoint could be written to" in caplog.records[0].getMessage()
+    assert "File too large" in caplog.records[0].getMessage()
+    assert kept.save(tensors(3), {"n": 3}) == "checkpoint-000003"
+    with no_file_longer_than(size):
+        assert kept.save(large, {"n": 4}) is None
+    assert len(caplog.records) == 2  # it had been well in between
+    assert is_number(kept.load(), 3)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    kept = checkpoints(tmp_path / "file" / "kept")
+    assert kept.load() is None
+    assert kept.save_later(tensors(1), {})
+    assert kept.close(30)
+    assert [record.__dict__["event"] for record in caplog.records] == ["checkpoint"]
+    assert "Not a directory" in caplog.records[0].getMessage()
+    made = a_miner(tmp_path / "file" / "kept")
+    made.train(8)
+    with caplog.at_level(logging.INFO):
+        made.progress.keep_last()
+        made.progress.close()
+    assert len(caplog.records) == 2
+    assert "no checkpoint could be written" in caplog.messages[1]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_neither_kept_nor_used(tmp_path: Path, bad: float) -> None:
+    kept = written(tmp_path)
+    values = {"a": torch.zeros(100_000)}
+    values["a"][99_999] = bad
+    assert kept.save(values, {}) is None
+    assert kept.save(None, {"loss": bad}) is None
+    assert is_number(kept.load(), 2)
+    path = tmp_path / "checkpoint-000002" / STATE
+    save_file(values, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    said = {"bytes": path.stat().st_size, "sha256": digest}
+    sign_again(path.with_name(MANIFEST), state=said)
+    the_one_before(tmp_path, "not finite")
+
+
+# --- beside the training ------------------------------------------------------------------------
+
+
+class SlowKey:
+    """Signs when it is allowed to: so long, a checkpoint is being written."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self.allowed = threading.Event()
+
+    def sign(self, data: bytes) -> bytes:
+        self.asked.set()
+        assert self.allowed.wait(30)
+        return KEY.sign(data)
+
+
+def test_writing_takes_a_thread_of_its_own_one_at_a_time(tmp_path: Path) -> None:
+    key = SlowKey()
+    kept = Checkpoints(tmp_path, sign=key.sign, verify=VERIFY)
+    assert not kept.writing
+    assert kept.save_later(tensors(1), {"n": 1})
+    assert key.asked.wait(30)
+    assert kept.writing
+    assert not kept.save_later(tensors(2), {"n": 2})  # this one is skipped
+    assert kept.save_later(tensors(3), {"n": 3}, must=True)  # this one waits for its turn
+    assert kept.load() is None
+    assert not kept.close(0.05)
+    key.allowed.set()
+    assert kept.close(30)
+    assert is_number(kept.load(), 3)
+    assert kept.newest == "checkpoint-000002"
+    assert not kept.save_later(tensors(4), {"n": 4}, must=True)  # it is closed
+
+
+KILLED = '''
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from bittensor.keyfiles import Keypair
+from hiveminer.checkpoint import Checkpoints, newest, signed_by
+
+torch.set_num_threads(1)
+folder, chance = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
+key = Keypair.create_from_uri("//Alice")
+verify = signed_by(key.ss58_address)
+NAMES = [str(n) for n in range(8)]
+
+def write(told):
+    """Checkpoint after checkpoint; each number is told once its checkpoint is there."""
+    kept = Checkpoints(folder, sign=key.sign, verify=verify)
+    found = kept.load()
+    number = found.facts["number"] if found else 0
+    while True:
+        number += 1
+        values = {name: torch.full((20_000,), float(number)) for name in NAMES}
+        assert kept.save(values, {"number": number})
+        os.write(told, b"%9d" % number)
+
+drafts = least = 0
+for _ in range(25):
+    read, told = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            write(told)
+        finally:
+            os._exit(1)
+    os.close(told)
+    first = os.read(read, 9)  # it is in the middle of its work
+    time.sleep(chance.uniform(0, 0.03))
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    said = first
+    while part := os.read(read, 9000):
+        said += part
+    os.close(read)
+    least = int(said[-9:])
+    drafts += any(path.name.startswith(".draft-") for path in folder.iterdir())
+    refused = []
+    found = newest(folder, verify=verify, refuse=refused.append)
+    assert not refused, refused  # whole or not at all
+    number = found.facts["number"]
+    assert number in (least, least + 1), (number, least)
+    assert sorted(found.tensors) == NAMES
+    assert all(bool((value == number).all()) for value in found.tensors.values())
+print("drafts left behind:", drafts)
+assert drafts
+print("sound each time")
+'''
+
+
+@pytest.mark.timeout(180)
+def test_kill_9_in_the_middle_of_writing_always_leaves_a_sound_one(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    (tmp_path / "kept").mkdir()
+    words = [str(script), str(tmp_path / "kept"), "11"]
+    with Program(words, folder=tmp_path / "killed") as killed:
+        told = killed.says("sound each time", seconds=150)
+        assert killed.process.wait(20) == 0, told
+
+
+# --- when a miner writes one, and what it says --------------------------------------------------
+
+
+class SmallSwarm:
+    """A swarm of one number."""
+
+    def __init__(self) -> None:
+        self.epoch, self.rows = 0, 0
+        self.fails: Exception | None = None
+
+    def snapshot(self, *, timeout_seconds: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if self.fails is not None:
+            raise self.fails
+        return {"x": torch.tensor(float(self.rows))}, {"epoch": self.epoch, "rows": self.rows}
+
+    def resume(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        if "x" not in tensors:
+            raise ValueError("it does not fit the model: x")
+        self.epoch, self.rows = facts["epoch"], int(tensors["x"])
+
+
+def a_miner(folder: Path, *, run_id: str = "r-1-2-3") -> SimpleNamespace:
+    """A progress, its swarm, and its clock: `at` is the time."""
+    made = SimpleNamespace(swarm=SmallSwarm(), kept=checkpoints(folder), at=1000.0)
+    made.progress = Progress(
+        made.swarm, made.kept, run_id=run_id, every_seconds=60, clock=lambda: made.at
+    )
+
+    def train(rows: int, *, epoch: bool = False) -> None:
+        made.swarm.rows += rows
+        if epoch:
+            made.swarm.epoch, made.swarm.rows = made.swarm.epoch + 1, 0
+            made.progress.epoch_began()
+        made.progress.step(rows)
+
+    made.train = train
+    return made
+
+
+def settled(made: SimpleNamespace) -> str | None:
+    """The newest checkpoint, once nothing is being written."""
+    wait_for(lambda: not made.kept.writing, seconds=30)
+    name: str | None = made.kept.newest
+    return name
+
+
+def test_a_checkpoint_is_due_when_an_epoch_begins_and_in_a_long_one(tmp_path: Path) -> None:
+    made = a_miner(tmp_path)
+    made.train(8, epoch=True)
+    assert settled(made) is None  # the last one (the start) is not long enough ago
+    made.at += 60
+    made.train(8)
+    assert settled(made) == "checkpoint-000001"  # the epoch had begun
+    made.at += 599
+    made.train(8)
+    assert settled(made) == "checkpoint-000001"  # in the middle of an epoch
+    made.at += 1
+    made.train(8)
+    assert settled(made) == "checkpoint-000002"  # which is a long one
+    made.at += 6000
+    made.progress.keep_if_due()
+    made.progress.epoch_began()
+    made.progress.keep_if_due()
+    assert settled(made) == "checkpoint-000002"  # there is nothing new
+    made.progress.keep_last()
+    assert settled(made) == "checkpoint-000003"
+
+
+def test_counts_are_taken_up_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    made = a_miner(tmp_path)
+    made.progress.request()
+    for _ in range(3):
+        made.train(8)
+    # One of the three steps was thrown away, as only the answer says.
+    made.progress.answered(TrainResult(samples=16, tokens=500, discarded=8))
+    made.progress.request()
+    made.train(8)
+    made.progress.keep_last()
+    made.progress.close()
+    words = "epoch 0 with 32 rows of it, 24 rows in all"
+    assert f"kept {words}, in checkpoint-000001" in caplog.messages
+
+    again = a_miner(tmp_path)
+    assert again.progress.resume()
+    assert f"resumed {words}, from checkpoint-000001" in caplog.messages
+    assert again.swarm.rows == 32
+    trained = again.progress.trained
+    assert (trained.requests, trained.rows, trained.tokens) == (1, 24, 500)
+    again.progress.keep_last()
+    again.progress.close()
+    assert again.kept.newest is None  # nothing was trained: there is nothing to keep
+
+
+def test_another_runs_checkpoint_is_refused_with_both_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = a_miner(tmp_path)
+    made.train(8)
+    made.progress.keep_last()
+    made.progress.close()
+    other = a_miner(tmp_path, run_id="r-9-2-3")
+    assert not other.progress.resume()
+    assert other.swarm.rows == 0
+    told = "checkpoint-000001 is refused: it is of run r-1-2-3, and this is r-9-2-3"
+    assert [line.partition(";")[0] for line in caplog.messages] == [told]
+
+
+def test_a_state_that_does_not_fit_starts_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    facts = {"run_id": "r-1-2-3", "swarm": {"epoch": 1, "rows": 0}}
+    trained = {"requests": 1, "rows": 2, "tokens": 3}
+    for said in ({}, {"trained": trained}, {"trained": trained | {"rows": -1}}):
+        checkpoints(tmp_path).save(None, facts | said)
+        made = a_miner(tmp_path)
+        assert not made.progress.resume()
+        assert made.progress.trained.rows == 0
+    assert [line.partition(": ")[2].partition(";")[0] for line in caplog.messages] == [
+        "it does not say what was trained",
+        "it does not fit the model: x",
+        "its counts are out of bounds",
+    ]
+    assert read_trained({"trained": trained}).tokens == 3
+
+
+@pytest.mark.parametrize("error", [SwarmError("a step hangs"), RuntimeError("can't allocate")])
+def test_a_snapshot_that_fails_does_not_stop_the_training(
+    tmp_path: Path, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = a_miner(tmp_path)
+    made.swarm.fails = error
+    made.at += 60
+    made.train(8, epoch=True)
+    made.train(8)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(f"no checkpoint was taken: {error}")
+    made.swarm.fails = None
+    made.at += 60
+    made.train(8)
+    assert settled(made) == "checkpoint-000001"
+
+
+def test_the_last_snapshot_is_not_waited_for_for_ever(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process of hivemind's that was killed may hold the lock of the buffers."""
+    monkeypatch.setattr("hiveminer.progress.LAST_SECONDS", 0.2)
+    made = a_miner(tmp_path)
+    made.train(8)
+    released = threading.Event()
+
+    def hang(**_: object) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        released.wait(30)
+        return {}, {"epoch": 0, "rows": 0}
+
+    made.swarm.snapshot = hang
+    made.progress.keep_last()
+    made.progress.close()
+    (taking,) = (each for each in threading.enumerate() if each.name == "last-snapshot")
+    released.set()
+    taking.join(30)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith("no checkpoint was taken at the end")
+
+
+# --- a validator's scores -------------------------------------------------------------------------
+
+
+def a_validator(folder: Path, *, run_id: str = "r-1-2-3") -> Validator:
+    """What of a validator keeps its scores."""
+    made = Validator.__new__(Validator)
+    made.checkpoints = checkpoints(folder)
+    made.run_id = run_id  # type: ignore[assignment]
+    made.table = ScoreTable()
+    return made
+
+
+def test_scores_survive_a_torn_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    made = a_validator(tmp_path)
+    for _ in range(5):
+        made.table.add_work("a", 100)
+        made.table.add_score("a", 1.0)
+        made._save()
+    assert len(list(tmp_path.iterdir())) == 3
+    path = tmp_path / "checkpoint-000005" / MANIFEST
+    path.write_bytes(path.read_bytes()[:-40])
+    again = a_validator(tmp_path)
+    again._restore()
+    assert (again.table.of("a").replays, again.table.of("a").tokens) == (4, 400.0)
+    refused, resumed = caplog.messages
+    assert refused.startswith("checkpoint-000005 is refused: ")
+    assert resumed == "resumed 1 scores, from checkpoint-000004"
+
+
+def test_another_runs_scores_and_broken_ones_are_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = a_validator(tmp_path / "theirs", run_id="r-9-9-9")
+    made.table.add_score("a", 1.0)
+    made._save()
+    checkpoints(tmp_path / "broken").save(None, {"run_id": "r-1-2-3", "scores": {"a": {}}})
+    for folder, words in (("theirs", "it is of run r-9-9-9"), ("broken", "cannot be read")):
+        caplog.clear()
+        made = a_validator(tmp_path / folder)
+        made._restore()
+        assert made.table.standings == {}
+        assert len(caplog.messages) == 1
+        assert words in caplog.messages[0]

@@ -1,0 +1,662 @@
+"""What goes wrong is told with its cause and its cure: each event for what really causes it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from small_neurons import SmallMiner, miner_settings, quiet
+
+import hiveminer
+from hiveminer import base, cli, scoring
+from hiveminer.base import JsonFormatter
+from hiveminer.dependencies import unmet
+from hiveminer.errors import OperatorError
+from hiveminer.events import EVENTS, tell
+from hiveminer.miner import Miner, start_peer
+from hiveminer.protocol import Train
+from hiveminer.replay import Curves
+from hiveminer.run import Run
+from hiveminer.scoring import Evidence, ScoreTable
+from hiveminer.swarm import Look, Neighbours
+from hiveminer.swarm.peer import FOREIGN, UNREACHED, start_cure, why_silent
+from hiveminer.swarm.processes import log_to_root
+from hiveminer.trainer import TrainResult
+from hiveminer.validator import Sample, Validator
+from hiveminer.watchdog import Watchdog
+from programs import ROOT, Network, Program, wait_for
+
+COMPLAINTS = [
+    *("peer_start", "no_group", "dht_split", "state_download", "stall"),
+    *("batch_meaning", "dependencies", "catch_up", "score", "embedded_chain"),
+]
+
+
+def told(caplog: pytest.LogCaptureFixture, event: str) -> list[str]:
+    """The messages of this event so far."""
+    found = [r for r in caplog.records if getattr(r, "event", None) == event]
+    return [record.getMessage() for record in found]
+
+
+def request(**changes: Any) -> Train:
+    fields: dict[str, Any] = {
+        "request_id": "request1",
+        "run_id": "a-b-c-d",
+        "data_hash": "0" * 64,
+        "dataset_indices": list(range(8)),
+        "batch_size": 8,
+    }
+    return Train(**fields | changes)
+
+
+# The table and the line
+
+
+def test_the_ten_complaints_come_first_and_each_has_a_cure() -> None:
+    assert list(EVENTS)[:10] == COMPLAINTS
+    assert set(EVENTS) - set(COMPLAINTS) == {"other_run", "poison", "diverged", "checkpoint"}
+    assert all(event.complaint and event.cure for event in EVENTS.values())
+
+
+def test_each_event_has_its_section_in_the_docs() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    assert re.findall(r"^## `(\w+)`", text, re.MULTILINE) == list(EVENTS)
+    assert "docs/troubleshooting.md" in (ROOT / "README.md").read_text()
+
+
+def test_only_events_of_the_table_are_told() -> None:
+    """A name that is misspelled somewhere would raise where it is needed least."""
+    names = [
+        name
+        for path in (ROOT / "src").rglob("*.py")
+        for name in re.findall(r'\btell\(\s*\w+,\s*"(\w+)"', path.read_text())
+    ]
+    assert len(names) > 10
+    assert set(names) <= set(EVENTS)
+
+
+def test_an_event_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    log_to_root()  # hivemind has shortened "WARNING" for everybody
+    tell(logging.getLogger("hiveminer.test"), "poison", "100% of peer x is NaN")
+    (record,) = caplog.records
+    message = f"100% of peer x is NaN; {EVENTS['poison'].cure} [poison]"
+    assert record.getMessage() == message
+    assert record.funcName == "test_an_event_is_one_line"  # who told it, not who wrote it
+    line = JsonFormatter("miner-0").format(record)
+    said = json.loads(line)
+    assert (said["event"], said["neuron"], said["level"]) == ("poison", "miner-0", "warning")
+    assert said["message"] == message
+    assert "\n" not in line
+
+
+def test_a_line_that_is_no_event_has_none(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("hiveminer.test").warning("something")
+    assert "event" not in json.loads(JsonFormatter("miner-0").format(caplog.records[0]))
+
+
+# Names in the log
+
+
+@pytest.mark.parametrize(
+    ("key", "named"), [({}, "miner-0"), ({"hotkey": "mine"}, "miner mine")], ids=["own", "given"]
+)
+def test_each_line_names_role_and_key(
+    key: dict[str, str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with quiet(), SmallMiner(miner_settings(tmp_path, wallet=key)) as miner:
+        assert miner.neuron.name == named
+        hotkey = miner.neuron.hotkey
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) >= 3
+    assert all(re.match(rf"\d\d:\d\d:\d\d {named} INFO ", line) for line in lines), lines
+    with quiet():  # on a real network a key has no name that would tell it from others
+        settings = miner_settings(tmp_path, logging={"format": "json"})
+        base.configure_logging(settings, f"miner {hotkey[:8]}")
+        logging.getLogger("bittensor.x").warning("theirs")
+        logging.getLogger("hivemind.x").warning("theirs too")
+    said = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["neuron"] for line in said] == [f"miner {hotkey[:8]}"] * 2
+    assert [line["logger"] for line in said] == ["bittensor.x", "hivemind.x"]
+
+
+FORKED = """
+import logging, sys
+from pathlib import Path
+from hiveminer import base
+from hiveminer.settings import MinerSettings
+from hiveminer.swarm import Peer
+
+async def speak(_dht, node):
+    logging.getLogger("hivemind.dht.node").warning("from the fork")
+
+base.configure_logging(MinerSettings(), "miner-7")
+peer = Peer()
+peer.dht.run_coroutine(speak)
+peer.close()
+print("closed", flush=True)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_the_processes_of_hivemind_log_as_their_neuron_does(tmp_path: Path) -> None:
+    script = tmp_path / "forked.py"
+    script.write_text(FORKED)
+    with Program([str(script)], folder=tmp_path / "forked") as program:
+        words = program.says("closed", seconds=90)
+    assert re.search(r"^\d\d:\d\d:\d\d miner-7 WARNING from the fork$", words, re.MULTILINE)
+
+
+# peer_start and dht_split
+
+MEET = """
+import logging, socket, sys, time
+from pathlib import Path
+import psutil
+from hiveminer.errors import OperatorError
+from hiveminer.swarm import Neighbours, Peer, PortTaken, peer as peers
+
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+
+def free():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+def say(*words):
+    print(*words, flush=True)
+
+try:
+    Peer(ip="192.0.2.1")
+except OperatorError as error:
+    say("foreign address:", error)
+
+busy = socket.create_server(("127.0.0.1", 0))
+try:
+    Peer(port=busy.getsockname()[1])
+except PortTaken as error:
+    say("busy port:", error)
+
+class Dying(peers._Node):
+    def run(self):
+        sys.exit(7)
+
+peers._Node, node = Dying, peers._Node
+try:
+    Peer()
+except OperatorError as error:
+    say("dying:", error)
+peers._Node = node
+
+port, key = free(), Path("other.key")
+other = Peer(port=port, identity_path=key)
+address = other.address
+other.close()
+
+first = Peer()
+away = "/ip4/127.0.0.1/tcp/%d/p2p/" + address.split("/p2p/")[1]
+say("stopped:", dict(first.look([address]).silent))
+say("no peer:", dict(first.look([away % busy.getsockname()[1]], timeout_seconds=3).silent))
+neighbours = Neighbours(first, again_seconds=0)
+neighbours.meet([address])
+neighbours.meet([address])
+say("told once")
+
+other = Peer(port=port, identity_path=key)
+
+def until(what):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not what(neighbours.meet([address])):
+        time.sleep(0.5)  # libp2p does not dial again at once
+
+until(lambda look: look.answered)
+say("met")
+family = [psutil.Process(other.dht.pid), *psutil.Process(other.dht.pid).children()]
+for process in family:
+    process.suspend()  # as if a cable were pulled
+until(lambda look: look.silent)
+say("cut off")
+for process in family:
+    process.resume()
+until(lambda look: look.answered)
+say("joined again:", sorted(neighbours.meet([address]).joined))
+stranger = Peer()
+say("mismatch:", dict(stranger.look([first.address.split("/p2p/")[0] + "/p2p/"
+    + address.split("/p2p/")[1]]).silent))
+for each in (first, other, stranger):
+    each.close()
+say("closed")
+"""
+
+
+@pytest.mark.timeout(200)
+def test_a_peer_that_is_alone_says_why_and_a_split_that_it_was_healed(tmp_path: Path) -> None:
+    script = tmp_path / "meet.py"
+    script.write_text(MEET)
+    with Program([str(script)], folder=tmp_path / "meet") as program:
+        words = program.says("closed", seconds=150)
+    said = {line.partition(":")[0]: line for line in words.splitlines()}
+    assert "this machine has no such address: choose one with --dht.ip" in said["foreign address"]
+    assert "the swarm's peer does not start on 192.0.2.1 port 0: " in words
+    assert "choose another with --dht.port" in said["busy port"]
+    assert "its process ended with 7; the system may have ended it" in said["dying"]
+    # The foreign address, the dying one, alone at the start, and alone when cut off.
+    assert words.count("[peer_start]") == 4
+    assert "nobody listens there" in said["stopped"]
+    assert "what listens there is no peer" in said["no peer"] or UNREACHED in said["no peer"]
+    assert "another peer has its address now" in said["mismatch"]
+    before, _, after = words.partition("cut off")
+    alone = "none of the 1 known peers answered (1 times: "
+    assert before.partition("told once")[0].count(alone) == 1
+    assert "[dht_split]" not in before  # it had only not been started
+    assert after.count("[dht_split]") == 1
+    assert "the DHT was split: 1 of 1 peers that answered were not in our part of it" in after
+    assert "; healed; " in after
+    assert "joined again: []" in after
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("dial tcp4 192.0.2.1:5: connect: connection refused", "it is stopped"),
+        ("peer id mismatch: expected Qm, but remote key matches 12D3", "another peer"),
+        ("context deadline exceeded", "a firewall"),
+        ("dial backoff", "a moment ago"),
+        ("backoff\n connection refused", "it is stopped"),
+    ],
+)
+def test_what_a_failed_dial_means(words: str, why: str) -> None:
+    assert why in why_silent(RuntimeError(words))
+
+
+def test_what_to_do_when_a_peer_does_not_start() -> None:
+    assert "--dht.port" in start_cure("bind: address already in use")
+    assert "above 1023" in start_cure("bind: permission denied")
+    assert "reinstall hivemind" in start_cure("p2pd binary not found at x")
+    assert "--dht.port" in start_cure("something new")
+
+
+class Dialled:
+    """In place of a peer: whom it would reach, and how often it was asked to look."""
+
+    client_only = False
+
+    def __init__(self) -> None:
+        self.reached: set[str] = set()
+        self.looks = 0
+
+    def look(self, addresses: Sequence[str]) -> Look:
+        self.looks += 1
+        answered = frozenset(addresses) & self.reached
+        silent = {name: FOREIGN for name in addresses if name not in answered}
+        return Look(answered=answered, silent=silent)
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_peers_that_work_and_do_not_report_are_a_split(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    clock, peer = Clock(), Dialled()
+    neighbours = Neighbours(peer, clock=clock)  # type: ignore[arg-type]
+    neighbours.compare(working=3, reporting=1)
+    clock.now += 40
+    neighbours.compare(working=3, reporting=3)  # they had only just begun
+    for _ in range(5):
+        assert not told(caplog, "dht_split")
+        neighbours.compare(working=3, reporting=1)
+        clock.now += 12
+    neighbours.compare(working=3, reporting=1)
+    neighbours.compare(working=3, reporting=1)
+    (words,) = told(caplog, "dht_split")
+    assert "2 of 3 peers of this run" in words
+    neighbours.compare(working=3, reporting=4)
+    assert "all 3 peers that work report" in caplog.messages[-1]
+
+
+def test_peers_are_dialled_again_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    clock, peer = Clock(), Dialled()
+    neighbours = Neighbours(peer, clock=clock)  # type: ignore[arg-type]
+
+    def looks(seconds: int) -> int:
+        before = peer.looks
+        for _ in range(seconds):
+            neighbours.meet(["a", "b"])
+            clock.now += 1
+        return peer.looks - before
+
+    peer.reached = {"a", "b"}
+    assert looks(60) == 2
+    peer.reached = set()
+    assert looks(1) == 1
+    assert not told(caplog, "peer_start")  # they may not have read of us on the chain yet
+    assert looks(29) == 3  # after 2, 4 and 8 seconds
+    assert looks(300) == 10
+    assert len(told(caplog, "peer_start")) == 1
+    neighbours.meet(["a", "b", "c"])  # a new one is dialled at once
+    assert peer.looks == 17
+    peer.reached = {"c"}
+    clock.now += 30
+    neighbours.meet(["a", "b", "c"])
+    peer.reached = set()
+    assert looks(60) > 2
+    assert len(told(caplog, "peer_start")) == 2
+
+
+# stall
+
+
+class StuckMiner(SmallMiner):
+    released = threading.Event()
+
+    def forward(self, synapse: Train) -> Train:
+        self.wait_for_what_never_comes()
+        return synapse
+
+    def wait_for_what_never_comes(self) -> None:
+        self.released.wait(60)
+
+
+def test_a_request_that_hangs_is_told_once_with_where_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(base, "GRACE_SECONDS", 0.05)
+    with quiet(), StuckMiner(miner_settings(tmp_path)) as miner:
+        miner.watchdog = Watchdog(look_seconds=0.02)
+        miner.queue.start()
+        asked = request(timeout_seconds=0.05)
+        job = miner.queue.submit(
+            lambda: miner._forward(asked), caller="5", key="1", priority=1, expires_seconds=60
+        )
+        wait_for(lambda: told(caplog, "stall"), seconds=20)
+        time.sleep(0.2)  # ten more looks
+        (words,) = told(caplog, "stall")
+        miner.released.set()
+        assert job.result(20) is asked
+    assert words.startswith("request request1 of ")
+    calls = words.partition("the thread stands in ")[2].partition(";")[0].split(" < ")
+    assert "threading.py" in calls[0]
+    assert any(re.search(r"test_events.py:\d+ wait_for_what_never_comes", c) for c in calls)
+    assert "restart this neuron" in words
+    assert any("has ended after all" in line for line in caplog.messages)
+
+
+def test_what_ends_in_time_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    dog = Watchdog(look_seconds=0.02)
+    with dog.watch("a long one", limit_seconds=60):
+        for _ in range(5):
+            with dog.watch("a short one", limit_seconds=60):
+                time.sleep(0.03)
+    dog.stop()
+    assert not told(caplog, "stall")
+
+
+def test_one_thread_tells_once_and_each_thread_for_itself(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    dog = Watchdog(look_seconds=0.02)
+    release = threading.Event()
+
+    def hang(name: str) -> None:
+        with dog.watch(f"{name}, outer", limit_seconds=0.01), dog.watch(name, limit_seconds=0.01):
+            release.wait(20)
+
+    threads = [threading.Thread(target=hang, args=(name,)) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: len(told(caplog, "stall")) >= 2, seconds=20)
+    time.sleep(0.2)
+    release.set()
+    for thread in threads:
+        thread.join(20)
+    dog.stop()
+    assert sorted(words.partition(" ")[0] for words in told(caplog, "stall")) == ["one", "two"]
+
+
+# dependencies
+
+
+@pytest.fixture
+def other_hiveminer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Package metadata that asks for what this machine does not have."""
+    folder = tmp_path / "site" / "hiveminer-9.9.9.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text(
+        "Metadata-Version: 2.4\nName: hiveminer\nVersion: 9.9.9\n"
+        "Requires-Dist: numpy<99,>=98\n"
+        "Requires-Dist: torch<2.14,>=2.4\n"
+        "Requires-Dist: no-such-package-at-all<2\n"
+        "Requires-Dist: pydantic>=99; python_version < '3'\n"
+        "Requires-Dist: pytest==0.1; extra == 'dev'\n"
+    )
+    monkeypatch.syspath_prepend(str(folder.parent))
+
+
+def test_a_clash_names_package_version_range_and_the_pip_line(other_hiveminer: None) -> None:
+    found = importlib.metadata.version("numpy")
+    assert [str(each) for each in unmet()] == [
+        f"numpy {found} is installed, and >=98,<99 is wanted: pip install 'numpy>=98,<99'",
+        "no-such-package-at-all is missing, and <2 is wanted: "
+        "pip install 'no-such-package-at-all<2'",
+    ]
+    assert unmet("not-installed-either") == []
+
+
+def test_a_neuron_tells_of_a_clash_when_it_starts(
+    tmp_path: Path, other_hiveminer: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with quiet(), SmallMiner(miner_settings(tmp_path)):
+        words = told(caplog, "dependencies")
+    assert [line.split()[0] for line in words] == ["numpy", "no-such-package-at-all"]
+
+
+def test_an_import_that_fails_for_a_clash_is_one_line(
+    other_hiveminer: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "hiveminer.status", None)
+    monkeypatch.delattr(hiveminer, "status", raising=False)  # if it was imported before
+    assert cli.main(["status"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hiveminer: ")
+    assert "pip install 'numpy>=98,<99'" in line
+
+
+def test_an_import_that_fails_for_no_clash_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "unmet", list)
+    monkeypatch.setitem(sys.modules, "hiveminer.status", None)
+    monkeypatch.delattr(hiveminer, "status", raising=False)  # if it was imported before
+    with pytest.raises(ImportError):
+        cli.main(["status"])
+
+
+# embedded_chain, batch_meaning and catch_up
+
+
+def test_the_embedded_network_says_that_it_is_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with quiet(), SmallMiner(miner_settings(tmp_path)):
+        pass
+    (words,) = told(caplog, "embedded_chain")
+    assert words.startswith(f"This is the embedded network: a chain in {tmp_path / 'network'}")
+    assert "--subtensor.network finney" in words
+
+
+class MinerWithoutASwarm(Miner):
+    """What a miner says of a request, without the swarm that it would train with."""
+
+    def __init__(self, *, epoch_samples: int, result: TrainResult):
+        self.run_file = Run.model_validate({"swarm": {"epoch_samples": epoch_samples}})
+        self.result = result
+        self.swarm: Any = SimpleNamespace(catch_up=lambda: True, epoch=3)
+        self.progress: Any = SimpleNamespace(request=lambda: None, answered=lambda _: None)
+        self.metrics: Any = SimpleNamespace(log=lambda *_: None)
+        self._large_steps: set[tuple[str, int]] = set()
+
+    def accept(self, synapse: Train) -> None:
+        pass
+
+    def train(self, synapse: Train) -> TrainResult:
+        return self.result
+
+
+def test_a_step_larger_than_an_epoch_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    miner = MinerWithoutASwarm(epoch_samples=7, result=TrainResult())
+    for name in ("one", "two"):
+        miner.forward(request(request_id=name))
+    (words,) = told(caplog, "batch_meaning")
+    assert "request one holds 8 rows and an epoch 7" in words
+    assert len(miner._large_steps) == 1
+    caplog.clear()
+    miner.forward(request(batch_size=7))
+    # So many rows in a step are asked for, and the request does not have them.
+    miner.forward(request(dataset_indices=[1, 2], gradient_accumulation_steps=4))
+    assert not told(caplog, "batch_meaning")
+
+
+def test_a_miner_says_what_a_step_an_epoch_and_the_rate_are(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    MinerWithoutASwarm(epoch_samples=7, result=TrainResult())._tell_meaning()
+    (words,) = told(caplog, "batch_meaning")
+    assert "after 7 rows of all peers together" in words
+    assert "the learning rate of 0.003 is that of each peer's own steps" in words
+
+
+def test_rows_that_were_thrown_away_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    MinerWithoutASwarm(epoch_samples=99, result=TrainResult(samples=4)).forward(request())
+    assert not told(caplog, "catch_up")
+    answer = MinerWithoutASwarm(epoch_samples=99, result=TrainResult(discarded=4)).forward(
+        request()
+    )
+    (words,) = told(caplog, "catch_up")
+    assert answer.discarded == 4
+    assert "4 rows of request request1 were thrown away" in words
+    assert "do not count for the answer" in words
+
+
+# score
+
+TRAINED = (5.0, 4.6, 4.8, 4.1, 4.3, 3.9, 4.0, 3.6)
+UNTRAINED = (5.0, 4.9, 5.3, 4.8, 5.2, 5.0, 5.3, 5.1)
+
+
+def evidence(answered: tuple[float, ...], **changes: Any) -> Evidence:
+    fields: dict[str, Any] = {
+        "hotkey": "5" * 48,
+        "request_id": "r",
+        "epoch": 1,
+        "answered": answered,
+        "trained": TRAINED,
+        "untrained": UNTRAINED,
+        "claimed_samples": 8,
+        "given_samples": 8,
+        "tokens": 100,
+    }
+    return Evidence(**fields | changes)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (evidence(UNTRAINED), ["learning"]),
+        (evidence(tuple(reversed(TRAINED))), ["fit"]),
+        (evidence(TRAINED, claimed_samples=9), ["9 rows are claimed and 8 were given"]),
+        (evidence(TRAINED[:7]), ["7 losses were answered where a replay has 8"]),
+        (evidence((*TRAINED[:7], float("nan"))), ["no finite number"]),
+        (evidence((), trained=(), untrained=()), ["fewer than 6 of its losses"]),
+    ],
+)
+def test_a_low_score_has_its_reason(found: Evidence, words: list[str]) -> None:
+    assert scoring.score(found) < 1
+    reasons = scoring.shortfalls(found)
+    assert all(any(word in reason for reason in reasons) for word in words), reasons
+
+
+def test_reasons_and_score_agree() -> None:
+    """Whatever share of the way from untrained to trained, with noise or without."""
+    for learnt in (0.0, 0.1, 0.2, 0.3, 0.5, 1.0):
+        for noise in (0.0, 0.05, 0.2):
+            answered = tuple(
+                u + learnt * (t - u) + noise * (-1) ** n
+                for n, (t, u) in enumerate(zip(TRAINED, UNTRAINED, strict=True))
+            )
+            found = evidence(answered)
+            assert (scoring.score(found) < 1) == bool(scoring.shortfalls(found))
+
+
+def test_a_validator_says_why_it_scored_so(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    validator = Validator.__new__(Validator)
+    validator.table = ScoreTable()
+    validator.metrics = SimpleNamespace(log=lambda *_: None)  # type: ignore[assignment]
+    answer = request(batch_size=1)
+    answer.losses, answer.samples, answer.epoch = list(UNTRAINED), 8, 1
+    answer.epoch_steps = 8
+    sample = Sample(request(batch_size=1), answer, "5" * 48)
+    validator._judge(sample, Curves(TRAINED, UNTRAINED))
+    (words,) = told(caplog, "score")
+    assert words.startswith("55555555 scores 0.00 of 1 with this answer: ")
+    assert "steps were skipped or thrown away" in words
+    caplog.clear()
+    answer.losses = list(TRAINED)
+    validator._judge(Sample(request(batch_size=1), answer, "5" * 48), Curves(TRAINED, UNTRAINED))
+    assert not told(caplog, "score")
+
+
+# A real miner and a real validator
+
+RUN = """
+[model]
+sequence_length = 64
+[swarm]
+epoch_samples = 4
+"""
+
+
+@pytest.mark.timeout(240)
+def test_a_real_miner_and_its_log(tmp_path: Path) -> None:
+    dead = "/ip4/127.0.0.1/tcp/1/p2p/QmcarEgZaGuB2HrUo7yJMwWP1fKCR1YBZrmgnQXoDCzyjY"
+    with Network(tmp_path, run=RUN) as network:
+        flags = ["--logging.format", "json", "--dht.initial_peers", dead]
+        miner = network.start("miner-0", *flags)
+        miner.says("serving on", seconds=90)
+        network.start("validator", "--validator.batch_size", "8", "--validator.rows", "16")
+        miner.says("a step of request", seconds=120)
+        assert miner.interrupt(seconds=20) == 0
+        lines = [json.loads(line) for line in miner.words.splitlines() if line.startswith("{")]
+    assert {line["neuron"] for line in lines} == {"miner-0"}
+    wanted = ["embedded_chain", "peer_start", "batch_meaning"]
+    assert [line["event"] for line in lines if line.get("event") in wanted][:3] == wanted
+    alone = next(line for line in lines if line.get("event") == "peer_start")
+    assert "none of the 1 known peers answered (1 times: nobody listens there" in alone["message"]
+    larger = [line for line in lines if "holds 8 rows and an epoch 4" in line["message"]]
+    assert len(larger) == 1
+
+
+def test_a_port_that_is_taken_is_an_event_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        settings = miner_settings(tmp_path, dht={"port": port})
+        with pytest.raises(OperatorError, match="choose another"):
+            start_peer(settings, identity=None, admitted=())  # type: ignore[arg-type]
+    (words,) = told(caplog, "peer_start")
+    assert f"--dht.port {port}: in use on 127.0.0.1" in words

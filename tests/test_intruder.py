@@ -1,0 +1,120 @@
+"""Who is not registered gets no state, joins no group and sends no part; who was, neither."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from programs import Program
+
+SCRIPT = '''
+import asyncio, json, sys, time
+import torch
+from bittensor.keyfiles import Keypair
+from hivemind.p2p import P2P, PeerID
+from hivemind.proto import averaging_pb2
+from hivemind.utils import get_dht_time
+
+sys.path.insert(0, sys.argv[1])
+from tiny import tiny_model
+from hiveminer.run import Run
+from hiveminer.swarm import Identity, Peer, Swarm
+from hiveminer.swarm.averager import SwarmAverager, averager_prefix
+
+torch.set_num_threads(1)
+RUN_ID = "intruder-a-b-c"
+run = Run.model_validate({"swarm": {"epoch_samples": 8, "matchmaking_seconds": 2.0}})
+hotkeys = [Keypair.create_from_uri(f"//{name}") for name in ("first", "friend")]
+both = [key.ss58_address for key in hotkeys]
+
+
+def neuron(key):
+    identity = Identity(key, run_id=RUN_ID, key_path=None)
+    peer = Peer(identity=identity, admitted=both)
+    return peer, Swarm(tiny_model("gpt2"), peer=peer, run=run, run_id=RUN_ID)
+
+
+def loads(swarm):
+    swarm.optimizer.state_averager.load_state_from_peers(timeout=20)
+    return bool(swarm.optimizer.state_averager.loaded)
+
+
+def within(seconds, what):
+    end = time.monotonic() + seconds
+    while not (found := what()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return found
+
+
+async def stranger():
+    """A stock libp2p node that knows the run id and the names of the handlers."""
+    p2p = await P2P.create(initial_peers=[first.address])
+    prefix = averager_prefix(RUN_ID)
+    stub = SwarmAverager.get_stub(p2p, PeerID.from_base58(first.peer_id), namespace=prefix)
+    said = {}
+
+    async def answers(call):
+        codes = []
+        async for message in await call:
+            codes.append(averaging_pb2.MessageCode.Name(getattr(message, "code", 0)))
+            if len(codes) > 2:
+                break
+        return codes
+
+    state = averaging_pb2.DownloadRequest()
+    said["state"] = len(await answers(stub.rpc_download_state(state)))
+    join = averaging_pb2.JoinRequest(
+        schema_hash=swarm.optimizer.state_averager.schema_hash,
+        expiration=get_dht_time() + 5, gather=b"", group_key=f"{prefix}.0b",
+    )
+    said["group"] = await answers(stub.rpc_join_group(join))
+
+    async def parts():
+        yield averaging_pb2.AveragingData(code=averaging_pb2.PART_FOR_AVERAGING, group_id=b"x")
+
+    said["part"] = await answers(stub.rpc_aggregate_part(parts()))
+    try:
+        await stub.rpc_vouch(state)
+        said["vouch"] = "given"
+    except Exception as error:
+        said["vouch"] = type(error).__name__
+    await p2p.shutdown()
+    return said
+
+
+first, swarm = neuron(hotkeys[0])
+friend, other = neuron(hotkeys[1])
+friend.meet([first.address])
+told = {"friend": within(30, lambda: loads(other))}
+told["stranger"] = asyncio.run(asyncio.wait_for(stranger(), 60))
+first.admit(both[:1])
+began = time.monotonic()
+told["out"] = within(60, lambda: not loads(other))
+told["seconds"] = time.monotonic() - began
+first.admit(both)
+told["in again"] = within(60, lambda: loads(other))
+for closing in (swarm, other, friend, first):
+    closing.close()
+print("told", json.dumps(told), flush=True)
+'''
+
+
+@pytest.mark.timeout(240)
+def test_only_registered_peers_get_state_and_groups(tmp_path: Path) -> None:
+    script = tmp_path / "intruder.py"
+    script.write_text(SCRIPT)
+    here = str(Path(__file__).resolve().parent)
+    with Program([str(script), here], folder=tmp_path / "log") as peers:
+        words = peers.says("told {", seconds=200)
+        assert peers.process.wait(20) == 0, words
+    told = json.loads(words.partition("told {")[2].splitlines()[0].join(["{", ""]))
+    assert told["friend"], words
+    assert told["stranger"]["state"] == 0, words
+    assert told["stranger"]["group"] == ["PROTOCOL_VIOLATION"], words
+    assert told["stranger"]["part"] == ["PROTOCOL_VIOLATION"], words
+    assert told["stranger"]["vouch"] == "P2PHandlerError", words
+    assert told["out"], words
+    assert told["seconds"] < 60, words
+    assert told["in again"], words

@@ -1,0 +1,92 @@
+"""One peer sends what is not to be averaged or loaded; the others are unharmed: real processes."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_survival import START_SECONDS, Worker, Workers
+
+from programs import Program
+
+POISONER = Path(__file__).resolve().with_name("poison_worker.py")
+
+slow = pytest.mark.slow
+
+
+class Poisoner(Worker):
+    def __init__(self, name: str, *, how: str, folder: Path, words: tuple[str, ...]):
+        Program.__init__(
+            self, [str(POISONER), how, "ours", name, str(folder), *words], folder=folder / name
+        )
+        self.name = name
+
+
+def start_poisoner(swarm: Workers, name: str, how: str) -> Poisoner:
+    words = ("--rows", str(40 * swarm.size), "--group", str(swarm.size))
+    worker = Poisoner(name, how=how, folder=swarm.folder, words=words)
+    swarm.all[name] = worker
+    return worker
+
+
+def newest_common(folder: Path, names: str) -> tuple[int, list[np.ndarray]]:
+    """The last epoch that all of them ended by a round, and their weights after it."""
+    epochs = [
+        {int(path.name.split(".")[1]) for path in folder.glob(f"{name}.*.round.npy")}
+        for name in names
+    ]
+    epoch = max(set.intersection(*epochs))
+    return epoch, [np.load(folder / f"{name}.{epoch}.round.npy") for name in names]
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    "how",
+    [
+        "nan",
+        "loud",
+        pytest.param("inf", marks=slow),
+        pytest.param("answers", marks=slow),
+    ],
+)
+def test_poison_from_one_peer_leaves_the_others_unharmed(how: str, tmp_path: Path) -> None:
+    with Workers(tmp_path, size=3) as swarm:
+        swarm.start_all("ab")
+        _, before = newest_common(tmp_path, "ab")
+        began = time.time()
+        poisoner = start_poisoner(swarm, "c", how)
+        honest = [swarm.all[name] for name in "ab"]
+        swarm.wait(lambda: all("[poison]" in each.words for each in honest), START_SECONDS)
+        since = max(each.events("step")[-1]["time"] for each in honest)
+        rounds = lambda each: each.events("round", since=since)  # noqa: E731
+        swarm.wait(lambda: all(len(rounds(each)) >= 4 for each in honest), 90)
+        assert poisoner.process.poll() is None, swarm.told()
+        # Once they know it, they average with each other as if it were not there.
+        assert [each["size"] for each in rounds(honest[0])[-2:]] == [2, 2], swarm.told()
+        _, (first, second) = newest_common(tmp_path, "ab")
+        assert np.isfinite(first).all(), swarm.told()
+        assert np.abs(first - second).max() < 1e-3, swarm.told()
+        assert np.linalg.norm(first) < 2 * np.linalg.norm(before[0]), swarm.told()
+        for each in honest:  # not one step of theirs was lost
+            assert all(step["kept"] for step in each.events("step", since=began)), swarm.told()
+
+
+@pytest.mark.timeout(240)
+def test_a_state_that_the_others_contradict_is_not_loaded(tmp_path: Path) -> None:
+    with Workers(tmp_path, size=3) as swarm:
+        swarm.start_all("ab")
+        start_poisoner(swarm, "c", "liar")
+        swarm.wait(lambda: swarm.averaged("c", 3), START_SECONDS)
+        joiner = swarm.start("d")
+        load = swarm.wait(lambda: joiner.events("load"), START_SECONDS)[-1]
+        words = joiner.words
+        assert load["loaded"], swarm.told()
+        refused = re.findall(r"the state of peer \S+ is not taken: \d of \d peers hold", words)
+        assert refused, swarm.told()
+        epoch = load["epoch"]
+        given = np.load(tmp_path / f"d.{epoch}.load.npy")
+        theirs = np.load(tmp_path / f"a.{epoch}.round.npy")
+        assert np.abs(given - theirs).max() < 1e-3, swarm.told()

@@ -1,0 +1,345 @@
+"""A restart loses nothing: the same numbers go on, in an optimizer and in a whole miner."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import signal
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from hiveminer.chain import Chain, embedded_wallet, join_embedded, open_chain
+from hiveminer.checkpoint import STATE, STATE_FOLDER, Checkpoint, newest, signed_by
+from hiveminer.data import builtin_rows
+from hiveminer.dendrite import Dendrite, Endpoint
+from hiveminer.errors import MinerError
+from hiveminer.model import builtin_model, builtin_tokenizer, encode
+from hiveminer.protocol import IsAlive, Train
+from hiveminer.swarm.adamw import parameter_groups
+from hiveminer.trainer import LocalStep, Trainer
+from programs import Network, Program, descendants_gone
+
+T = TypeVar("T")
+
+SAME = '''
+import hashlib, os, sys, time, traceback
+from pathlib import Path
+import torch
+from bittensor.keyfiles import Keypair
+from hiveminer.checkpoint import Checkpoints, signed_by
+from hiveminer.data import builtin_rows
+from hiveminer.model import builtin_model, builtin_tokenizer, encode
+from hiveminer.run import Run
+from hiveminer.swarm import Peer, Swarm
+
+torch.set_num_threads(1)
+TARGET = 1000
+run = Run.model_validate({
+    "swarm": {"epoch_samples": TARGET},
+    "optimizer": {"warmup_epochs": 6, "schedule": "cosine", "total_epochs": 9},
+})
+tokenizer, rows = builtin_tokenizer(), builtin_rows()
+key = Keypair.create_from_uri("//Alice")
+
+class Machine:
+    """A peer from its start to its end."""
+
+    def __init__(self):
+        self.model, self.peer = builtin_model(), Peer()
+        self.swarm = Swarm(self.model, peer=self.peer, run=run, run_id="r-1-2-3")
+        self.kept = Checkpoints(
+            Path(sys.argv[1]), sign=key.sign, verify=signed_by(key.ss58_address)
+        )
+
+    def train(self, steps):
+        """Each step: its number, and as how many rows it counts."""
+        for number, counts in steps:
+            texts = rows.texts(range(4 * number, 4 * number + 4))
+            ids = encode(tokenizer, texts, max_length=32)["input_ids"]
+            self.model(input_ids=ids, labels=ids).loss.backward()
+            epoch, deadline = self.swarm.epoch, time.monotonic() + 20
+            assert self.swarm.step(batch_size=counts)
+            self.swarm.zero_grad()
+            # A look at the DHT within the step may have missed its rows; then the next
+            # moment turns the epoch, and changes no weight.
+            while counts == TARGET and self.swarm.epoch == epoch:
+                assert time.monotonic() < deadline
+                self.swarm.idle()
+
+    def state(self):
+        """Every number that training goes on from."""
+        optimizer = self.swarm.optimizer
+        digest = hashlib.sha256()
+        for weights in optimizer.state_averager.main_parameters:
+            digest.update(weights.detach().numpy().tobytes())
+            for name, value in sorted(optimizer.opt.state[weights].items()):
+                digest.update(value.numpy().tobytes())
+        with optimizer.state_averager.get_tensors() as start:
+            began = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in start))
+        schedule = optimizer.state_averager.scheduler.state_dict()
+        rates = [group["lr"] for group in optimizer.opt.param_groups]
+        rates += [schedule["last_epoch"], schedule["_step_count"], schedule["_last_lr"]]
+        done = optimizer.local_progress.samples_accumulated
+        return digest.hexdigest(), began.hexdigest(), rates, self.swarm.epoch, done
+
+    def end(self):
+        self.swarm.close()
+        self.peer.close()
+
+BEFORE = [(0, TARGET), (1, 4), (2, TARGET), (3, TARGET), (4, 4), (5, 4)]
+AFTER = [(6, 4), (7, TARGET), (8, 4), (9, 4), (10, TARGET), (11, 4)]
+
+def main():
+    first = Machine()
+    first.train(BEFORE)
+    assert first.kept.save(*first.swarm.snapshot())
+    saved = first.state()
+    assert saved[3:] == (3, 8), saved
+    first.train(AFTER)
+    expected = first.state()
+    first.end()
+
+    second = Machine()
+    found = second.kept.load()
+    untouched = second.state()
+
+    def refused(tensors, facts):
+        try:
+            second.swarm.resume(tensors, facts)
+        except ValueError as error:
+            assert "\\n" not in str(error)
+            assert second.state() == untouched  # nothing was changed
+            return
+        raise AssertionError("it was taken")
+
+    for name in ("weights.0", "moments.3.exp_avg", "moments.0.step"):
+        refused({key: value for key, value in found.tensors.items() if key != name}, found.facts)
+    refused(found.tensors | {"weights.99": torch.zeros(1)}, found.facts)
+    refused(found.tensors | {"weights.0": torch.zeros(1)}, found.facts)
+    refused(found.tensors | {"weights.0": found.tensors["weights.0"].double()}, found.facts)
+    refused(found.tensors | {"start.1": torch.zeros(1)}, found.facts)
+    for wrong in ({"epoch": -1}, {"epoch": "3"}, {"rows": 2**60}, {"rows": None}, {"schedule": 1}):
+        refused(found.tensors, found.facts | wrong)
+    for wrong in ({"rates": [0.1]}, {"rates": "ab"}, {"steps": True}):
+        refused(found.tensors, found.facts | {"schedule": found.facts["schedule"] | wrong})
+
+    second.swarm.resume(found.tensors, found.facts)
+    assert second.state() == saved
+    assert second.swarm.optimizer.local_progress.epoch == 3
+    assert second.swarm.optimizer.tracker.global_progress.samples_accumulated == 8
+    assert second.swarm.optimizer.tracker.performance_ema.num_updates == 0
+    # A joiner is given the weights that the epoch began with.
+    averager = second.swarm.optimizer.state_averager
+    metadata, given, _ = averager.get_current_state()
+    assert metadata["epoch"] == 3
+    with averager.get_tensors() as start:
+        assert all(torch.equal(a, b) for a, b in zip(given, start))
+    assert not torch.equal(given[0], averager.main_parameters[0])
+    second.train(AFTER)
+    assert second.state() == expected, (second.state(), expected)
+    assert expected[2] != saved[2]  # the learning rate moved on
+    # Where an epoch has just begun, its start is not kept twice.
+    second.train([(12, TARGET)])
+    tensors, facts = second.swarm.snapshot()
+    assert facts["rows"] == 0 and not any(name.startswith("start.") for name in tensors)
+    second.end()
+    print("the same", flush=True)
+
+try:
+    main()
+except BaseException:
+    traceback.print_exc()
+    os._exit(1)  # hivemind's threads would keep it up
+'''
+
+RUN = """
+[model]
+sequence_length = 32
+[limits]
+rows = 4096
+[swarm]
+epoch_samples = 1000000
+"""
+
+
+@pytest.mark.timeout(180)
+def test_training_on_after_a_restart_gives_the_same_bits(tmp_path: Path) -> None:
+    script = tmp_path / "same.py"
+    script.write_text(SAME)
+    with Program([str(script), str(tmp_path / "kept")], folder=tmp_path / "same") as same:
+        told = same.says("the same", seconds=150)
+        assert same.process.wait(20) == 0, told
+
+
+# --- a whole miner ----------------------------------------------------------------------------
+
+LAST_ROWS = [7, 8, 9, 10]
+
+
+class Talk:
+    """A registered validator's key, and the miner that it asks."""
+
+    def __init__(self, dendrite: Dendrite, endpoint: Endpoint, alive: IsAlive):
+        self.dendrite = dendrite
+        self.endpoint = endpoint
+        self.alive = alive
+
+    async def is_alive(self) -> IsAlive:
+        return await self.dendrite.call(self.endpoint, IsAlive(), timeout_seconds=10)
+
+    async def ask(self, name: str, rows: list[int], *, batch_size: int) -> Train:
+        request = Train(
+            request_id=name,
+            run_id=self.alive.run_id,
+            data_hash=self.alive.data_hash,
+            version=self.alive.version,
+            dataset_indices=rows,
+            batch_size=batch_size,
+            timeout_seconds=120.0,
+        )
+        return await self.dendrite.call(self.endpoint, request, timeout_seconds=150)
+
+    async def next_loss(self, name: str) -> float:
+        """The loss of LAST_ROWS with the weights that the miner has; it then trains them."""
+        answer = await self.ask(name, LAST_ROWS, batch_size=len(LAST_ROWS))
+        (loss,) = answer.losses
+        return loss
+
+
+def talk_to(program: Program, chain: Chain, what: Callable[[Talk], Coroutine[Any, Any, T]]) -> T:
+    """Do something with a miner that serves already."""
+    said = re.search(r"serving on 127\.0\.0\.1 port (\d+)", program.words)
+    assert said is not None
+    endpoint = Endpoint(hotkey_of(program), "127.0.0.1", int(said[1]))
+
+    async def talked() -> T:
+        async with Dendrite(chain.wallet) as dendrite:
+            deadline = time.monotonic() + 30
+            while True:  # until the miner has read the metagraph with us in it
+                with contextlib.suppress(MinerError):
+                    alive = await dendrite.call(endpoint, IsAlive(), timeout_seconds=5)
+                    return await what(Talk(dendrite, endpoint, alive))
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.2)
+
+    return asyncio.run(talked())
+
+
+def hotkey_of(program: Program) -> str:
+    return program.words.split(", hotkey ", 1)[1].split()[0]
+
+
+def kept_by(network: Network, program: Program) -> Checkpoint:
+    """The newest sound checkpoint of a network's miner."""
+    hotkey = hotkey_of(program)
+    (folder,) = (network.folder / "state").glob(f"*/*/{hotkey}/{STATE_FOLDER}")
+    found = newest(folder, verify=signed_by(hotkey))
+    assert found is not None
+    return found
+
+
+def loss_of(tensors: dict[str, torch.Tensor]) -> float:
+    """The loss of LAST_ROWS with a checkpoint's weights, measured apart from any miner."""
+    model, tokenizer = builtin_model(), builtin_tokenizer()
+    groups = parameter_groups(model.parameters(), weight_decay=0.0)
+    places = [place for group in groups for place in group["params"]]
+    with torch.no_grad():
+        for number, place in enumerate(places if tensors else []):
+            place.copy_(tensors[f"weights.{number}"])
+    trainer = Trainer(
+        model,
+        encode=lambda texts: dict(encode(tokenizer, texts, max_length=32)),
+        optimizer=LocalStep(torch.optim.SGD(model.parameters())),
+    )
+    texts = builtin_rows().texts(LAST_ROWS)
+    loss = trainer.measure(texts, batch_size=len(LAST_ROWS)).loss
+    assert loss is not None
+    return loss
+
+
+def same(loss: float) -> Any:
+    return pytest.approx(loss, rel=1e-5)
+
+
+async def _begin_a_long_request(talk: Talk) -> None:
+    """Train some rows; then leave a miner alone that trains many, with more to come."""
+    answer = await talk.ask("first", list(range(100, 420)), batch_size=8)
+    assert answer.samples == 320
+    long = asyncio.create_task(talk.ask("long", list(range(1000, 5000)), batch_size=8))
+    after = asyncio.create_task(talk.ask("after", list(range(5000, 5100)), batch_size=8))
+    deadline = time.monotonic() + 30
+    while (await talk.is_alive()).queued != 1:  # the one is running, and the other waits
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+    for task in (long, after):
+        task.cancel()
+    await asyncio.gather(long, after, return_exceptions=True)
+
+
+@pytest.mark.timeout(400)
+def test_a_miner_goes_on_where_it_was(tmp_path: Path) -> None:
+    """SIGTERM in mid epoch and mid request, a torn checkpoint, kill -9, and a start anew."""
+    place = tmp_path / "network"
+    with (
+        Network(tmp_path, run=RUN) as network,
+        embedded_wallet(place, prefix="caller") as claim,
+        open_chain(
+            network="embedded", netuid=1, wallet=claim.wallet, path=place / "chain.sqlite"
+        ) as chain,
+    ):
+
+        def start(name: str, *flags: str) -> Program:
+            program = network.start(name, *flags)
+            program.says("serving on", seconds=90)
+            return program
+
+        def end(program: Program) -> None:
+            family = program.family()
+            program.process.send_signal(signal.SIGTERM)
+            assert program.process.wait(15) == 0, program.words
+            descendants_gone(family, seconds=5)
+            assert "Traceback" not in program.words, program.words
+
+        first = start("miner-0")
+        join_embedded(chain, stake_tao=10_000)
+        talk_to(first, chain, _begin_a_long_request)
+        end(first)
+        found = kept_by(network, first)
+        rows = sum(line["samples"] for line in network.numbers("train"))
+        assert 320 <= rows < 4320  # in the middle of the long request, at a batch's edge
+        assert found.facts["trained"]["rows"] == found.facts["swarm"]["rows"] == rows
+        assert found.facts["swarm"]["epoch"] == 0
+        words = f"epoch 0 with {rows} rows of it, {rows} rows in all"
+        assert f"kept {words}, in {found.name}" in first.words
+        loss = loss_of(found.tensors)
+        assert loss < loss_of({}) - 0.5  # it had learnt
+
+        second = start("miner-0-again")
+        assert f"resumed {words}, from {found.name}" in second.words
+        assert talk_to(second, chain, lambda talk: talk.next_loss("second")) == same(loss)
+        end(second)
+        torn = kept_by(network, second)
+        assert torn.name != found.name
+        assert torn.facts["trained"]["rows"] == rows + len(LAST_ROWS)
+        (path,) = (network.folder / "state").glob(f"*/*/*/*/{torn.name}/{STATE}")
+        path.write_bytes(path.read_bytes()[:-100])
+
+        third = start("miner-0-after-all")
+        assert f"{torn.name} is refused: {STATE} has" in third.words
+        assert f"resumed {words}, from {found.name}" in third.words
+        assert talk_to(third, chain, lambda talk: talk.next_loss("third")) == same(loss)
+        family = third.family()
+        third.process.kill()
+        descendants_gone(family, seconds=5)
+
+        fourth = start("miner-0-anew", "--no-neuron.resume")
+        assert "resumed" not in fourth.words
+        assert talk_to(fourth, chain, lambda talk: talk.next_loss("fourth")) == same(loss_of({}))
+        end(fourth)
+        assert kept_by(network, fourth).facts["trained"]["rows"] == len(LAST_ROWS)

@@ -1,0 +1,53 @@
+"""The end of a program has a deadline, and may be allowed more."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from programs import Program
+
+HANGS = """
+import logging, sys, threading
+from hiveminer import signals
+
+logging.basicConfig(level=logging.INFO)
+signals.SHUTDOWN_SECONDS = 0.5
+taken = signals.Signals(threading.Event())
+taken.take()
+print("ready", flush=True)
+taken.stopping.wait(60)
+if len(sys.argv) > 1:
+    taken.allow(float(sys.argv[1]))
+threading.Event().wait(60)
+"""
+
+
+@pytest.mark.parametrize(("allowed", "seconds"), [([], 0.5), (["2.5"], 2.5), (["0.1"], 0.5)])
+def test_a_program_that_hangs_ends_at_its_deadline(
+    tmp_path: Path, allowed: list[str], seconds: float
+) -> None:
+    script = tmp_path / "hangs.py"
+    script.write_text(HANGS)
+    with Program([str(script), *allowed], folder=tmp_path / "hangs") as program:
+        program.says("ready")
+        began = time.monotonic()
+        program.process.send_signal(signal.SIGTERM)
+        assert program.process.wait(30) == 128 + signal.SIGTERM
+        assert time.monotonic() - began >= seconds
+        assert "still not stopped after" in program.words
+
+
+def test_a_second_signal_ends_it_however_much_was_allowed(tmp_path: Path) -> None:
+    script = tmp_path / "hangs.py"
+    script.write_text(HANGS)
+    with Program([str(script), "100"], folder=tmp_path / "hangs") as program:
+        program.says("ready")
+        program.process.send_signal(signal.SIGTERM)
+        program.says("stopping (SIGTERM)")
+        time.sleep(0.3)  # what counts as a second one, not the same twice
+        program.process.send_signal(signal.SIGINT)
+        assert program.process.wait(20) == 128 + signal.SIGINT
