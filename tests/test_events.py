@@ -630,6 +630,7 @@ epoch_samples = 4
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_a_real_miner_and_its_log(tmp_path: Path) -> None:
     dead = "/ip4/127.0.0.1/tcp/1/p2p/QmcarEgZaGuB2HrUo7yJMwWP1fKCR1YBZrmgnQXoDCzyjY"

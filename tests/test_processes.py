@@ -352,7 +352,7 @@ def killed(network: Network, program: Program, ports: dict[str, int]) -> Iterato
         pytest.param("the DHT is forked", marks=pytest.mark.slow),
         pytest.param("the daemon is started", marks=pytest.mark.slow),
         pytest.param("the averager is forked", marks=pytest.mark.slow),
-        "it serves",
+        pytest.param("it serves", marks=pytest.mark.slow),
     ],
 )
 def test_kill_9_of_a_miner_that_starts(state: str, tmp_path: Path) -> None:

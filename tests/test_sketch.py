@@ -64,6 +64,8 @@ GOOD, BAD = sketch_of(weights()), sketch_of(weights(9))
         (4, BAD, [(4, GOOD), (4, GOOD), (4, BAD)], False),  # two against two
         (4, BAD, [(4, GOOD)] * 3 + [(4, BAD)], True),
         (4, GOOD, [(3, BAD), (5, BAD)], False),  # an epoch apart: other weights, of course
+        (4, GOOD, [(5, BAD), (5, BAD)], True),  # nobody is there any more
+        (4, GOOD, [(5, BAD), (4, GOOD)], False),
         (10**9, BAD, [(4, GOOD), (4, GOOD)], True),
         (0, BAD, [(40, GOOD), (41, GOOD)], True),
     ],

@@ -130,7 +130,7 @@ slow = pytest.mark.slow
     ("third", "second"),
     [
         (("allreduce", "stop"), ("matchmaking", "kill")),
-        (("matchmaking", "stop"), ("allreduce", "kill")),
+        pytest.param(("matchmaking", "stop"), ("allreduce", "kill"), marks=slow),
         pytest.param(("allreduce", "kill"), ("matchmaking", "stop"), marks=slow),
         pytest.param(("matchmaking", "kill"), ("allreduce", "stop"), marks=slow),
     ],

@@ -186,7 +186,10 @@ def _save_model(kind: str, folder: Path) -> None:
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("kind", "suffix"), [("llama", "jsonl"), ("qwen", "parquet")])
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [("llama", "jsonl"), pytest.param("qwen", "parquet", marks=pytest.mark.slow)],
+)
 def test_a_local_model_and_local_data_train_as_well(kind: str, suffix: str, tmp_path: Path) -> None:
     from datasets import Dataset
 

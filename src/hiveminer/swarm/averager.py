@@ -78,6 +78,7 @@ IDENTIFIED_AT_ONCE = 16
 """Strangers that are asked for their proof at the same time; more are turned away."""
 
 VOUCH_SECONDS = 3.0
+VOUCHES_ASKED = 5
 DONORS_ASKED = 16
 """Peers that are asked to vouch for the state."""
 
@@ -508,6 +509,17 @@ class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
         self._vouches = await self._ask_for_vouches()
         await super()._load_state_from_peers(future, timeout)
 
+    async def _who_vouches_for(self, epoch: int, *, but: str) -> list[Vouch]:
+        """What the peers but the donor vouch for; asked again while none is in the epoch of
+        its state, for an epoch may have begun during the download."""
+        for _ in range(VOUCHES_ASKED):
+            others = [said for peer, said in self._vouches.items() if peer != but]
+            if not others or any(said == epoch for said, _ in others):
+                break
+            await asyncio.sleep(1.0)
+            self._vouches = await self._ask_for_vouches()
+        return others
+
     async def _ask_for_vouches(self) -> dict[str, Vouch]:
         key = f"{self._matchmaking.group_key_manager.prefix}.all_averagers"
         try:
@@ -551,7 +563,7 @@ class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
             await loop.run_in_executor(None, state.end)
             if state.epoch is None:
                 raise AllreduceException("it is in no state to hand one out")
-            others = [said for peer, said in self._vouches.items() if peer != str(donor)]
+            others = await self._who_vouches_for(state.epoch, but=str(donor))
             problem = contradiction(state.epoch, state.sketch.numbers, others)
             if problem is not None:
                 raise AllreduceException(problem)

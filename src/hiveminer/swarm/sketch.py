@@ -83,6 +83,9 @@ def contradiction(epoch: int, seen: Sequence[float], vouches: Sequence[Vouch]) -
     far = sum(abs(other - epoch) > FAR_EPOCHS for other, _ in vouches)
     if far > len(vouches) - far + 1:
         return f"it says epoch {epoch}, and {far} of {len(vouches)} peers are far from it"
+    ahead = sum(other > epoch for other, _ in vouches)
+    if not same and ahead > len(vouches) - ahead:
+        return f"it is of epoch {epoch}, and {ahead} of {len(vouches)} peers are ahead of it"
     return None
 
 
