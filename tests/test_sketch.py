@@ -51,7 +51,7 @@ def test_a_sketch_is_the_same_on_every_machine() -> None:
     assert numbers[:3] == pytest.approx(EXPECTED, abs=64)  # float32 sums of millions
 
 
-GOOD, BAD = sketch_of(weights()), sketch_of(weights(9))
+GOOD, BAD, WORSE = (sketch_of(weights(seed)) for seed in (0, 9, 10))
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,8 @@ GOOD, BAD = sketch_of(weights()), sketch_of(weights(9))
         (4, GOOD, [(4, GOOD), (4, GOOD)], False),
         (4, BAD, [(4, GOOD)], False),  # one word against another
         (4, BAD, [(4, GOOD), (4, GOOD)], True),
+        (4, GOOD, [(4, BAD), (4, WORSE)], False),  # a round that failed for all
+        (4, GOOD, [(4, BAD), (4, BAD), (4, WORSE)], True),
         (4, BAD, [(4, GOOD), (4, GOOD), (4, BAD)], False),  # two against two
         (4, BAD, [(4, GOOD)] * 3 + [(4, BAD)], True),
         (4, GOOD, [(3, BAD), (5, BAD)], False),  # an epoch apart: other weights, of course

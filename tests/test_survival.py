@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -208,3 +209,22 @@ def test_the_first_peer_is_killed_and_a_late_one_equals_the_others(tmp_path: Pat
         weights = np.stack([np.load(path) for path in paths])
         assert np.ptp(weights, axis=0).max() <= 1e-3
         assert np.ptp(weights[0]) > 0
+
+
+@pytest.mark.timeout(240)
+def test_who_comes_back_is_averaged_with_again(tmp_path: Path) -> None:
+    """Under its old peer id, which the others have just left out."""
+    with Workers(tmp_path, size=3) as swarm:
+        swarm.start_all("abc")
+        lost, left = swarm.all["c"], [swarm.all[name] for name in "ab"]
+        lost.end()
+        when = time.time()
+        swarm.wait(lambda: all("it is left out" in worker.words for worker in left), 60)
+        swarm.start("c")
+        swarm.wait(
+            lambda: all(swarm.averaged(name, 3, since=when) for name in "abc"), START_SECONDS
+        )
+        back = max(worker.events("round", since=when)[-1]["time"] for worker in left)
+        swarm.wait(lambda: all(worker.epochs(since=back) >= 3 for worker in left), 60)
+        for worker in left:
+            assert not worker.stalls(since=back), swarm.told()

@@ -24,10 +24,9 @@ import multiprocessing
 import random
 import threading
 import time
-from collections import deque
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, AsyncIterator, ClassVar, TypeVar  # noqa: UP035 - hivemind knows this one only
+from typing import Any, AsyncIterator, ClassVar  # noqa: UP035 - hivemind knows this one only
 
 import torch
 from hivemind.averaging import DecentralizedAverager
@@ -43,7 +42,6 @@ from hivemind.optim.state_averager import TrainingStateAverager, dump_optimizer_
 from hivemind.p2p import P2P, P2PContext, P2PHandlerError, PeerID
 from hivemind.proto import averaging_pb2
 from hivemind.utils.serializer import MSGPackSerializer
-from hivemind.utils.streaming import combine_from_streaming
 from torch import Tensor
 
 from hiveminer.events import tell
@@ -51,12 +49,12 @@ from hiveminer.run import SwarmSection
 from hiveminer.swarm.identity import identify
 from hiveminer.swarm.peer import START_SECONDS
 from hiveminer.swarm.processes import settle
-from hiveminer.swarm.sketch import Sketch, Vouch, contradiction, read_vouch, sketch_of
+from hiveminer.swarm.sketch import Vouch, contradiction, read_vouch, sketch_of
 from hiveminer.swarm.soundness import Bounds
+from hiveminer.swarm.stub import CheckedStub, Incoming, next_of
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
 CHUNK_SECONDS = 30.0
 """How long a peer waits for the next part of a tensor. Generous: a member of the group may
@@ -82,11 +80,6 @@ VOUCHES_ASKED = 5
 DONORS_ASKED = 16
 """Peers that are asked to vouch for the state."""
 
-OPEN_SECONDS = 10.0
-"""Within this a donor sends the first of its state."""
-
-SLOWEST_BYTES = 125_000.0
-"""Bytes a second; a donor that is slower is given up for the next one."""
 
 TURN_SECONDS = 30.0
 """How long a state that is asked for in the middle of a round waits for its end."""
@@ -95,7 +88,6 @@ LINGER_SECONDS = 10.0
 """libp2p's daemon resets a stream that its server closes, and what is still on its way is
 lost: about one round in fifty. So the caller closes first; a server waits for it this long."""
 
-MAX_METADATA_BYTES = 16 * 2**20
 MAX_GATHER_BYTES = 1024
 
 
@@ -408,7 +400,7 @@ class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
     @classmethod
     def get_stub(cls, p2p: P2P, peer: PeerID, *, namespace: str | None = None) -> Any:
         stub = super().get_stub(p2p, peer, namespace=namespace)
-        return stub if cls._here is None else _CheckedStub(stub, cls._here, peer)
+        return stub if cls._here is None else CheckedStub(stub, cls._here, peer)
 
     async def rpc_join_group(
         self, request: averaging_pb2.JoinRequest, context: P2PContext
@@ -483,6 +475,8 @@ class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
 
     async def _aggregate_with_group(self, group_info: Any, **kwargs: Any) -> _Gathered:
         """The stock one; what it says besides is whether all of the average arrived."""
+        for peer in group_info.peer_ids:  # who is in the group has come back
+            self._gone.pop(str(peer), None)
         gathered = _Gathered(await super()._aggregate_with_group(group_info, **kwargs))
         runner = self._running_groups[group_info.group_id].result()
         if runner.tensor_part_container.failed_size:
@@ -553,11 +547,11 @@ class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
     ) -> AsyncIterator[averaging_pb2.DownloadData]:
         """A donor's state as it comes; raises AllreduceException when it is not to be had, too
         slow, too large, not finite, or not what the other peers hold."""
-        state = _Incoming(weights=len(self.main_parameters), all_bytes=self.state_bytes)
+        state = Incoming(weights=len(self.main_parameters), all_bytes=self.state_bytes)
         loop = asyncio.get_running_loop()
         try:
             async with contextlib.aclosing(stream) as messages:
-                while not state.is_whole and (message := await _next(messages)) is not None:
+                while not state.is_whole and (message := await next_of(messages)) is not None:
                     await loop.run_in_executor(None, state.take, message)
                     yield message
             await loop.run_in_executor(None, state.end)
@@ -579,145 +573,6 @@ class _Gathered(dict[Any, Any]):
     whole = True
 
 
-class _CheckedStub:
-    """What calls another averager, if it is a registered peer's, and looks at its answers."""
-
-    def __init__(self, stub: Any, averager: SwarmAverager, peer: PeerID):
-        self._stub = stub
-        self._averager = averager
-        self._peer = peer
-
-    async def rpc_join_group(self, request: averaging_pb2.JoinRequest) -> Any:
-        await self._check()
-        return await self._stub.rpc_join_group(request)
-
-    async def rpc_aggregate_part(self, parts: AsyncIterator[averaging_pb2.AveragingData]) -> Any:
-        await self._check()
-        sent = _Sent(parts)
-        return self._results(await self._unless_gone(self._stub.rpc_aggregate_part(sent)), sent)
-
-    async def rpc_download_state(self, request: averaging_pb2.DownloadRequest) -> Any:
-        await self._check()
-        stream = await asyncio.wait_for(self._stub.rpc_download_state(request), OPEN_SECONDS)
-        return self._averager.inspected(stream, self._peer)
-
-    async def rpc_vouch(self, request: averaging_pb2.DownloadRequest) -> Any:
-        await self._check()
-        return await self._stub.rpc_vouch(request)
-
-    async def _check(self) -> None:
-        if not await self._averager.admits(self._peer):
-            raise P2PHandlerError(f"peer {self._peer} has not proved a registered hotkey")
-
-    async def _results(
-        self, stream: Any, sent: _Sent
-    ) -> AsyncIterator[averaging_pb2.AveragingData]:
-        """What a groupmate has averaged for us, until it is gone, or it cannot be an average."""
-        loop, bounds = asyncio.get_running_loop(), self._averager.bounds
-        async with contextlib.aclosing(stream) as messages:
-            while (message := await self._unless_gone(_next(messages))) is not None:
-                if sent.waiting and message.code == averaging_pb2.AVERAGED_PART:
-                    look = partial(_problem_with_result, message, sent.waiting.popleft(), bounds)
-                    problem = await loop.run_in_executor(None, look)
-                    if problem is not None:
-                        self._averager.shun(self._peer, problem)
-                        raise AllreduceException(problem)
-                yield message
-                if await sent.is_answered():
-                    return
-
-    async def _unless_gone(self, call: Coroutine[Any, Any, T]) -> T:
-        """What a call comes to; raises AllreduceException once its peer is left out."""
-        gone = asyncio.ensure_future(self._averager.is_gone(str(self._peer)).wait())
-        task = asyncio.ensure_future(call)
-        try:
-            await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                return task.result()
-            raise AllreduceException(f"peer {self._peer} is gone")
-        finally:
-            gone.cancel()
-            task.cancel()
-
-
-class _Sent:
-    """The parts that we send, with those that are not answered yet."""
-
-    def __init__(self, parts: AsyncIterator[averaging_pb2.AveragingData]):
-        self.waiting: deque[averaging_pb2.AveragingData] = deque()
-        self._parts = parts
-        self._ended = asyncio.Event()
-
-    async def __aiter__(self) -> AsyncIterator[averaging_pb2.AveragingData]:
-        async for part in self._parts:
-            self.waiting.append(part)
-            yield part
-        self._ended.set()
-
-    async def is_answered(self) -> bool:
-        """Whether all that there is to send was sent and answered."""
-        if self.waiting:
-            return False
-        # The last answer may overtake the end of the stream by a moment.
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._ended.wait(), 0.01)
-        return self._ended.is_set() and not self.waiting
-
-
-async def _next(messages: AsyncIterator[T]) -> T | None:
-    """The next message; None at the end."""
-    try:
-        return await messages.__anext__()
-    except StopAsyncIteration:
-        return None
-
-
-class _Incoming:
-    """A state on its way in: how much of it, how fast, and what is in it."""
-
-    def __init__(self, *, weights: int, all_bytes: int):
-        self.sketch = Sketch()
-        self.epoch: int | None = None
-        self._weights = weights
-        self._all_bytes = all_bytes
-        self._bytes = 0
-        self._tensors = 0
-        self._parts: list[Any] = []
-        self._began = time.monotonic()
-
-    @property
-    def is_whole(self) -> bool:
-        return self._bytes == self._all_bytes
-
-    def take(self, message: averaging_pb2.DownloadData) -> None:
-        """One message of it; raises AllreduceException when it is not to be taken."""
-        self._bytes += len(message.tensor_part.buffer)
-        if self._bytes > self._all_bytes or len(message.metadata) > MAX_METADATA_BYTES:
-            raise AllreduceException("it is larger than a state can be")
-        allowed = OPEN_SECONDS + self._bytes / SLOWEST_BYTES
-        if time.monotonic() - self._began > allowed:
-            raise AllreduceException(f"it is too slow, {self._bytes} bytes in {allowed:.0f} s")
-        if message.metadata:
-            said = MSGPackSerializer.loads(message.metadata)
-            epoch = said.get("epoch") if isinstance(said, dict) else None
-            self.epoch = epoch if isinstance(epoch, int) else None
-        if message.tensor_part.dtype and self._parts:
-            self.end()
-        self._parts.append(message.tensor_part)
-
-    def end(self) -> None:
-        """The last part of a tensor has come."""
-        if not self._parts:
-            return
-        tensor = deserialize_torch_tensor(combine_from_streaming(self._parts))
-        self._parts = []
-        if not bool(torch.isfinite(tensor).all()):
-            raise AllreduceException("it holds numbers that are not finite")
-        if self._tensors < self._weights:
-            self.sketch.add(tensor)
-        self._tensors += 1
-
-
 def _problem_with_part(
     message: averaging_pb2.AveragingData, number: int, own: Tensor, bounds: Bounds
 ) -> str | None:
@@ -725,14 +580,6 @@ def _problem_with_part(
         return None  # the stock code refuses it; it reads no code of later ones
     problem = bounds.problem_with_weight(message.weight)
     return problem or bounds.problem_with(deserialize_torch_tensor(message.tensor_part), own)
-
-
-def _problem_with_result(
-    message: averaging_pb2.AveragingData, sent: averaging_pb2.AveragingData, bounds: Bounds
-) -> str | None:
-    """An averaged part is how far the average is from what we sent."""
-    change = deserialize_torch_tensor(message.tensor_part)
-    return bounds.problem_with(change, deserialize_torch_tensor(sent.tensor_part))
 
 
 def _epoch_in(gather: bytes) -> int | None:

@@ -152,6 +152,7 @@ class Swarm:
         self.optimizer.state_averager.set_target_group_size(self._target)
         self._trained_in: int | None = None
         self._deserted = False
+        self._gone: set[str] = set()
         self._lock = threading.Lock()
         self._watch = Watch(
             peer=peer,
@@ -298,6 +299,10 @@ class Swarm:
         """A group of all live peers of our epoch is complete; who sent poison is none."""
         for peer in self.optimizer.state_averager.shunned():
             self.optimizer.tracker.leave_out(peer, shun_seconds=SHUN_SECONDS)
+        gone = self.optimizer.tracker.reports.gone
+        if gone != self._gone:  # one is lost, or back
+            self.optimizer.state_averager.leave_out(gone)
+            self._gone = gone
         target = max(2, 1 + len(self.optimizer.tracker.companions))
         if target != self._target:
             self.optimizer.state_averager.set_target_group_size(target)
@@ -307,9 +312,8 @@ class Swarm:
         control = self.optimizer.state_averager.last_control
         return control is not None and control.triggered and not control.done()
 
-    def _go_on_without(self, lost: set[str]) -> None:
+    def _go_on_without(self) -> None:
         """Told by the watch, in its thread."""
-        self.optimizer.state_averager.leave_out(self.optimizer.tracker.reports.gone | lost)
         self._follow_live_peers()
 
     def _give_up_looking(self) -> None:

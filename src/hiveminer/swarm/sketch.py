@@ -77,8 +77,10 @@ def contradiction(epoch: int, seen: Sequence[float], vouches: Sequence[Vouch]) -
     of two that contradict each other neither is refused: nobody could say who is right.
     """
     same = [numbers for other, numbers in vouches if other == epoch]
-    against = sum(not agree(seen, numbers) for numbers in same)
-    if against > len(same) - against + 1:
+    others = [numbers for numbers in same if not agree(seen, numbers)]
+    # Peers whose round failed hold their own weights each: only who agrees is a majority.
+    against = max((sum(agree(one, two) for two in others) for one in others), default=0)
+    if against > len(same) - len(others) + 1:
         return f"{against} of {len(same)} peers hold other weights in epoch {epoch}"
     far = sum(abs(other - epoch) > FAR_EPOCHS for other, _ in vouches)
     if far > len(vouches) - far + 1:

@@ -39,7 +39,7 @@ class Watch:
     """Watches over rounds in a thread of its own.
 
     rounding: whether a round is under way now.
-    gone: told of peers that were left out, by peer id.
+    gone: told when peers were left out, after the tracker was.
     deserted: told when nobody is left who would come to the round.
     """
 
@@ -49,7 +49,7 @@ class Watch:
         peer: Peer,
         tracker: SampleTracker,
         rounding: Callable[[], bool],
-        gone: Callable[[set[str]], None],
+        gone: Callable[[], None],
         deserted: Callable[[], None],
     ):
         self._peer = peer
@@ -130,7 +130,7 @@ class Watch:
             rest = f"{len(left) + 1} peers are left" if left else "no other peer is left"
             cause = f"peer {peer} does not answer or report any more"
             tell(logger, "no_group", f"{cause}: it is left out, {rest}")
-        self._gone(lost)
+        self._gone()
 
     def _is_deserted(self, others: set[str]) -> bool:
         epochs, ours = self._tracker.reports.epochs, self._tracker.local_progress.epoch

@@ -1,0 +1,119 @@
+"""What other averagers send is looked at as it comes: parts, groups, states."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hivemind.averaging.allreduce import AllreduceException
+from hivemind.compression import serialize_torch_tensor
+from hivemind.proto import averaging_pb2
+from hivemind.utils.serializer import MSGPackSerializer
+from hivemind.utils.streaming import split_for_streaming
+
+from hiveminer.swarm import stub
+from hiveminer.swarm.averager import _epoch_in, _problem_with_part
+from hiveminer.swarm.sketch import sketch_of
+from hiveminer.swarm.soundness import Bounds
+from hiveminer.swarm.stub import Incoming
+
+BOUNDS = Bounds(most_rows=256.0, learning_rate=3e-3)
+WEIGHTS = [0.02 * torch.randn(30, 7), torch.zeros(9)]
+MOMENTS = [torch.ones(3)]
+ALL_BYTES = 4 * sum(tensor.numel() for tensor in WEIGHTS + MOMENTS)
+
+
+def messages(tensors: list[torch.Tensor], *, metadata: Any = None) -> list[Any]:
+    said = MSGPackSerializer.dumps({"epoch": 5} if metadata is None else metadata)
+    found = []
+    for tensor in tensors:
+        for part in split_for_streaming(serialize_torch_tensor(tensor), chunk_size_bytes=64):
+            found.append(averaging_pb2.DownloadData(tensor_part=part, metadata=said))
+            said = b""
+    return found
+
+
+def taken(sent: list[Any]) -> Incoming:
+    state = Incoming(weights=len(WEIGHTS), all_bytes=ALL_BYTES)
+    for message in sent:
+        state.take(message)
+    state.end()
+    return state
+
+
+def test_a_state_is_sketched_by_its_weights_alone() -> None:
+    state = taken(messages(WEIGHTS + MOMENTS))
+    assert state.is_whole
+    assert state.epoch == 5
+    assert state.sketch.numbers == sketch_of(WEIGHTS)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_state_that_is_not_finite_is_not_taken(poison: float) -> None:
+    bad = WEIGHTS[0].clone()
+    bad[3, 3] = poison
+    with pytest.raises(AllreduceException, match="not finite"):
+        taken(messages([bad, *WEIGHTS[1:], *MOMENTS]))
+
+
+def test_a_state_ends_where_ours_would() -> None:
+    with pytest.raises(AllreduceException, match="larger than a state can be"):
+        taken(messages([*WEIGHTS, *MOMENTS, torch.zeros(1)]))
+    huge = averaging_pb2.DownloadData(metadata=b"x" * (stub.MAX_METADATA_BYTES + 1))
+    with pytest.raises(AllreduceException, match="larger than a state can be"):
+        taken([huge])
+
+
+def test_a_donor_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stub, "OPEN_SECONDS", 0.0)
+    monkeypatch.setattr(stub, "SLOWEST_BYTES", 1e12)
+    with pytest.raises(AllreduceException, match="too slow"):
+        taken(messages(WEIGHTS))
+
+
+@pytest.mark.parametrize("metadata", [[], 1, "x", {"epoch": "5"}, {}])
+def test_a_state_that_does_not_say_its_epoch_has_none(metadata: object) -> None:
+    assert taken(messages(WEIGHTS + MOMENTS, metadata=metadata)).epoch is None
+
+
+def gather(bandwidth: object = None, mode: object = 0, said: object = 7) -> bytes:
+    return bytes(MSGPackSerializer.dumps([bandwidth, mode, MSGPackSerializer.dumps(said)]))
+
+
+def test_a_group_is_of_one_epoch() -> None:
+    assert _epoch_in(gather()) == 7
+    assert _epoch_in(gather(bandwidth=1e6)) == 7
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"", b"x", b"\xc1", gather()[:-1], gather(bandwidth=-1.0), gather(bandwidth=math.nan),
+        gather(bandwidth="much"), gather(mode=9), gather(said="7"), gather(said=b"x" * 2000),
+        bytes(MSGPackSerializer.dumps([None, 0])),
+        bytes(MSGPackSerializer.dumps([None, 0, 7])),
+    ],
+)  # fmt: skip
+def test_what_a_group_could_not_read_is_refused_at_the_door(said: bytes) -> None:
+    assert _epoch_in(said) is None
+
+
+def part(tensor: torch.Tensor, *, weight: float = 8.0, code: int | None = None) -> Any:
+    code = averaging_pb2.PART_FOR_AVERAGING if code is None else code
+    return averaging_pb2.AveragingData(
+        code=code, weight=weight, tensor_part=serialize_torch_tensor(tensor)
+    )
+
+
+def test_parts_are_looked_at_whatever_they_are_called() -> None:
+    own, bad = WEIGHTS[0], torch.full_like(WEIGHTS[0], math.nan)
+    assert _problem_with_part(part(own), 0, own, BOUNDS) is None
+    assert _problem_with_part(part(bad), 0, own, BOUNDS) is not None
+    # hivemind reads no code of later parts, so neither must the look at them.
+    for code in (averaging_pb2.NO_CODE, averaging_pb2.CANCELLED):
+        assert _problem_with_part(part(bad, code=code), 1, own, BOUNDS) is not None
+    for weight in (-1.0, 1e9, math.nan):
+        assert _problem_with_part(part(own, weight=weight), 1, own, BOUNDS) is not None
+    assert _problem_with_part(part(own[:1, :1]), 1, own, BOUNDS) is not None
