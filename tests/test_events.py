@@ -239,6 +239,7 @@ say("closed")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_peer_that_is_alone_says_why_and_a_split_that_it_was_healed(tmp_path: Path) -> None:
     script = tmp_path / "meet.py"

@@ -405,6 +405,7 @@ def test_nobody_waits_for_the_download_of_a_process_that_has_ended() -> None:
     assert SwarmAverager._wait_for(dead, done, 60.0) == "state"  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_kill_9_of_miners_that_train_and_average(tmp_path: Path) -> None:
     script = tmp_path / "telling.py"
