@@ -215,11 +215,13 @@ def test_the_first_peer_is_killed_and_a_late_one_equals_the_others(tmp_path: Pat
 def test_who_comes_back_is_averaged_with_again(tmp_path: Path) -> None:
     """Under its old peer id, which the others have just left out."""
     with Workers(tmp_path, size=3) as swarm:
-        swarm.start_all("abc")
+        swarm.start_all("abc", faults={"c": ("allreduce", "stop")})
         lost, left = swarm.all["c"], [swarm.all[name] for name in "ab"]
+        struck = swarm.strike("c")
+        swarm.wait(lambda: any("it is left out" in worker.words for worker in left), 60)
+        swarm.wait(lambda: went_on(left, since=struck), 60)
         lost.end()
         when = time.time()
-        swarm.wait(lambda: all("it is left out" in worker.words for worker in left), 60)
         swarm.start("c")
         swarm.wait(
             lambda: all(swarm.averaged(name, 3, since=when) for name in "abc"), START_SECONDS
