@@ -1,20 +1,25 @@
-"""What other averagers send is looked at as it comes: parts, groups, states."""
+"""What other averagers send is looked at as it comes: parts, groups, states; and who they are."""
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import math
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hivemind.averaging.allreduce import AllreduceException
 from hivemind.compression import serialize_torch_tensor
+from hivemind.p2p import PeerID
 from hivemind.proto import averaging_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.streaming import split_for_streaming
 
 from hiveminer.swarm import stub
-from hiveminer.swarm.averager import _epoch_in, _problem_with_part
+from hiveminer.swarm.averager import SwarmAverager, _epoch_in, _problem_with_part
 from hiveminer.swarm.sketch import sketch_of
 from hiveminer.swarm.soundness import Bounds
 from hiveminer.swarm.stub import Incoming
@@ -117,3 +122,46 @@ def test_parts_are_looked_at_whatever_they_are_called() -> None:
     for weight in (-1.0, 1e9, math.nan):
         assert _problem_with_part(part(own, weight=weight), 1, own, BOUNDS) is not None
     assert _problem_with_part(part(own[:1, :1]), 1, own, BOUNDS) is not None
+
+
+def in_hiveminds_process(**known: Any) -> Any:
+    """What an averager holds there, without the process."""
+    self = SimpleNamespace(
+        _gone={}, _running_groups={}, _shunned_until={}, _known=known, _identifying=0, sent=[]
+    )
+    self._shunned_there = SimpleNamespace(send_bytes=self.sent.append)
+    for name in ("is_gone", "_leave_out", "shun", "_is_shunned", "admits", "_is_registered"):
+        setattr(self, name, functools.partial(getattr(SwarmAverager, name), self))
+    return self
+
+
+def test_a_call_that_runs_hears_of_a_second_peer_that_is_gone() -> None:
+    async def run() -> None:
+        averager = in_hiveminds_process()
+        running = averager.is_gone("second")  # what a call to it waits for
+        await averager._leave_out(["first"])
+        assert not running.is_set()
+        await averager._leave_out(["first", "second"])
+        assert running.is_set()
+        await averager._leave_out([])
+        assert not averager.is_gone("first").is_set()
+        assert not averager.is_gone("second").is_set()
+
+    asyncio.run(run())
+
+
+def test_who_sent_poison_stays_out_whatever_else_is_known_of_it() -> None:
+    peer = PeerID(b"\x12\x20" + b"7" * 32)
+
+    async def run() -> None:
+        averager = in_hiveminds_process()
+        averager._known[str(peer)] = (time.monotonic() + 60, True)
+        assert await averager.admits(peer)
+        averager.shun(peer, "it holds numbers that are not finite")
+        averager.shun(peer, "it holds numbers that are not finite")
+        assert averager.sent == [str(peer).encode()]
+        # Its proof, which was asked for before, comes in after that.
+        averager._known[str(peer)] = (time.monotonic() + 60, True)
+        assert not await averager.admits(peer)
+
+    asyncio.run(run())

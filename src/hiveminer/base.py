@@ -37,6 +37,7 @@ from hiveminer.chain import (
     open_wallet,
     snapshot,
 )
+from hiveminer.checkpoint import Checkpoints, signed_by
 from hiveminer.connections import PortInUse
 from hiveminer.errors import (
     ChainError,
@@ -169,6 +170,11 @@ class Neuron:
         """Who we are to the peers of this run: our hotkey, and a key of our own folder."""
         hotkey = self.chain.wallet.hotkey
         return Identity(hotkey, run_id=run_id, key_path=self.folder / "peer.key")
+
+    def checkpoints(self, folder: str) -> Checkpoints:
+        """What this neuron keeps in a folder of its own, signed by its hotkey."""
+        sign = self.chain.wallet.hotkey.sign
+        return Checkpoints(self.folder / folder, sign=sign, verify=signed_by(self.hotkey))
 
     def check_registered(self) -> None:
         """Raise NotRegistered, with what to do, when we have lost our uid."""

@@ -18,7 +18,7 @@ from transformers import BatchEncoding
 from hiveminer import __version__, model
 from hiveminer.base import EVERY_ADDRESS, BaseMinerNeuron, port_is_free, ports_to_try
 from hiveminer.chain import Chain
-from hiveminer.checkpoint import STATE_FOLDER, Checkpoints, signed_by
+from hiveminer.checkpoint import STATE_FOLDER
 from hiveminer.data import Rows, load_rows
 from hiveminer.errors import OperatorError, Refused, TrainingError
 from hiveminer.events import tell
@@ -304,14 +304,9 @@ class Miner(BaseMinerNeuron):
         """What was kept, put back before the swarm hears of us."""
         assert self.swarm is not None
         settings = self.settings.neuron
-        checkpoints = Checkpoints(
-            self.neuron.folder / STATE_FOLDER,
-            sign=self.neuron.chain.wallet.hotkey.sign,
-            verify=signed_by(self.neuron.hotkey),
-        )
         progress = Progress(
             self.swarm,
-            checkpoints,
+            self.neuron.checkpoints(STATE_FOLDER),
             run_id=str(self.run_id),
             every_seconds=settings.checkpoint_seconds,
         )

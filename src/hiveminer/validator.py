@@ -26,7 +26,7 @@ from bittensor import Metagraph
 from hiveminer import __version__, events, model, scoring
 from hiveminer.base import Neuron
 from hiveminer.chain import Chain
-from hiveminer.checkpoint import SCORES_FOLDER, Checkpoints, of_run, signed_by
+from hiveminer.checkpoint import SCORES_FOLDER, of_run
 from hiveminer.data import load_rows, split_held_out
 from hiveminer.dendrite import Dendrite, Endpoint, endpoint_of
 from hiveminer.errors import HiveminerError, MinerError, TrainingError
@@ -231,11 +231,7 @@ class Validator:
             run, schema_hash=model.schema_hash(self.model), data_hash=self.dataset.hash
         )
         self.table = ScoreTable()
-        self.checkpoints = Checkpoints(
-            neuron.folder / SCORES_FOLDER,
-            sign=neuron.chain.wallet.hotkey.sign,
-            verify=signed_by(neuron.hotkey),
-        )
+        self.checkpoints = neuron.checkpoints(SCORES_FOLDER)
         if settings.neuron.resume:
             self._restore()
         neuron.go_on()

@@ -55,7 +55,6 @@ from hiveminer.swarm.stub import CheckedStub, Incoming, next_of
 
 logger = logging.getLogger(__name__)
 
-
 CHUNK_SECONDS = 30.0
 """How long a peer waits for the next part of a tensor. Generous: a member of the group may
 be in the middle of a long step. One that died is left out long before."""
@@ -75,11 +74,13 @@ SHUN_SECONDS = 300.0
 IDENTIFIED_AT_ONCE = 16
 """Strangers that are asked for their proof at the same time; more are turned away."""
 
+REMEMBERED = 4096
+"""Proofs and refusals that are remembered at most; strangers may be many."""
+
 VOUCH_SECONDS = 3.0
 VOUCHES_ASKED = 5
 DONORS_ASKED = 16
 """Peers that are asked to vouch for the state."""
-
 
 TURN_SECONDS = 30.0
 """How long a state that is asked for in the middle of a round waits for its end."""
@@ -101,12 +102,13 @@ class _Guard(DecentralizedAverager):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any):
         # The optimizer exists, and the process is not forked yet.
-        moments = dump_optimizer_state(self.optimizer)[1]
-        self.state_bytes = sum(
-            tensor.numel() * tensor.element_size()
-            for tensor in [*self.main_parameters, *self.extra_tensors, *moments]
-        )
+        self.state_bytes = sum(tensor.nbytes for tensor in self._state_tensors())
         super().__init__(*args, **kwargs)
+
+    def _state_tensors(self) -> list[Tensor]:
+        """What a peer that joins is given, in the order in which it comes."""
+        moments = dump_optimizer_state(self.optimizer)[1]
+        return [*self.main_parameters, *self.extra_tensors, *moments]
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """Begin a round; this peer weighs as much as the rows it trained in the epoch."""
@@ -158,8 +160,7 @@ class _Guard(DecentralizedAverager):  # type: ignore[misc]
             return "it does not say its epoch"
         if not isinstance(metadata.get("optimizer_metadata"), list):
             return "it does not describe its optimizer"
-        expected = self.get_current_state()[1]
-        shapes = [tuple(tensor.shape) for tensor in expected]
+        shapes = [tuple(tensor.shape) for tensor in self._state_tensors()]
         if [tuple(tensor.shape) for tensor in tensors] != shapes:
             return "its tensors have other shapes than ours"
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
@@ -210,10 +211,12 @@ class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
             self.last_control = kwargs.get("averaging_control")
             if not self.is_sound():
                 self.go_back()
-                self._count_for_nothing(kwargs.get("averaging_control"))
+                self.weigh(0, self.last_control)
             self._in_round = True
-            result = super().step(*args, **kwargs)
-            self._in_round = False
+            try:
+                result = super().step(*args, **kwargs)
+            finally:
+                self._in_round = False
             control, self.last_control = self.last_control, None
             self.group_size = self._members_of(control) if self._averaged else 1
             self.is_whole = self.group_size == 1 or bool(control and control.result().whole)
@@ -319,12 +322,14 @@ class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
             return 1
         return max(1, len(control.result() or ()))
 
-    def _count_for_nothing(self, control: StepControl | None) -> None:
-        self.rows_weight = IDLE_WEIGHT
+    def weigh(self, rows: float, control: StepControl | None) -> None:
+        """Count for so many rows in the next round, also if it is arranged already."""
+        self.rows_weight = min(rows, self.bounds.most_rows) if rows else IDLE_WEIGHT
         if control is not None and not control.triggered and not control.done():
-            control.weight = IDLE_WEIGHT
+            control.weight = self.rows_weight
 
     def vouch(self) -> None:
+        """Let the others know the epoch and the sketch of what we would hand out."""
         with self.get_tensors() as averaged:
             numbers = sketch_of(averaged[: len(self.main_parameters)])
         self._outer_pipe.send(("_set_vouch", [int(self.local_epoch), numbers], {}))
@@ -335,6 +340,7 @@ class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
         settle(self._parent_pid)
         SwarmAverager._here = self
         self._known: dict[str, tuple[float, bool]] = {}
+        self._shunned_until: dict[str, float] = {}
         self._identifying = 0
         self._gone: dict[str, asyncio.Event] = {}
         self._own_vouch = b""
@@ -350,8 +356,8 @@ class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
         self._own_vouch = MSGPackSerializer.dumps([epoch, numbers])
 
     async def _leave_out(self, peers: list[str]) -> None:
-        for peer in [known for known in self._gone if known not in peers]:
-            del self._gone[peer]
+        for known in self._gone.keys() - peers:
+            self._gone[known].clear()  # not removed: a running call waits for this very event
         for peer in peers:
             self.is_gone(peer).set()
         for group in list(self._running_groups.values()):
@@ -364,19 +370,25 @@ class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
 
     def shun(self, peer: PeerID, problem: str) -> None:
         """Have nothing to do with this peer for a while."""
-        until = time.monotonic() + SHUN_SECONDS
-        if self._known.get(str(peer), (0.0, True))[1]:  # once, not for each part
+        if not self._is_shunned(str(peer)):  # told once, not for each part
             tell(logger, "poison", f"what peer {peer} sends is left out: {problem}")
             self._shunned_there.send_bytes(str(peer).encode())
-        self._known[str(peer)] = (until, False)
+        self._shunned_until[str(peer)] = time.monotonic() + SHUN_SECONDS
+
+    def _is_shunned(self, peer: str) -> bool:
+        return time.monotonic() < self._shunned_until.get(peer, 0.0)
 
     def is_gone(self, peer: str) -> asyncio.Event:
         """Set once this peer is left out."""
         return self._gone.setdefault(peer, asyncio.Event())
 
     async def admits(self, peer: PeerID) -> bool:
-        """Whether this peer has proved a registered hotkey, as far as is known now."""
-        name, now = str(peer), time.monotonic()
+        """Whether this peer has proved a registered hotkey, as far as is known now, and has
+        sent no poison of late."""
+        return await self._is_registered(str(peer)) and not self._is_shunned(str(peer))
+
+    async def _is_registered(self, name: str) -> bool:
+        now = time.monotonic()
         until, admitted = self._known.get(name, (0.0, False))
         if now < until:
             return admitted
@@ -392,7 +404,7 @@ class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
             admitted = False
         finally:
             self._identifying -= 1
-        if len(self._known) >= 4096:
+        if len(self._known) >= REMEMBERED:
             self._known.clear()
         self._known[name] = (now + (KNOWN_SECONDS if admitted else KNOWN_SECONDS / 5), admitted)
         return admitted
@@ -414,10 +426,9 @@ class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
         if control is not None and _epoch_in(control.data_for_gather) != epoch:
             yield averaging_pb2.MessageFromLeader(code=averaging_pb2.BAD_GROUP_KEY)
             return
-        async with contextlib.aclosing(super().rpc_join_group(request, context)) as answers:
+        async with _lingering(super().rpc_join_group(request, context)) as answers:
             async for answer in answers:
                 yield answer
-        await asyncio.sleep(LINGER_SECONDS)
 
     async def rpc_aggregate_part(
         self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext
@@ -427,10 +438,9 @@ class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
             yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
             return
         parts = self._sound_parts(stream, context.remote_id)
-        async with contextlib.aclosing(super().rpc_aggregate_part(parts, context)) as answers:
+        async with _lingering(super().rpc_aggregate_part(parts, context)) as answers:
             async for answer in answers:
                 yield answer
-        await asyncio.sleep(LINGER_SECONDS)
 
     async def rpc_download_state(
         self, request: averaging_pb2.DownloadRequest, context: P2PContext
@@ -438,10 +448,9 @@ class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
         """The stock one, for registered peers."""
         if not await self.admits(context.remote_id):
             return
-        async with contextlib.aclosing(super().rpc_download_state(request, context)) as answers:
+        async with _lingering(super().rpc_download_state(request, context)) as answers:
             async for answer in answers:
                 yield answer
-        await asyncio.sleep(LINGER_SECONDS)
 
     async def rpc_vouch(
         self, _request: averaging_pb2.DownloadRequest, context: P2PContext
@@ -475,12 +484,13 @@ class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
 
     async def _aggregate_with_group(self, group_info: Any, **kwargs: Any) -> _Gathered:
         """The stock one; what it says besides is whether all of the average arrived."""
-        for peer in group_info.peer_ids:  # who is in the group has come back
-            self._gone.pop(str(peer), None)
+        members = {str(peer) for peer in group_info.peer_ids}
+        for back in members & self._gone.keys():  # who is in the group is there
+            self._gone[back].clear()
         gathered = _Gathered(await super()._aggregate_with_group(group_info, **kwargs))
         runner = self._running_groups[group_info.group_id].result()
         if runner.tensor_part_container.failed_size:
-            gathered.whole = any(self.is_gone(str(peer)).is_set() for peer in group_info.peer_ids)
+            gathered.whole = any(self._gone[one].is_set() for one in members & self._gone.keys())
         return gathered
 
     async def _own_parts(self, group_id: bytes) -> Sequence[Tensor]:
@@ -564,6 +574,14 @@ class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
         except AllreduceException as error:
             tell(logger, "state_download", f"the state of peer {donor} is not taken: {error}")
             raise
+
+
+@contextlib.asynccontextmanager
+async def _lingering(answers: Any) -> AsyncIterator[Any]:
+    """A handler's answers; after the last one, time for the caller to close first."""
+    async with contextlib.aclosing(answers):
+        yield answers
+    await asyncio.sleep(LINGER_SECONDS)
 
 
 class _Gathered(dict[Any, Any]):

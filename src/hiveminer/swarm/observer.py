@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from hiveminer.run import Run
 from hiveminer.swarm.adamw import build_optimizer, build_scheduler, parameter_groups
 from hiveminer.swarm.averager import CHUNK_SECONDS, SwarmAverager, averager_prefix
-from hiveminer.swarm.optimizer import bounds
 from hiveminer.swarm.peer import Peer
+from hiveminer.swarm.soundness import Bounds
 from hiveminer.swarm.tracker import SampleTracker
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Observer:
             params=parameter_groups(model.parameters(), weight_decay=run.optimizer.weight_decay),
             optimizer=lambda groups: build_optimizer(groups, run.optimizer),
             scheduler=lambda optimizer: build_scheduler(optimizer, run.optimizer),
-            bounds=bounds(run),
+            bounds=Bounds.of(run),
             next_chunk_timeout=CHUNK_SECONDS,
             client_mode=True,
             start=True,

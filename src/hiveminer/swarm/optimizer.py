@@ -29,7 +29,6 @@ from hiveminer.run import Run
 from hiveminer.swarm.adamw import build_optimizer, build_scheduler, parameter_groups
 from hiveminer.swarm.averager import (
     CHUNK_SECONDS,
-    IDLE_WEIGHT,
     SHUN_SECONDS,
     SwarmAverager,
     averager_prefix,
@@ -134,11 +133,10 @@ class Swarm:
             matchmaking_time=section.matchmaking_seconds,
             averaging_timeout=section.averaging_timeout_seconds,
             next_chunk_timeout=CHUNK_SECONDS,
-            load_state_timeout=LOAD_SECONDS + state_bytes(model) / LOAD_BYTES,
             state_averaging_compression=compression(section),
             averager_opts={
                 "request_timeout": min(1.5, section.matchmaking_seconds / 2),
-                "bounds": bounds(run),
+                "bounds": Bounds.of(run),
             },
             tracker_opts={
                 "min_refresh_period": 0.2,
@@ -148,6 +146,8 @@ class Swarm:
                 "private_key": peer.private_key,
             },
         )
+        size = self.optimizer.state_averager.state_bytes
+        self.optimizer.load_state_timeout = LOAD_SECONDS + size / LOAD_BYTES
         self._target = 2
         self.optimizer.state_averager.set_target_group_size(self._target)
         self._trained_in: int | None = None
@@ -158,7 +158,7 @@ class Swarm:
             peer=peer,
             tracker=self.optimizer.tracker,
             rounding=self._is_rounding,
-            gone=self._go_on_without,
+            gone=self._follow_live_peers,
             deserted=self._give_up_looking,
         )
 
@@ -268,7 +268,8 @@ class Swarm:
 
     def _step(self, batch_size: int) -> bool:
         self._follow_live_peers()
-        self._weigh(batch_size)
+        rows = self.optimizer.local_progress.samples_accumulated + batch_size
+        self.optimizer.state_averager.weigh(float(rows), self.optimizer.scheduled_state)
         epoch, reloads = self.epoch, self.optimizer.reloads
         began = time.monotonic()
         self._deserted = False
@@ -296,7 +297,10 @@ class Swarm:
         self.optimizer.load_state_from_peers()
 
     def _follow_live_peers(self) -> None:
-        """A group of all live peers of our epoch is complete; who sent poison is none."""
+        """A group of all live peers of our epoch is complete; who sent poison is none.
+
+        Before each step, and during one by the watch, in its thread, when somebody is gone.
+        """
         for peer in self.optimizer.state_averager.shunned():
             self.optimizer.tracker.leave_out(peer, shun_seconds=SHUN_SECONDS)
         gone = self.optimizer.tracker.reports.gone
@@ -312,10 +316,6 @@ class Swarm:
         control = self.optimizer.state_averager.last_control
         return control is not None and control.triggered and not control.done()
 
-    def _go_on_without(self) -> None:
-        """Told by the watch, in its thread."""
-        self._follow_live_peers()
-
     def _give_up_looking(self) -> None:
         """Told by the watch, in its thread: nobody will come to our round."""
         control = self.optimizer.state_averager.last_control
@@ -324,16 +324,6 @@ class Swarm:
         if control.stage == AveragingStage.LOOKING_FOR_GROUP:
             self._deserted = self.optimizer.tracker.is_left_behind
             control.cancel()
-
-    def _weigh(self, batch_size: int) -> None:
-        """Tell the averager, and a round that is already arranged, what this peer weighs."""
-        rows = self.optimizer.local_progress.samples_accumulated + batch_size
-        averager = self.optimizer.state_averager
-        most = averager.bounds.most_rows
-        averager.rows_weight = min(float(rows), most) if rows else IDLE_WEIGHT
-        scheduled = self.optimizer.scheduled_state
-        if scheduled is not None and not scheduled.triggered and not scheduled.done():
-            scheduled.weight = averager.rows_weight
 
     def _tell_round(self, seconds: float) -> None:
         size, expected = self.optimizer.state_averager.group_size, self._target
@@ -344,15 +334,3 @@ class Swarm:
             tell(logger, "no_group", f"epoch {self.epoch}: {came}, {seconds:.1f} s")
         if self.on_round is not None:
             self.on_round(Round(epoch=self.epoch, group_size=size, seconds=seconds))
-
-
-def bounds(run: Run) -> Bounds:
-    """What a peer of this run may send in a round."""
-    return Bounds(
-        most_rows=float(run.swarm.epoch_samples), learning_rate=run.optimizer.learning_rate
-    )
-
-
-def state_bytes(model: nn.Module) -> int:
-    """What a peer's state takes on the way: the weights and two moments of each, in float32."""
-    return 12 * sum(parameter.numel() for parameter in model.parameters())

@@ -11,9 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
+
+from hiveminer.run import Run
 
 LOUDEST = 4.0
 """So many times the norm of our own weights is the most that another's may have."""
@@ -40,6 +43,13 @@ class Bounds:
 
     most_rows: float
     learning_rate: float
+
+    @classmethod
+    def of(cls, run: Run) -> Self:
+        """What a peer of this run may send."""
+        return cls(
+            most_rows=float(run.swarm.epoch_samples), learning_rate=run.optimizer.learning_rate
+        )
 
     def problem_with(self, theirs: Tensor, ours: Tensor) -> str | None:
         """Why a tensor must not be averaged with ours of the same place, or None."""
