@@ -20,10 +20,10 @@ from small_neurons import SmallMiner, miner_settings, quiet
 
 import hiveminer
 from hiveminer import base, cli, scoring
-from hiveminer.base import JsonFormatter
 from hiveminer.dependencies import unmet
 from hiveminer.errors import OperatorError
 from hiveminer.events import EVENTS, tell
+from hiveminer.logs import JsonFormatter, configure_logging
 from hiveminer.miner import Miner, start_peer
 from hiveminer.protocol import Train
 from hiveminer.replay import Curves
@@ -122,7 +122,7 @@ def test_each_line_names_role_and_key(
     assert all(re.match(rf"\d\d:\d\d:\d\d {named} INFO ", line) for line in lines), lines
     with quiet():  # on a real network a key has no name that would tell it from others
         settings = miner_settings(tmp_path, logging={"format": "json"})
-        base.configure_logging(settings, f"miner {hotkey[:8]}")
+        configure_logging(settings, f"miner {hotkey[:8]}")
         logging.getLogger("bittensor.x").warning("theirs")
         logging.getLogger("hivemind.x").warning("theirs too")
     said = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
@@ -133,14 +133,14 @@ def test_each_line_names_role_and_key(
 FORKED = """
 import logging, sys
 from pathlib import Path
-from hiveminer import base
+from hiveminer.logs import configure_logging
 from hiveminer.settings import MinerSettings
 from hiveminer.swarm import Peer
 
 async def speak(_dht, node):
     logging.getLogger("hivemind.dht.node").warning("from the fork")
 
-base.configure_logging(MinerSettings(), "miner-7")
+configure_logging(MinerSettings(), "miner-7")
 peer = Peer()
 peer.dht.run_coroutine(speak)
 peer.close()

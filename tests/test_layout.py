@@ -20,7 +20,7 @@ ROWS = [
     ["cli", "demo", "status", "doctor"],
     ["miner", "validator"],
     ["base"],
-    ["axon", "dendrite", "workqueue", "watchdog", "connections"],
+    ["axon", "dendrite", "workqueue", "watchdog", "connections", "logs"],
     ["blacklist", "scoring"],
     ["replay", "progress", "trainer", "weights"],
     ["model", "data", "memory", "checkpoint"],
