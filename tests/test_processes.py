@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,6 +153,27 @@ def test_a_socket_that_is_made_during_a_sweep_stays(
     sweep(shared_memory=short, sockets=short)
     assert (short / "hivemind-p2pd-new.sock").exists()
     made[0].close()
+
+
+def test_a_sweep_beside_a_program_that_ends_is_no_error(
+    short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder goes between the sweep's two looks."""
+    monkeypatch.setattr(tempfile, "tempdir", str(short))
+    over = threading.Event()
+
+    def come_and_go() -> None:
+        while not over.is_set():
+            Path(tempfile.mkdtemp(prefix="pymp-", dir=short)).rmdir()
+
+    with ThreadPoolExecutor(1) as beside:
+        going = beside.submit(come_and_go)
+        try:
+            for _ in range(2000):
+                sweep(shared_memory=short, sockets=short)
+        finally:
+            over.set()
+        going.result(10)
 
 
 def test_the_folder_of_a_killed_program_is_swept(tmp_path: Path) -> None:

@@ -162,8 +162,9 @@ def sweep(*, shared_memory: Path = Path("/dev/shm"), sockets: Path = Path("/tmp"
     removed = 0
     for path in shared_memory.glob("torch_*_*"):
         removed += _is_dead(path.name.split("_")[1]) and _remove(path)
-    for mark in Path(tempfile.gettempdir()).glob("pymp-*/hiveminer-*"):
-        removed += _is_dead(mark.name.partition("-")[2]) and _remove(mark.parent)
+    for folder in Path(tempfile.gettempdir()).glob("pymp-*"):
+        for number in _marks(folder):
+            removed += _is_dead(number) and _remove(folder)
     # First the files, then the table: a socket that is made in between is in no list.
     files = [*sockets.glob("hivemind-p2p*.sock"), *sockets.glob("torch-shm-dir-*/manager.sock")]
     open_sockets = _open_sockets()
@@ -172,6 +173,14 @@ def sweep(*, shared_memory: Path = Path("/dev/shm"), sockets: Path = Path("/tmp"
             if str(file) not in open_sockets:
                 removed += _remove(file.parent if file.name == "manager.sock" else file)
     return removed
+
+
+def _marks(folder: Path) -> list[str]:
+    """The numbers of the processes of ours that marked this folder."""
+    try:
+        return [each.name.partition("-")[2] for each in folder.glob("hiveminer-*")]
+    except OSError:  # its process removes it this moment
+        return []
 
 
 def _is_dead(number: str) -> bool:
