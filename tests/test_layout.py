@@ -27,7 +27,7 @@ ROWS = [
     ["swarm"],
     ["chain"],
     ["signals", "metrics", "events", "dependencies", "addresses"],
-    ["run", "protocol", "settings", "flags", "errors"],
+    ["run", "protocol", "settings", "flags", "locks", "errors"],
 ]
 ORDER = {name: (depth, i) for depth, row in enumerate(ROWS) for i, name in enumerate(row)}
 

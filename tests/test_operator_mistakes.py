@@ -18,6 +18,7 @@ from small_neurons import quiet
 
 from hiveminer import base, cli
 from hiveminer.chain import Chain, EmbeddedSubstrate, join_embedded, named_embedded_wallet
+from hiveminer.locks import Held, hold
 from programs import ROOT, Program
 
 DEAD = "ws://127.0.0.1:1"
@@ -81,6 +82,21 @@ def real_network(*, registered: bool) -> Prepare:
         patch.setattr(base, "open_chain", lambda *, wallet, **_: chain("test", wallet))
 
     return prepare
+
+
+def hotkey_at_work(
+    here: Path, patch: pytest.MonkeyPatch
+) -> contextlib.AbstractContextManager[object]:
+    """On a real network, where the key is no throwaway one that we lock ourselves."""
+    real_network(registered=True)(here, patch)
+    hotkey = bt.Wallet("w", "h", str(here / "wallets")).hotkey.ss58_address
+    folder = here / "state" / "test" / "1" / hotkey
+    folder.mkdir(parents=True)
+    held = hold(folder / "lock")
+    assert isinstance(held, Held)
+    release = contextlib.ExitStack()
+    release.callback(held.release)
+    return release
 
 
 REAL = "--subtensor.network test --wallet.name w --wallet.hotkey h --wallet.path {here}/wallets"
@@ -192,6 +208,12 @@ MISTAKES = [
         "miner --wallet.hotkey mine",
         ["in use by process", "choose another with --wallet.hotkey"],
         prepare=held_key,
+    ),
+    Mistake(
+        "hotkey that is at work already",
+        f"validator {REAL}",
+        ["in use by process", "on subnet 1", "choose another with --wallet.hotkey"],
+        prepare=hotkey_at_work,
     ),
     Mistake(
         "file where a folder should be",

@@ -18,7 +18,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from bittensor import Metagraph, MetagraphNeuron
@@ -46,6 +45,7 @@ from hiveminer.errors import (
     OperatorError,
 )
 from hiveminer.events import tell
+from hiveminer.locks import Held, hold
 from hiveminer.logs import configure_logging
 from hiveminer.protocol import IsAlive, Synapse, Train
 from hiveminer.settings import MinerSettings, Settings
@@ -105,6 +105,7 @@ class Neuron:
         self.role = role
         self.stopping = threading.Event()
         self._claim: Claimed | None = None
+        self._held: Held | None = None
         self.signals = Signals(self.stopping)
         self._syncing: threading.Thread | None = None
         self._on_sync: list[Callable[[], None]] = []
@@ -124,7 +125,7 @@ class Neuron:
         configure_logging(settings, self.name)
         self.folder = subnet_folder(settings) / self.hotkey
         try:
-            self._make_folder()
+            self._held = self._take_folder()
             self.chain = chain or open_chain(
                 network=settings.subtensor.network,
                 netuid=settings.netuid,
@@ -306,17 +307,27 @@ class Neuron:
             self._syncing.join(timeout=2)
         if hasattr(self, "chain"):
             self.chain.close()
-        if self._claim is not None:
-            self._claim.release()
+        for held in (self._held, self._claim):
+            if held is not None:
+                held.release()
         self.signals.give_back()
 
-    def _make_folder(self) -> None:
+    def _take_folder(self) -> Held:
+        """Our own folder, in which one neuron at a time keeps its key, its state and what it
+        has seen: two with one hotkey would spoil each other's."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            held = hold(self.folder / "lock")
         except OSError as error:
             raise OperatorError(
-                f"--neuron.path: {self.folder} cannot be made: {error.strerror}; choose another"
+                f"--neuron.path: {self.folder} cannot be used: {error.strerror}; choose another"
             ) from None
+        if isinstance(held, str):
+            raise OperatorError(
+                f"hotkey {self.hotkey} is in use by process {held} on subnet "
+                f"{self.settings.netuid}; stop that, or choose another with --wallet.hotkey"
+            )
+        return held
 
     def _take_place(self, stake: float) -> None:
         """Find our place on the subnet, from the chain or, while it is away, from the disk."""
@@ -494,12 +505,7 @@ class BaseMinerNeuron(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _start_axon(self) -> Axon:

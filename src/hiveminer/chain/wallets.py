@@ -1,8 +1,7 @@
 """Wallets: throwaway ones for the embedded network, and real ones by Bittensor's layout.
 
-A key of the embedded network belongs to one process at a time, which holds a lock on a
-file beside it; so a second miner started without any flag takes the next key. The lock
-goes with the process, however that ends.
+A key of the embedded network belongs to one process at a time, which holds a file beside
+it; so a second miner started without any flag takes the next key.
 """
 
 from __future__ import annotations
@@ -11,14 +10,13 @@ import contextlib
 import fcntl
 import os
 import re
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import bittensor as bt
 
 from hiveminer.errors import OperatorError
+from hiveminer.locks import Held, hold
 
 EMBEDDED_WALLET = "embedded"
 """The wallet, so one coldkey, to which `embedded_wallet` adds its hotkeys."""
@@ -31,41 +29,20 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 class Claimed:
     """A wallet whose hotkey this process, and no other, may use until `release`."""
 
-    def __init__(self, wallet: bt.Wallet, hotkey_name: str, descriptor: int):
+    def __init__(self, wallet: bt.Wallet, hotkey_name: str, held: Held):
         self.wallet = wallet
         self.hotkey_name = hotkey_name
-        self._descriptor: int | None = descriptor
-        _claims.add(self)
+        self._held = held
 
     def release(self) -> None:
         """Let other processes have the key. Idempotent."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        self._held.release()
 
     def __enter__(self) -> Claimed:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
-
-
-_claims: weakref.WeakSet[Claimed] = weakref.WeakSet()
-
-
-def _drop_inherited() -> None:
-    # The lock lives as long as any copy of its descriptor, so a child that outlives its
-    # parent would keep the key. Closing a copy does not unlock the parent's.
-    for claim in list(_claims):
-        claim.release()
-
-
-os.register_at_fork(after_in_child=_drop_inherited)
 
 
 def embedded_wallet(place: Path, *, prefix: str) -> Claimed:
@@ -128,34 +105,21 @@ def _claim(place: Path, name: str, hotkey: str) -> Claimed | str:
     try:
         locks = folder / name / "locks"
         locks.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(locks / hotkey, os.O_RDWR | os.O_CREAT, 0o600)
+        held = hold(locks / hotkey)
+        if isinstance(held, str):
+            return held
         try:
-            if not _lock(descriptor):
-                holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
-                os.close(descriptor)
-                return holder if holder.isdigit() else "unknown"
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
             wallet = bt.Wallet(name, hotkey, str(folder))
             _make_keys(wallet, locks)
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+            held.release()
             raise
     except OSError as error:
         raise OperatorError(
             f"wallets cannot be kept under {folder}: {error}; choose a folder that can be "
             "written to"
         ) from error
-    return Claimed(wallet, hotkey, descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    return Claimed(wallet, hotkey, held)
 
 
 def _make_keys(wallet: bt.Wallet, locks: Path) -> None:

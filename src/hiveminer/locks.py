@@ -1,0 +1,59 @@
+"""A file that one process holds at a time: whose a key, or a neuron's folder, is.
+
+The lock goes with the process, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import weakref
+from pathlib import Path
+
+
+class Held:
+    """A file that this process, and no other, holds until `release`."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor: int | None = descriptor
+        _all.add(self)
+
+    def release(self) -> None:
+        """Let other processes have it. Idempotent."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+_all: weakref.WeakSet[Held] = weakref.WeakSet()
+
+
+def _drop_inherited() -> None:
+    # A lock lives as long as any copy of its descriptor, so a child that outlives its
+    # parent would keep it. Closing a copy does not unlock the parent's.
+    for held in list(_all):
+        held.release()
+
+
+os.register_at_fork(after_in_child=_drop_inherited)
+
+
+def hold(file: Path) -> Held | str:
+    """Hold the file, which is made if need be; else the number of the process that does,
+    or "unknown". Raises OSError if the file cannot be opened."""
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
+            os.close(descriptor)
+            return holder if holder.isdigit() else "unknown"
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+        raise
+    return Held(descriptor)
