@@ -54,12 +54,14 @@ class Program:
         return self.log.read_text(errors="replace")
 
     def says(self, text: str, *, seconds: float = 60.0) -> str:
-        """Wait until the log holds the text; the log."""
+        """Wait until the log holds the text, and the rest of its line; the log."""
 
         def said() -> str:
+            ended = self.process.poll() is not None  # before it is read what it said last
             words = self.words
-            assert text in words or self.process.poll() is None, f"ended: {words}"
-            return words if text in words else ""
+            _, found, after = words.partition(text)
+            assert found or not ended, f"ended: {words}"
+            return words if found and ("\n" in after or ended) else ""
 
         with contextlib.suppress(AssertionError):
             return wait_for(said, seconds=seconds)
