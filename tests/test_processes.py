@@ -72,6 +72,31 @@ peer._Node = Slow
 peer.Peer()
 """
 
+# A tracker that ends while it waits for the DHT.
+WAITING_TRACKER = """
+import asyncio, gc, os, signal
+from hiveminer.swarm import Peer
+from hiveminer.swarm.tracker import SampleTracker
+from programs import wait_for
+
+def waiting():
+    return [each for each in gc.get_objects() if isinstance(each, asyncio.Task)]
+
+peer = Peer()
+tracker = SampleTracker(
+    dht=peer.dht, prefix="run", target_batch_size=8, start=True,
+    default_refresh_period=0.1, min_refresh_period=0.1, max_refresh_period=0.1,
+)
+os.kill(peer.dht.pid, signal.SIGSTOP)
+# One waits for the end from the start, and another one for the DHT's answer.
+wait_for(lambda: sum("wait_for" in repr(each) for each in waiting()) >= 2, seconds=20)
+tracker.shutdown(5)
+tracker.join(10)
+print("left", tracker.is_alive(), waiting(), flush=True)
+os.kill(peer.dht.pid, signal.SIGCONT)
+peer.close()
+"""
+
 MARKED = """
 import multiprocessing.util, time
 from hiveminer.swarm.processes import mark_temporary_folder
@@ -255,6 +280,18 @@ def test_a_parent_that_dies_before_its_child_has_settled(tmp_path: Path) -> None
         program.process.wait(10)
         assert lives(child)  # it has not even begun to look at its parent
         descendants_gone([child], seconds=5)
+
+
+@pytest.mark.timeout(120)
+def test_a_tracker_leaves_no_task_behind(tmp_path: Path) -> None:
+    """Python would log each as an error."""
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING_TRACKER)
+    path = {"PYTHONPATH": str(Path(__file__).parent)}
+    with Program([str(script)], folder=tmp_path / "waiting", env=path) as program:
+        assert "left False []" in program.says("left ", seconds=60)
+        assert program.process.wait(30) == 0
+        assert "destroyed" not in program.words
 
 
 def test_the_end_of_children_kills_what_is_left() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import statistics
@@ -22,6 +23,9 @@ OWNER = re.compile(RSASignatureValidator.PUBLIC_KEY_REGEX)
 REPORT_SECONDS = 8.0
 """A peer that has not reported for so long is no longer counted; it reports twice as often,
 in a thread of its own, however long its steps are."""
+
+LAST_SECONDS = 1.0
+"""What the thread is still asked for when it ends has so long to end as well."""
 
 BELIEVED_EPOCHS = 2
 """An epoch further ahead of the others' than this is believed only if two peers report it."""
@@ -97,6 +101,16 @@ class SampleTracker(ProgressTracker):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any):
         self.reports = Reports(signed=kwargs.get("private_key") is not None)
         super().__init__(*args, **kwargs)
+
+    def run(self) -> None:
+        """The stock one, whose thread leaves tasks behind: Python would log each as an error."""
+        super().run()
+        loop = asyncio.get_event_loop()
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.wait(left, timeout=LAST_SECONDS))
 
     @property
     def ready_to_update_epoch(self) -> bool:
