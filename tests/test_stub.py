@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import math
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hivemind.averaging.allreduce import AllreduceException
+from hivemind.averaging.matchmaking import Matchmaking
 from hivemind.compression import serialize_torch_tensor
 from hivemind.p2p import PeerID
 from hivemind.proto import averaging_pb2
@@ -19,7 +21,7 @@ from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.streaming import split_for_streaming
 
 from hiveminer.swarm import stub
-from hiveminer.swarm.averager import SwarmAverager, _epoch_in, _problem_with_part
+from hiveminer.swarm.averager import SwarmAverager, _epoch_in, _problem_with_part, end_look
 from hiveminer.swarm.sketch import sketch_of
 from hiveminer.swarm.soundness import Bounds
 from hiveminer.swarm.stub import Incoming
@@ -163,5 +165,54 @@ def test_who_sent_poison_stays_out_whatever_else_is_known_of_it() -> None:
         # Its proof, which was asked for before, comes in after that.
         averager._known[str(peer)] = (time.monotonic() + 60, True)
         assert not await averager.admits(peer)
+
+    asyncio.run(run())
+
+
+class OneLeader:
+    """A DHT in which one other peer looks for a group, and will for a while."""
+
+    def __init__(self, peer: PeerID):
+        self.peer_id = peer
+        self._expires = time.time() + 60
+
+    async def get(self, _key: str, **_: Any) -> Any:
+        said = SimpleNamespace(value=True, expiration_time=self._expires)
+        return SimpleNamespace(value={PeerID(b"\x12\x20" + b"l" * 32).to_bytes(): said})
+
+    async def store(self, **_: Any) -> bool:
+        return True
+
+
+def test_a_look_that_lost_its_cancellation_ends_with_its_step() -> None:
+    """As `wait_for` of Python 3.11 loses one that comes together with the leader's answer."""
+
+    async def run() -> None:
+        ours = PeerID(b"\x12\x20" + b"o" * 32)
+        asked = asyncio.Event()
+
+        async def lose_cancellation(_leader: PeerID) -> None:
+            asked.set()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+
+        matchmaking = Matchmaking(
+            SimpleNamespace(peer_id=ours), b"schema", OneLeader(ours), servicer_type=SwarmAverager,
+            prefix="run", target_group_size=2, min_group_size=2, min_matchmaking_time=100.0,
+            request_timeout=1.0, client_mode=False, initial_group_bits="",
+        )  # fmt: skip
+        matchmaking._request_join_group = lose_cancellation
+        step = SimpleNamespace(
+            scheduled_time=time.time(), deadline=time.time() + 300, get_timeout=lambda: 300.0
+        )
+        look = asyncio.create_task(matchmaking.look_for_group(step))
+        await asyncio.wait_for(asked.wait(), 10)
+        look.cancel()
+        await asyncio.wait({look}, timeout=0.3)
+        assert not look.done()  # it looks on, and the next look would wait for it
+        await end_look(matchmaking, step)
+        await asyncio.wait({look}, timeout=5)
+        assert look.cancelled()
+        assert not matchmaking.is_looking_for_group
 
     asyncio.run(run())

@@ -32,6 +32,7 @@ import torch
 from hivemind.averaging import DecentralizedAverager
 from hivemind.averaging.allreduce import AllreduceException, AveragingMode
 from hivemind.averaging.control import StepControl
+from hivemind.averaging.matchmaking import Matchmaking
 from hivemind.compression import (
     CompressionBase,
     Float16Compression,
@@ -81,6 +82,12 @@ VOUCH_SECONDS = 3.0
 VOUCHES_ASKED = 5
 DONORS_ASKED = 16
 """Peers that are asked to vouch for the state."""
+
+LOOK = Matchmaking._request_join_potential_leaders.__name__
+LOOK_SECONDS = 15.0
+CANCEL_AGAIN_SECONDS = 0.5
+"""A look for a group that was given up is cancelled so often, and so long: longer than any call
+in it."""
 
 TURN_SECONDS = 30.0
 """How long a state that is asked for in the middle of a round waits for its end."""
@@ -482,6 +489,13 @@ class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
             yield message
             number += 1
 
+    async def _step(self, *, step: StepControl, future_for_init: Any) -> None:
+        """The stock one; a look for a group that was given up ends with it."""
+        try:
+            await super()._step(step=step, future_for_init=future_for_init)
+        finally:
+            await end_look(self._matchmaking, step)
+
     async def _aggregate_with_group(self, group_info: Any, **kwargs: Any) -> _Gathered:
         """The stock one; what it says besides is whether all of the average arrived."""
         members = {str(peer) for peer in group_info.peer_ids}
@@ -574,6 +588,22 @@ class SwarmAverager(TrainingStateAverager, _Guard):  # type: ignore[misc]
         except AllreduceException as error:
             tell(logger, "state_download", f"the state of peer {donor} is not taken: {error}")
             raise
+
+
+async def end_look(matchmaking: Any, step: Any) -> None:
+    """See to it that the matchmaking no longer looks for a group for this step, which is over.
+
+    Before Python 3.12 `asyncio.wait_for` loses a cancellation that comes in the same moment as
+    the answer. Hivemind would look on, for nobody, and no other look begins meanwhile, so that
+    the next rounds are missed as well. Who has not ended after a while is cancelled again.
+    """
+    deadline = time.monotonic() + LOOK_SECONDS
+    while matchmaking.step_control is step and time.monotonic() < deadline:
+        await asyncio.sleep(CANCEL_AGAIN_SECONDS)
+        if matchmaking.step_control is step:
+            for task in asyncio.all_tasks():
+                if getattr(task.get_coro(), "__name__", "") == LOOK:
+                    task.cancel()
 
 
 @contextlib.asynccontextmanager
