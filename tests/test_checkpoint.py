@@ -40,7 +40,7 @@ from hiveminer.progress import Progress, read_trained
 from hiveminer.scoring import ScoreTable
 from hiveminer.trainer import TrainResult
 from hiveminer.validator import Validator
-from programs import Program, wait_for
+from programs import started, wait_for
 
 KEY = Keypair.create_from_uri("//Alice")
 VERIFY = signed_by(KEY.ss58_address)
@@ -573,11 +573,8 @@ print("sound each time")
 
 @pytest.mark.timeout(180)
 def test_kill_9_in_the_middle_of_writing_always_leaves_a_sound_one(tmp_path: Path) -> None:
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
     (tmp_path / "kept").mkdir()
-    words = [str(script), str(tmp_path / "kept"), "11"]
-    with Program(words, folder=tmp_path / "killed") as killed:
+    with started(KILLED, str(tmp_path / "kept"), "11", folder=tmp_path / "killed") as killed:
         told = killed.says("sound each time", seconds=150)
         assert killed.process.wait(20) == 0, told
 

@@ -19,7 +19,7 @@ import pytest
 from small_neurons import SmallMiner, miner_settings, quiet
 
 import hiveminer
-from hiveminer import base, cli, scoring
+from hiveminer import base, cli, dependencies, scoring
 from hiveminer.dependencies import unmet
 from hiveminer.errors import OperatorError
 from hiveminer.events import EVENTS, tell
@@ -35,7 +35,7 @@ from hiveminer.swarm.processes import log_to_root
 from hiveminer.trainer import TrainResult
 from hiveminer.validator import Sample, Validator
 from hiveminer.watchdog import Watchdog
-from programs import ROOT, Network, Program, wait_for
+from programs import ROOT, Network, started, wait_for
 
 COMPLAINTS = [
     *("peer_start", "no_group", "dht_split", "state_download", "stall"),
@@ -150,9 +150,7 @@ print("closed", flush=True)
 
 @pytest.mark.timeout(120)
 def test_the_processes_of_hivemind_log_as_their_neuron_does(tmp_path: Path) -> None:
-    script = tmp_path / "forked.py"
-    script.write_text(FORKED)
-    with Program([str(script)], folder=tmp_path / "forked") as program:
+    with started(FORKED, folder=tmp_path / "forked") as program:
         words = program.says("closed", seconds=90)
     assert re.search(r"^\d\d:\d\d:\d\d miner-7 WARNING from the fork$", words, re.MULTILINE)
 
@@ -242,9 +240,7 @@ say("closed")
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_peer_that_is_alone_says_why_and_a_split_that_it_was_healed(tmp_path: Path) -> None:
-    script = tmp_path / "meet.py"
-    script.write_text(MEET)
-    with Program([str(script)], folder=tmp_path / "meet") as program:
+    with started(MEET, folder=tmp_path / "meet") as program:
         words = program.says("closed", seconds=150)
     said = {line.partition(":")[0]: line for line in words.splitlines()}
     assert "this machine has no such address: choose one with --dht.ip" in said["foreign address"]
@@ -477,7 +473,7 @@ def test_an_import_that_fails_for_a_clash_is_one_line(
 
 
 def test_an_import_that_fails_for_no_clash_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "unmet", list)
+    monkeypatch.setattr(dependencies, "unmet", list)
     monkeypatch.setitem(sys.modules, "hiveminer.status", None)
     monkeypatch.delattr(hiveminer, "status", raising=False)  # if it was imported before
     with pytest.raises(ImportError):

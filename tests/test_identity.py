@@ -25,7 +25,7 @@ from hivemind.utils import auth
 from hiveminer.errors import OperatorError, SwarmError
 from hiveminer.swarm import Identity, identity
 from hiveminer.swarm.identity import Authorizer, peer_id_of_key
-from programs import Network, Program
+from programs import Network, started
 
 RUN = "embedded-11aa-22bb-33cc"
 OTHER_RUN = "embedded-99ff-22bb-33cc"
@@ -725,9 +725,7 @@ say("closed")
 
 def said(script: str, folder: Path) -> tuple[str, list[str]]:
     """The whole log of a script, and the lines that it said itself."""
-    path = folder / "script.py"
-    path.write_text(script)
-    with Program([str(path), RUN, OTHER_RUN], folder=folder / "peers") as program:
+    with started(script, RUN, OTHER_RUN, folder=folder / "peers") as program:
         words = program.says("# closed", seconds=120)
         assert program.process.wait(20) == 0, words
     return words, [line[2:] for line in words.splitlines() if line.startswith("# ")]
@@ -790,13 +788,11 @@ def test_a_stock_hivemind_node_gets_nothing_and_leaves_nothing(tmp_path: Path) -
 
 @pytest.mark.timeout(320)
 def test_a_miner_lets_in_who_is_registered_and_puts_out_who_is_no_longer(tmp_path: Path) -> None:
-    script = tmp_path / "guest.py"
-    script.write_text(GUEST)
     with Network(tmp_path / "net") as network:
         miner = network.start("miner").says("serving on", seconds=120)
         run = re.search(r"run (\S+): \d+ parameters", miner)
         assert run is not None, miner
-        with Program([str(script), run[1], "", *network.flags], folder=tmp_path / "guest") as guest:
+        with started(GUEST, run[1], "", *network.flags, folder=tmp_path / "guest") as guest:
             words = guest.says("# closed", seconds=150)
             assert guest.process.wait(20) == 0, words
     for line in ("let in True", "put out True", "stores False"):

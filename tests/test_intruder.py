@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from programs import Program
+from programs import started
 
 SCRIPT = '''
 import asyncio, json, sys, time
@@ -110,10 +110,8 @@ print("told", json.dumps(told), flush=True)
 
 @pytest.mark.timeout(240)
 def test_only_registered_peers_get_state_and_groups(tmp_path: Path) -> None:
-    script = tmp_path / "intruder.py"
-    script.write_text(SCRIPT)
     here = str(Path(__file__).resolve().parent)
-    with Program([str(script), here], folder=tmp_path / "log") as peers:
+    with started(SCRIPT, here, folder=tmp_path / "log") as peers:
         words = peers.says("told {", seconds=200)
         assert peers.process.wait(20) == 0, words
     told = json.loads(words.partition("told {")[2].splitlines()[0].join(["{", ""]))

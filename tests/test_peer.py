@@ -8,7 +8,7 @@ import pytest
 
 from hiveminer.swarm import addresses_in
 from hiveminer.swarm.peer import peer_id_of
-from programs import Program
+from programs import started
 
 ID = "QmcarEgZaGuB2HrUo7yJMwWP1fKCR1YBZrmgnQXoDCzyjY"
 
@@ -56,9 +56,7 @@ def test_a_broken_address_names_no_peer(text: str) -> None:
 
 @pytest.mark.timeout(120)
 def test_peers_meet_over_quic_and_over_tcp(tmp_path: Path) -> None:
-    script = tmp_path / "meet.py"
-    script.write_text(MEET)
-    with Program([str(script), ID], folder=tmp_path / "peers") as peers:
+    with started(MEET, ID, folder=tmp_path / "peers") as peers:
         words = peers.says("closed", seconds=90)
         assert peers.process.wait(20) == 0, words
     assert "quic alone (1, 1)" in words

@@ -24,7 +24,7 @@ from hiveminer.chain import embedded_wallet
 from hiveminer.swarm import processes
 from hiveminer.swarm.averager import SwarmAverager
 from hiveminer.swarm.processes import Children, lives, sweep
-from programs import Network, Program, descendants_gone, wait_for
+from programs import Network, Program, descendants_gone, started, wait_for
 
 linux = pytest.mark.skipif(
     not Path("/proc/net/unix").exists(), reason="only Linux tells which sockets are open"
@@ -202,9 +202,7 @@ def test_a_sweep_beside_a_program_that_ends_is_no_error(
 
 
 def test_the_folder_of_a_killed_program_is_swept(tmp_path: Path) -> None:
-    script = tmp_path / "marked.py"
-    script.write_text(MARKED)
-    with Program([str(script)], folder=tmp_path / "marked") as program:
+    with started(MARKED, folder=tmp_path / "marked") as program:
         wait_for(lambda: program.words.endswith("\n"), seconds=60, about=program.words)
         folder = Path(program.words.strip())
         sweep()
@@ -225,9 +223,7 @@ class RunningPeer:
 
 @pytest.fixture
 def peer(tmp_path: Path) -> Iterator[RunningPeer]:
-    script = tmp_path / "peer.py"
-    script.write_text(PEER)
-    with Program([str(script)], folder=tmp_path / "peer") as program:
+    with started(PEER, folder=tmp_path / "peer") as program:
         words = program.says("started", seconds=90)
         node = psutil.Process(int(words.split("started ")[1].split()[0]))
         (daemon,) = [child for child in node.children() if child.name() == "p2pd"]
@@ -271,9 +267,7 @@ def test_a_daemon_ends_when_everybody_else_is_killed(peer: RunningPeer) -> None:
 
 @pytest.mark.timeout(150)
 def test_a_parent_that_dies_before_its_child_has_settled(tmp_path: Path) -> None:
-    script = tmp_path / "slow.py"
-    script.write_text(SLOW_FORK)
-    with Program([str(script)], folder=tmp_path / "slow") as program:
+    with started(SLOW_FORK, folder=tmp_path / "slow") as program:
         words = program.says("forked", seconds=60)
         child = psutil.Process(int(words.split("forked ")[1].split()[0]))
         program.process.kill()
@@ -285,10 +279,8 @@ def test_a_parent_that_dies_before_its_child_has_settled(tmp_path: Path) -> None
 @pytest.mark.timeout(120)
 def test_a_tracker_leaves_no_task_behind(tmp_path: Path) -> None:
     """Python would log each as an error."""
-    script = tmp_path / "waiting.py"
-    script.write_text(WAITING_TRACKER)
     path = {"PYTHONPATH": str(Path(__file__).parent)}
-    with Program([str(script)], folder=tmp_path / "waiting", env=path) as program:
+    with started(WAITING_TRACKER, folder=tmp_path / "waiting", env=path) as program:
         assert "left False []" in program.says("left ", seconds=60)
         assert program.process.wait(30) == 0
         assert "destroyed" not in program.words

@@ -23,7 +23,7 @@ from hiveminer.model import builtin_model, builtin_tokenizer, encode
 from hiveminer.protocol import IsAlive, Train
 from hiveminer.swarm.adamw import parameter_groups
 from hiveminer.trainer import LocalStep, Trainer
-from programs import Network, Program, descendants_gone
+from programs import Network, Program, descendants_gone, started
 
 T = TypeVar("T")
 
@@ -170,9 +170,7 @@ epoch_samples = 1000000
 
 @pytest.mark.timeout(180)
 def test_training_on_after_a_restart_gives_the_same_bits(tmp_path: Path) -> None:
-    script = tmp_path / "same.py"
-    script.write_text(SAME)
-    with Program([str(script), str(tmp_path / "kept")], folder=tmp_path / "same") as same:
+    with started(SAME, str(tmp_path / "kept"), folder=tmp_path / "same") as same:
         told = same.says("the same", seconds=150)
         assert same.process.wait(20) == 0, told
 

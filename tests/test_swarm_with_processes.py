@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from programs import ROOT, Network, Program, descendants_gone, wait_for
+from programs import ROOT, Network, Program, descendants_gone, started, wait_for
 
 RUN = """
 [model]
@@ -68,11 +68,7 @@ sys.exit(0 if len(ended) >= 2 else 1)
 
 @pytest.mark.timeout(200)
 def test_two_peers_hold_the_same_weights_after_an_epoch(tmp_path: Path) -> None:
-    script = tmp_path / "peer.py"
-    script.write_text(PEER)
-    peers = [
-        Program([str(script), str(n), str(tmp_path)], folder=tmp_path / str(n)) for n in (0, 1)
-    ]
+    peers = [started(PEER, str(n), str(tmp_path), folder=tmp_path / str(n)) for n in (0, 1)]
     try:
         codes = [peer.process.wait(150) for peer in peers]
         told = "\n---\n".join(peer.words for peer in peers)

@@ -34,12 +34,12 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(_HOMES[name]), name)
     except ImportError as error:
-        from hiveminer.dependencies import unmet
+        from hiveminer.dependencies import explained
 
-        wrong = "; ".join(map(str, unmet()))
-        if not wrong:
+        words = explained(error)
+        if words is None:
             raise
-        raise ImportError(f"{error}; {wrong}") from error
+        raise ImportError(words) from error
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from hiveminer import __version__, flags
-from hiveminer.dependencies import unmet
+from hiveminer.dependencies import explained
 from hiveminer.errors import OperatorError
 from hiveminer.settings import (
     DemoSettings,
@@ -95,10 +95,10 @@ def _run(words: Sequence[str]) -> int | None:
         try:
             return COMMANDS[command](rest)
         except ImportError as error:
-            wrong = "; ".join(map(str, unmet()))
-            if not wrong:
+            said = explained(error)
+            if said is None:
                 raise
-            raise OperatorError(f"{error}; {wrong}") from error
+            raise OperatorError(said) from error
     if command in ("-h", "--help", "help"):
         print(_overview())
     elif command == "--version":

@@ -42,6 +42,12 @@ def unmet(distribution: str = "hiveminer") -> list[Unmet]:
     return [each for each in checked if each is not None]
 
 
+def explained(error: ImportError) -> str | None:
+    """An import's error with the packages that may be to blame; None when all fit."""
+    wrong = "; ".join(map(str, unmet()))
+    return f"{error}; {wrong}" if wrong else None
+
+
 def _check(line: str) -> Unmet | None:
     try:
         wanted = Requirement(line)

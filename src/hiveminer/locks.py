@@ -43,17 +43,14 @@ def hold(file: Path) -> Held | str:
     """Hold the file, which is made if need be; else the number of the process that does,
     or "unknown". Raises OSError if the file cannot be opened."""
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip()
-            os.close(descriptor)
             return holder if holder.isdigit() else "unknown"
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.close(descriptor)
-        raise
+        undo.pop_all()
     return Held(descriptor)

@@ -84,7 +84,7 @@ DONORS_ASKED = 16
 """Peers that are asked to vouch for the state."""
 
 LOOK = Matchmaking._request_join_potential_leaders.__name__
-LOOK_SECONDS = 15.0
+END_LOOK_SECONDS = 15.0
 CANCEL_AGAIN_SECONDS = 0.5
 """A look for a group that was given up is cancelled so often, and so long: longer than any call
 in it."""
@@ -597,7 +597,7 @@ async def end_look(matchmaking: Any, step: Any) -> None:
     the answer. Hivemind would look on, for nobody, and no other look begins meanwhile, so that
     the next rounds are missed as well. Who has not ended after a while is cancelled again.
     """
-    deadline = time.monotonic() + LOOK_SECONDS
+    deadline = time.monotonic() + END_LOOK_SECONDS
     while matchmaking.step_control is step and time.monotonic() < deadline:
         await asyncio.sleep(CANCEL_AGAIN_SECONDS)
         if matchmaking.step_control is step:
