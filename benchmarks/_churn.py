@@ -30,15 +30,16 @@ import torch
 from bittensor.keyfiles import Keypair
 from torch import nn
 
-from hiveminer.checkpoint import Checkpoints, of_run, signed_by
-from hiveminer.data import builtin_rows
-from hiveminer.model import builtin_model, builtin_tokenizer, encode
-from hiveminer.progress import Progress
-from hiveminer.run import Run
-from hiveminer.settings import NeuronSettings
-from hiveminer.swarm import Identity, Neighbours, Peer, Round, Swarm
-from hiveminer.swarm.adamw import build_optimizer, parameter_groups
-from hiveminer.trainer import Trainer, TrainResult
+from hiveminer.config.run import Run
+from hiveminer.config.settings import NeuronSettings
+from hiveminer.strategies.checkpointer import Progress
+from hiveminer.strategies.hivemind.optimizer import Round, Swarm
+from hiveminer.swarm import Identity, Neighbours, Peer
+from hiveminer.training.checkpoint import Checkpoints, of_run, signed_by
+from hiveminer.training.data import builtin_rows
+from hiveminer.training.model import builtin_model, builtin_tokenizer, encode
+from hiveminer.training.optimizer import build_optimizer, parameter_groups
+from hiveminer.training.trainer import Trainer, TrainResult
 
 MINERS = 4
 ROWS = 8

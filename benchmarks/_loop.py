@@ -17,10 +17,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from hiveminer.data import builtin_rows
-from hiveminer.model import builtin_model, builtin_tokenizer
-from hiveminer.run import Run
-from hiveminer.swarm.adamw import build_optimizer
+from hiveminer.config.run import Run
+from hiveminer.training.data import builtin_rows
+from hiveminer.training.model import builtin_model, builtin_tokenizer
+from hiveminer.training.optimizer import build_optimizer
 
 BATCH = 8
 SEED_EPOCH = 512

@@ -22,11 +22,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from hiveminer import model
-from hiveminer.data import load_rows
+from hiveminer.config.run import Run
 from hiveminer.protocol import IsAlive
-from hiveminer.run import Run
-from hiveminer.trainer import LocalStep, Trainer
+from hiveminer.training import model
+from hiveminer.training.data import load_rows
+from hiveminer.training.trainer import LocalStep, Trainer
 
 BATCH = 4
 

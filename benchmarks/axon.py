@@ -50,10 +50,10 @@ from bittensor import http_auth
 
 from benchmarks import _flood, machine
 from hiveminer.chain import embedded_wallet, join_embedded, open_chain
-from hiveminer.dendrite import ANSWER_METHOD, Dendrite, Endpoint, answer_path, verify_signed
 from hiveminer.errors import MinerError
-from hiveminer.metrics import progress_bar
 from hiveminer.protocol import IsAlive, Train
+from hiveminer.rpc.dendrite import ANSWER_METHOD, Dendrite, Endpoint, answer_path, verify_signed
+from hiveminer.runtime.metrics import progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST = "127.0.0.1"

@@ -54,7 +54,7 @@ import psutil
 
 from benchmarks._churn import EPOCH_ROWS, MINERS, PACE_SECONDS, ROWS, SEQUENCE
 from benchmarks.machine import RESULTS, describe, write
-from hiveminer.metrics import progress_bar
+from hiveminer.runtime.metrics import progress_bar
 from hiveminer.swarm.processes import sweep
 
 AIM_GOODPUT = 0.90

@@ -5,7 +5,8 @@ tokens, so that activations hardly count, and is the growth of its resident memo
 that before the model was made, by the number of parameters: `weights` once it is made,
 `step` after two steps (weights, gradients, AdamW's moments), `peak` the highest meanwhile.
 Two sizes, so that what does not grow with the model shows. The averager's copies, which
-live in processes of hivemind's, are not in it. `counted` is what `hiveminer.memory` counts.
+live in processes of hivemind's, are not in it. `counted` is what
+`hiveminer.training.memory` counts.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.machine import RESULTS, describe, write
-from hiveminer.memory import memory_needed
-from hiveminer.run import Run
-from hiveminer.swarm import build_optimizer
-from hiveminer.trainer import LocalStep, Trainer
+from hiveminer.config.run import Run
+from hiveminer.training.memory import memory_needed
+from hiveminer.training.optimizer import build_optimizer
+from hiveminer.training.trainer import LocalStep, Trainer
 
 WIDTHS = (512, 1024)
 PRECISIONS = ("float32", "bfloat16")

@@ -32,9 +32,9 @@ import psutil
 
 from benchmarks.machine import RESULTS, describe, write
 from hiveminer.chain import embedded_wallet, join_embedded, open_chain
-from hiveminer.dendrite import Dendrite, Endpoint
 from hiveminer.errors import MinerError
 from hiveminer.protocol import IsAlive, Train
+from hiveminer.rpc.dendrite import Dendrite, Endpoint
 from hiveminer.swarm.processes import sweep
 
 AIM = 0.95

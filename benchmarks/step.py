@@ -3,7 +3,7 @@
 Tokens of real text (the built-in rows, about 450 tokens each) a second, with one model, one
 optimizer and one thread, in turn, round after round, so that all see the same machine:
 
-- `trainer`: `hiveminer.trainer.Trainer` from text, the encoding within the clock.
+- `trainer`: `hiveminer.training.trainer.Trainer` from text, the encoding within the clock.
 - `packed` (b): a bare loop over sequences of 512 tokens without padding, made beforehand:
   forward, backward, clip, AdamW.
 - `padded` (a): the seed's way: every row padded to 512, attention mask, the loss read at
@@ -59,17 +59,17 @@ from transformers import (
 from transformers import Trainer as TransformersTrainer
 
 from benchmarks.machine import RESULTS, describe, write
-from hiveminer.data import builtin_rows
-from hiveminer.model import (
+from hiveminer.config.run import Run
+from hiveminer.training.data import builtin_rows
+from hiveminer.training.model import (
     builtin_model,
     builtin_tokenizer,
     encode,
     parameter_count,
     ready_to_train,
 )
-from hiveminer.run import Run
-from hiveminer.swarm import build_optimizer
-from hiveminer.trainer import IGNORED, LocalStep, Trainer
+from hiveminer.training.optimizer import build_optimizer
+from hiveminer.training.trainer import IGNORED, LocalStep, Trainer
 
 LENGTH = 512
 BATCH = 4

@@ -20,8 +20,9 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.machine import RESULTS, describe, write
-from hiveminer.run import Run
-from hiveminer.swarm import Peer, Swarm
+from hiveminer.config.run import Run
+from hiveminer.strategies.hivemind.optimizer import Swarm
+from hiveminer.swarm import Peer
 
 WIDTHS = (768, 1024)
 TRAINING = 12

@@ -4,8 +4,7 @@
 Run: python examples/validator.py
 """
 
-from hiveminer import Validator
-from hiveminer.scoring import Evidence
+from hiveminer import Evidence, Validator
 
 
 class StrictValidator(Validator):

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 from bittensor.keyfiles import Keypair
 
-from hiveminer.axon import Axon
-from hiveminer.blacklist import STRANGER, Standing
 from hiveminer.protocol import Train
-from hiveminer.workqueue import WorkQueue
+from hiveminer.rpc.axon import Axon
+from hiveminer.rpc.blacklist import STRANGER, Standing
+from hiveminer.rpc.queue import WorkQueue
 
 VALIDATOR = str(Keypair.create_from_uri("//Bob").ss58_address)
 

@@ -16,7 +16,7 @@ import bittensor as bt
 from bittensor.keyfiles import Keypair
 
 from hiveminer.chain import EmbeddedSubstrate, embedded_wallet
-from hiveminer.chain.ledger import Ledger
+from hiveminer.chain.embedded.ledger import Ledger
 
 
 @dataclass(frozen=True)

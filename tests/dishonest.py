@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from hiveminer import Miner, Train
-from hiveminer.trainer import TrainResult
+from hiveminer.training.trainer import TrainResult
 
 
 class Honest(Miner):

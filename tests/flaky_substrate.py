@@ -16,7 +16,7 @@ import bittensor as bt
 from chain_worker import Keys, new_keys
 
 from hiveminer.chain import EmbeddedSubstrate
-from hiveminer.chain.embedded import Composed
+from hiveminer.chain.embedded.substrate import Composed
 
 WEIGHTS = ("set_weights", "set_mechanism_weights")
 

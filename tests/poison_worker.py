@@ -16,7 +16,7 @@ import swarm_worker
 import torch
 from hivemind.averaging import allreduce
 
-from hiveminer.swarm.averager import SwarmAverager
+from hiveminer.strategies.hivemind.averager import SwarmAverager
 
 POISON = {"nan": math.nan, "inf": math.inf, "loud": 1000.0}
 

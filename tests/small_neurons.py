@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hiveminer.base import BaseMinerNeuron
 from hiveminer.chain import Chain
-from hiveminer.dendrite import Dendrite, Endpoint
+from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import HiveminerError, MinerError
+from hiveminer.neuron import BaseMinerNeuron
 from hiveminer.protocol import IsAlive, Train
-from hiveminer.settings import MinerSettings
+from hiveminer.rpc.dendrite import Dendrite, Endpoint
 from programs import wait_for
 
 

@@ -39,8 +39,10 @@ from hivemind.averaging import DecentralizedAverager
 from hivemind.averaging.matchmaking import Matchmaking
 from tiny import VOCABULARY, tiny_model
 
-from hiveminer.run import Run
-from hiveminer.swarm import Peer, Round, Swarm, build_optimizer
+from hiveminer.config.run import Run
+from hiveminer.strategies.hivemind.optimizer import Round, Swarm
+from hiveminer.swarm import Peer
+from hiveminer.training.optimizer import build_optimizer
 
 ROWS = 4
 MATCHMAKING_SECONDS = 5.0

@@ -14,10 +14,10 @@ import pytest
 from chain_worker import new_keys
 from small_neurons import Running, SmallMiner, miner_settings, quiet
 
-from hiveminer import addresses
 from hiveminer.chain import Chain, EmbeddedSubstrate, join_embedded
+from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import OperatorError
-from hiveminer.settings import MinerSettings
+from hiveminer.runtime import addresses
 from programs import wait_for
 
 

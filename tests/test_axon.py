@@ -30,13 +30,13 @@ from bittensor.keyfiles import Keypair
 from hypothesis import HealthCheck, given, settings
 from malformed import Malformed, malformed
 
-from hiveminer import axon as axon_module
-from hiveminer.axon import Axon
-from hiveminer.blacklist import STRANGER, Policy, Standing
-from hiveminer.dendrite import ANSWER_METHOD, Dendrite, Endpoint, answer_path
 from hiveminer.errors import OperatorError, Refused, TrainingError
 from hiveminer.protocol import MAX_ROWS, IsAlive, Train
-from hiveminer.workqueue import WorkQueue
+from hiveminer.rpc import axon as axon_module
+from hiveminer.rpc.axon import Axon
+from hiveminer.rpc.blacklist import STRANGER, Policy, Standing
+from hiveminer.rpc.dendrite import ANSWER_METHOD, Dendrite, Endpoint, answer_path
+from hiveminer.rpc.queue import WorkQueue
 
 Wallet = SimpleNamespace
 

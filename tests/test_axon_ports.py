@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from hiveminer.base import BaseMinerNeuron
+from hiveminer.config.settings import AxonSettings, MinerSettings, NeuronSettings, SubtensorSettings
 from hiveminer.errors import OperatorError
+from hiveminer.neuron import BaseMinerNeuron
 from hiveminer.protocol import IsAlive, Train
-from hiveminer.settings import AxonSettings, MinerSettings, NeuronSettings, SubtensorSettings
 
 
 class Idle(BaseMinerNeuron):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hiveminer.blacklist import STRANGER, Policy, Standing, refusal
+from hiveminer.rpc.blacklist import STRANGER, Policy, Standing, refusal
 
 VALIDATOR = Standing(uid=0, registered=True, validator_permit=True, stake=10.0)
 MINER = Standing(uid=1, registered=True, validator_permit=False, stake=0.0)

@@ -31,8 +31,8 @@ from hiveminer.chain import (
     open_chain,
     open_wallet,
 )
-from hiveminer.chain.consensus import Standing, permits, scores
-from hiveminer.chain.ledger import FAUCET_RAO
+from hiveminer.chain.embedded.consensus import Standing, permits, scores
+from hiveminer.chain.embedded.ledger import FAUCET_RAO
 from hiveminer.errors import ChainError, NotRegistered, OperatorError
 
 WORKER = Path(__file__).with_name("chain_worker.py")

@@ -24,7 +24,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hiveminer.checkpoint import (
+from hiveminer.errors import SwarmError
+from hiveminer.strategies.checkpointer import Progress, read_trained
+from hiveminer.training.checkpoint import (
     DOMAIN,
     MANIFEST,
     MAX_MANIFEST_BYTES,
@@ -35,10 +37,8 @@ from hiveminer.checkpoint import (
     of_run,
     signed_by,
 )
-from hiveminer.errors import SwarmError
-from hiveminer.progress import Progress, read_trained
-from hiveminer.scoring import ScoreTable
-from hiveminer.trainer import TrainResult
+from hiveminer.training.trainer import TrainResult
+from hiveminer.validation.scoring import ScoreTable
 from hiveminer.validator import Validator
 from programs import started, wait_for
 
@@ -726,7 +726,7 @@ def test_the_last_snapshot_is_not_waited_for_for_ever(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process of hivemind's that was killed may hold the lock of the buffers."""
-    monkeypatch.setattr("hiveminer.progress.LAST_SECONDS", 0.2)
+    monkeypatch.setattr("hiveminer.strategies.checkpointer.LAST_SECONDS", 0.2)
     made = a_miner(tmp_path)
     made.train(8)
     released = threading.Event()

@@ -10,8 +10,13 @@ import pytest
 
 import hiveminer
 from hiveminer import cli
+from hiveminer.config.settings import (
+    DemoSettings,
+    MinerSettings,
+    ProgramSettings,
+    ValidatorSettings,
+)
 from hiveminer.errors import NotRegistered
-from hiveminer.settings import DemoSettings, MinerSettings, ProgramSettings, ValidatorSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import cut_the_network
 
-from hiveminer.data import (
+from hiveminer.config.run import DataSection
+from hiveminer.errors import OperatorError, TrainingError
+from hiveminer.training.data import (
     KEPT_SHARDS,
     ROW_BYTES,
     Rows,
@@ -25,8 +27,6 @@ from hiveminer.data import (
     load_rows,
     split_held_out,
 )
-from hiveminer.errors import OperatorError, TrainingError
-from hiveminer.run import DataSection
 
 TEXTS = [f"row {number}: " + "word " * (number % 7) for number in range(25)]
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from bittensor.keyfiles import Keypair
 
-from hiveminer import model
-from hiveminer.axon import Axon
-from hiveminer.blacklist import Standing
-from hiveminer.dendrite import Dendrite, Endpoint
 from hiveminer.protocol import Train
-from hiveminer.trainer import LocalStep, Trainer
-from hiveminer.workqueue import WorkQueue
+from hiveminer.rpc.axon import Axon
+from hiveminer.rpc.blacklist import Standing
+from hiveminer.rpc.dendrite import Dendrite, Endpoint
+from hiveminer.rpc.queue import WorkQueue
+from hiveminer.training import model
+from hiveminer.training.trainer import LocalStep, Trainer
 
 ROWS = 256
 DEADLINE_SECONDS = 2.0

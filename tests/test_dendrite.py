@@ -16,11 +16,11 @@ import pytest
 from bittensor import http_auth
 from bittensor.keyfiles import Keypair
 
-from hiveminer.axon import Axon
-from hiveminer.blacklist import STRANGER, Standing
-from hiveminer.dendrite import ANSWER_METHOD, Dendrite, Endpoint, answer_path
 from hiveminer.errors import MinerError, OperatorError
 from hiveminer.protocol import IsAlive, Synapse, Train
+from hiveminer.rpc.axon import Axon
+from hiveminer.rpc.blacklist import STRANGER, Standing
+from hiveminer.rpc.dendrite import ANSWER_METHOD, Dendrite, Endpoint, answer_path
 
 Wallet = SimpleNamespace
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -96,7 +96,7 @@ def error_of(handler: Handler, synapse: Synapse | None = None) -> MinerError:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hiveminer.dendrite.FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("hiveminer.rpc.dendrite.FIRST_PAUSE_SECONDS", 0.001)
 
 
 @pytest.fixture

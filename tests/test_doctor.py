@@ -13,11 +13,12 @@ import bittensor as bt
 import pytest
 from small_neurons import miner_settings
 
-from hiveminer import cli, doctor
+from hiveminer import cli
 from hiveminer.chain import EmbeddedSubstrate, embedded_wallet, join_embedded, open_chain
-from hiveminer.doctor import Check, Doctor, passed, within
+from hiveminer.commands import doctor
+from hiveminer.commands.doctor import Check, Doctor, passed, within
+from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import OperatorError
-from hiveminer.settings import MinerSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -229,7 +230,7 @@ def test_memory_is_read_off_the_models_configuration(
 ) -> None:
     from tiny import tiny_model
 
-    from hiveminer import memory, model
+    from hiveminer.training import memory, model
 
     built = tiny_model("llama")
     built.save_pretrained(tmp_path / "model")

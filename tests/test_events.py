@@ -19,22 +19,25 @@ import pytest
 from small_neurons import SmallMiner, miner_settings, quiet
 
 import hiveminer
-from hiveminer import base, cli, dependencies, scoring
-from hiveminer.dependencies import unmet
+from hiveminer import cli
+from hiveminer import neuron as base
+from hiveminer.config.run import Run
 from hiveminer.errors import OperatorError
-from hiveminer.events import EVENTS, tell
-from hiveminer.logs import JsonFormatter, configure_logging
 from hiveminer.miner import Miner, start_peer
 from hiveminer.protocol import Train
-from hiveminer.replay import Curves
-from hiveminer.run import Run
-from hiveminer.scoring import Evidence, ScoreTable
+from hiveminer.runtime import dependencies
+from hiveminer.runtime.dependencies import unmet
+from hiveminer.runtime.events import EVENTS, tell
+from hiveminer.runtime.logs import JsonFormatter, configure_logging
+from hiveminer.runtime.watchdog import Watchdog
 from hiveminer.swarm import Look, Neighbours
 from hiveminer.swarm.peer import FOREIGN, UNREACHED, start_cure, why_silent
 from hiveminer.swarm.processes import log_to_root
-from hiveminer.trainer import TrainResult
+from hiveminer.training.trainer import TrainResult
+from hiveminer.validation import scoring
+from hiveminer.validation.replay import Curves
+from hiveminer.validation.scoring import Evidence, ScoreTable
 from hiveminer.validator import Sample, Validator
-from hiveminer.watchdog import Watchdog
 from programs import ROOT, Network, started, wait_for
 
 COMPLAINTS = [
@@ -464,7 +467,7 @@ def test_a_neuron_tells_of_a_clash_when_it_starts(
 def test_an_import_that_fails_for_a_clash_is_one_line(
     other_hiveminer: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "hiveminer.status", None)
+    monkeypatch.setitem(sys.modules, "hiveminer.commands.status", None)
     monkeypatch.delattr(hiveminer, "status", raising=False)  # if it was imported before
     assert cli.main(["status"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -474,7 +477,7 @@ def test_an_import_that_fails_for_a_clash_is_one_line(
 
 def test_an_import_that_fails_for_no_clash_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dependencies, "unmet", list)
-    monkeypatch.setitem(sys.modules, "hiveminer.status", None)
+    monkeypatch.setitem(sys.modules, "hiveminer.commands.status", None)
     monkeypatch.delattr(hiveminer, "status", raising=False)  # if it was imported before
     with pytest.raises(ImportError):
         cli.main(["status"])

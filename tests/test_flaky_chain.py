@@ -23,12 +23,12 @@ from hypothesis import strategies as st
 from small_neurons import SmallMiner, miner_settings, quiet, running
 
 from hiveminer.chain import Chain, EmbeddedSubstrate, join_embedded
-from hiveminer.checkpoint import Checkpoints
+from hiveminer.chain.weights import WeightSetter, clipped, filled, same, version_key
+from hiveminer.config.settings import MinerSettings, ValidatorSettings
 from hiveminer.errors import ChainError, NotRegistered, NotYetRegistered
-from hiveminer.scoring import ScoreTable
-from hiveminer.settings import MinerSettings, ValidatorSettings
+from hiveminer.training.checkpoint import Checkpoints
+from hiveminer.validation.scoring import ScoreTable
 from hiveminer.validator import Validator
-from hiveminer.weights import WeightSetter, clipped, filled, same, version_key
 from programs import wait_for
 
 BLOCK_SECONDS = 0.05

@@ -17,17 +17,19 @@ SOURCE = ROOT / "src" / "hiveminer"
 # A module may import what stands in a row below its own, or further right in its own.
 ROWS = [
     ["__main__"],
-    ["cli", "demo", "status", "doctor"],
+    ["cli", "scoring"],
+    ["commands"],
     ["miner", "validator"],
-    ["base"],
-    ["axon", "dendrite", "workqueue", "watchdog", "connections", "logs"],
-    ["blacklist", "scoring"],
-    ["replay", "progress", "trainer", "weights"],
-    ["model", "data", "memory", "checkpoint"],
+    ["neuron"],
+    ["validation"],
+    ["strategies"],
     ["swarm"],
     ["chain"],
-    ["signals", "metrics", "events", "dependencies", "addresses"],
-    ["run", "protocol", "settings", "flags", "locks", "errors"],
+    ["training"],
+    ["rpc"],
+    ["runtime"],
+    ["config"],
+    ["protocol", "errors", "__version__"],
 ]
 ORDER = {name: (depth, i) for depth, row in enumerate(ROWS) for i, name in enumerate(row)}
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from hiveminer.config.settings import WandbSettings
 from hiveminer.errors import OperatorError
-from hiveminer.metrics import JsonLines, NoMetrics, Tee, Wandb, open_metrics, progress_bar
-from hiveminer.settings import WandbSettings
+from hiveminer.runtime.metrics import JsonLines, NoMetrics, Tee, Wandb, open_metrics, progress_bar
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -82,7 +82,7 @@ def test_threads_do_not_cut_one_anothers_lines(tmp_path: Path) -> None:
 def test_processes_share_a_file(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     code = (
-        "import sys; from pathlib import Path; from hiveminer.metrics import JsonLines\n"
+        "import sys; from pathlib import Path; from hiveminer.runtime.metrics import JsonLines\n"
         "sink = JsonLines(Path(sys.argv[1]))\n"
         "for i in range(200): sink.log('train', {'i': i, 'text': 'x' * 500})"
     )
@@ -191,8 +191,8 @@ def test_wandb_that_does_not_start_is_told_and_left(
 def test_the_real_wandb_writes_offline_without_an_account(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
-        "from hiveminer.metrics import open_metrics\n"
-        "from hiveminer.settings import WandbSettings\n"
+        "from hiveminer.runtime.metrics import open_metrics\n"
+        "from hiveminer.config.settings import WandbSettings\n"
         "m = open_metrics(Path(sys.argv[1]) / 'm.jsonl', wandb=WandbSettings(mode='offline'))\n"
         "m.log('train', {'loss': 1.0}); m.close()"
     )

@@ -15,9 +15,9 @@ import httpx
 import pytest
 
 from hiveminer.chain import Chain, embedded_wallet, join_embedded, open_chain
-from hiveminer.dendrite import Dendrite, Endpoint
 from hiveminer.errors import MinerError
 from hiveminer.protocol import IsAlive, Train
+from hiveminer.rpc.dendrite import Dendrite, Endpoint
 from programs import ROOT, Network, wait_for
 
 RUN = """

@@ -19,7 +19,7 @@ from tiny import (
 )
 
 from hiveminer.errors import OperatorError
-from hiveminer.model import (
+from hiveminer.training.model import (
     builtin_model,
     builtin_tokenizer,
     check_fit,

@@ -16,9 +16,10 @@ import pytest
 from chain_worker import Keys, new_keys
 from small_neurons import quiet
 
-from hiveminer import base, cli
+from hiveminer import cli
+from hiveminer import neuron as base
 from hiveminer.chain import Chain, EmbeddedSubstrate, join_embedded, named_embedded_wallet
-from hiveminer.locks import Held, hold
+from hiveminer.runtime.locks import Held, hold
 from programs import ROOT, Program
 
 DEAD = "ws://127.0.0.1:1"

@@ -21,8 +21,8 @@ import psutil
 import pytest
 
 from hiveminer.chain import embedded_wallet
+from hiveminer.strategies.hivemind.averager import SwarmAverager
 from hiveminer.swarm import processes
-from hiveminer.swarm.averager import SwarmAverager
 from hiveminer.swarm.processes import Children, lives, sweep
 from programs import Network, Program, descendants_gone, started, wait_for
 

@@ -13,14 +13,14 @@ from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hiveminer.config.run import Run
 from hiveminer.errors import TrainingError
-from hiveminer.model import encode, weights_hash
-from hiveminer.replay import Curves, Replayer
-from hiveminer.run import Run
-from hiveminer.scoring import Evidence, score
-from hiveminer.swarm import SwarmState, build_optimizer
-from hiveminer.swarm.adamw import parameter_groups
-from hiveminer.trainer import LocalStep, Trainer
+from hiveminer.strategies.hivemind.observer import SwarmState
+from hiveminer.training.model import encode, weights_hash
+from hiveminer.training.optimizer import build_optimizer, parameter_groups
+from hiveminer.training.trainer import LocalStep, Trainer
+from hiveminer.validation.replay import Curves, Replayer
+from hiveminer.validation.scoring import Evidence, score
 
 RUN = Run()
 BATCH = 2

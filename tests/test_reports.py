@@ -10,8 +10,8 @@ from bittensor.keyfiles import Keypair
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.p2p import PeerID
 
+from hiveminer.strategies.hivemind.tracker import Reports
 from hiveminer.swarm import Identity
-from hiveminer.swarm.tracker import Reports
 
 
 def peer(number: int) -> PeerID:

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from hiveminer.chain import Chain, embedded_wallet, join_embedded, open_chain
-from hiveminer.checkpoint import STATE, STATE_FOLDER, Checkpoint, newest, signed_by
-from hiveminer.data import builtin_rows
-from hiveminer.dendrite import Dendrite, Endpoint
 from hiveminer.errors import MinerError
-from hiveminer.model import builtin_model, builtin_tokenizer, encode
 from hiveminer.protocol import IsAlive, Train
-from hiveminer.swarm.adamw import parameter_groups
-from hiveminer.trainer import LocalStep, Trainer
+from hiveminer.rpc.dendrite import Dendrite, Endpoint
+from hiveminer.training.checkpoint import STATE, STATE_FOLDER, Checkpoint, newest, signed_by
+from hiveminer.training.data import builtin_rows
+from hiveminer.training.model import builtin_model, builtin_tokenizer, encode
+from hiveminer.training.optimizer import parameter_groups
+from hiveminer.training.trainer import LocalStep, Trainer
 from programs import Network, Program, descendants_gone, started
 
 T = TypeVar("T")

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from hiveminer import __version__
+from hiveminer.__version__ import __version__
+from hiveminer.config.run import Run, RunId, is_local, load_run
 from hiveminer.errors import OperatorError
-from hiveminer.run import Run, RunId, is_local, load_run
 
 BASE: dict[str, Any] = {
     "optimizer": {"schedule": "linear", "total_epochs": 10},

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hiveminer.scoring import (
+from hiveminer.validation.scoring import (
     FEWEST_STEPS,
     FULL_LEARNING,
     LEAST_FIT,

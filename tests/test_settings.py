@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hiveminer import flags, protocol
-from hiveminer.errors import ChainError, NotRegistered, OperatorError
-from hiveminer.settings import (
+from hiveminer import protocol
+from hiveminer.config import flags
+from hiveminer.config.settings import (
     PROGRAMS,
     DemoSettings,
     MinerSettings,
     ProgramSettings,
     ValidatorSettings,
-    exit_on_operator_error,
     parse,
-    run_program,
 )
+from hiveminer.errors import ChainError, NotRegistered, OperatorError
+from hiveminer.runtime.program import exit_on_operator_error, run_program
 
 PEER = "/ip4/192.0.2.1/tcp/8009/p2p/12D3KooA"
 OTHER_PEER = "/ip4/192.0.2.2/tcp/8009/p2p/12D3KooB"

@@ -7,7 +7,14 @@ import math
 import pytest
 import torch
 
-from hiveminer.swarm.sketch import NUMBERS, TOLERANCE, agree, contradiction, read_vouch, sketch_of
+from hiveminer.strategies.hivemind.sketch import (
+    NUMBERS,
+    TOLERANCE,
+    agree,
+    contradiction,
+    read_vouch,
+    sketch_of,
+)
 
 EXPECTED = [-36878.0, -263734.0, -476974.0]
 

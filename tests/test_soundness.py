@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hiveminer.swarm.soundness import Bounds
+from hiveminer.strategies.hivemind.bounds import Bounds
 
 BOUNDS = Bounds(most_rows=256.0, learning_rate=3e-3)
 

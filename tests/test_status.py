@@ -10,9 +10,10 @@ import pytest
 from bittensor.keyfiles import Keypair
 from small_neurons import Running, miner_settings, running
 
-from hiveminer import cli, status
+from hiveminer import cli
 from hiveminer.chain import Chain, embedded_wallet, join_embedded, open_chain
-from hiveminer.checkpoint import MANIFEST, SCORES_FOLDER, Checkpoints, signed_by
+from hiveminer.commands import status
+from hiveminer.training.checkpoint import MANIFEST, SCORES_FOLDER, Checkpoints, signed_by
 from programs import wait_for
 
 

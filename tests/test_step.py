@@ -20,15 +20,22 @@ from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
 from benchmarks import step as bench
-from hiveminer import memory, miner, trainer
+from hiveminer import miner
+from hiveminer.config.run import Run
+from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import OperatorError, TrainingError
-from hiveminer.memory import MemoryNeeded, check_device, check_machine, memory_needed
-from hiveminer.model import builtin_model, encode, ready_to_train
-from hiveminer.run import Run
-from hiveminer.settings import MinerSettings
-from hiveminer.swarm import build_optimizer
 from hiveminer.swarm.peer import Look
-from hiveminer.trainer import EncodedRows, LocalStep, Trainer, is_out_of_memory, micro_batches
+from hiveminer.training import memory, trainer
+from hiveminer.training.memory import MemoryNeeded, check_device, check_machine, memory_needed
+from hiveminer.training.model import builtin_model, encode, ready_to_train
+from hiveminer.training.optimizer import build_optimizer
+from hiveminer.training.trainer import (
+    EncodedRows,
+    LocalStep,
+    Trainer,
+    is_out_of_memory,
+    micro_batches,
+)
 
 LONGEST = 40
 WAIT_SECONDS = 20.0

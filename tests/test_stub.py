@@ -20,11 +20,16 @@ from hivemind.proto import averaging_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.streaming import split_for_streaming
 
-from hiveminer.swarm import stub
-from hiveminer.swarm.averager import SwarmAverager, _epoch_in, _problem_with_part, end_look
-from hiveminer.swarm.sketch import sketch_of
-from hiveminer.swarm.soundness import Bounds
-from hiveminer.swarm.stub import Incoming
+from hiveminer.strategies.hivemind import stub
+from hiveminer.strategies.hivemind.averager import (
+    SwarmAverager,
+    _epoch_in,
+    _problem_with_part,
+    end_look,
+)
+from hiveminer.strategies.hivemind.bounds import Bounds
+from hiveminer.strategies.hivemind.sketch import sketch_of
+from hiveminer.strategies.hivemind.stub import Incoming
 
 BOUNDS = Bounds(most_rows=256.0, learning_rate=3e-3)
 WEIGHTS = [0.02 * torch.randn(30, 7), torch.zeros(9)]

@@ -168,7 +168,7 @@ def _save_model(kind: str, folder: Path) -> None:
     """A tiny model of another architecture, with the built-in tokenizer, as people save them."""
     import transformers as tf
 
-    from hiveminer.model import builtin_tokenizer
+    from hiveminer.training.model import builtin_tokenizer
 
     small = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}

@@ -13,8 +13,8 @@ from tiny import ARCHITECTURES, END, VOCABULARY, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 
 from hiveminer.errors import TrainingError
-from hiveminer.model import encode
-from hiveminer.trainer import (
+from hiveminer.training.model import encode
+from hiveminer.training.trainer import (
     IGNORED,
     EncodedRows,
     LocalStep,

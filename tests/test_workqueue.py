@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from hiveminer.errors import Refused, TrainingError
-from hiveminer.workqueue import WorkQueue
+from hiveminer.rpc.queue import WorkQueue
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -20,7 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from hiveminer.model import builtin_tokenizer
+from hiveminer.training.model import builtin_tokenizer
 
 ARCHITECTURES = ("gpt2", "llama", "qwen2")
 

@@ -9,23 +9,33 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from hiveminer.__version__ import __version__
+
 if TYPE_CHECKING:
-    from hiveminer.base import BaseMinerNeuron
     from hiveminer.miner import Miner
+    from hiveminer.neuron import BaseMinerNeuron
     from hiveminer.protocol import IsAlive, Train
+    from hiveminer.validation.scoring import Evidence
     from hiveminer.validator import Validator
 
-__version__ = "0.1.0"
-
 _HOMES = {
-    "BaseMinerNeuron": "hiveminer.base",
+    "BaseMinerNeuron": "hiveminer.neuron",
+    "Evidence": "hiveminer.validation.scoring",
     "IsAlive": "hiveminer.protocol",
     "Miner": "hiveminer.miner",
     "Train": "hiveminer.protocol",
     "Validator": "hiveminer.validator",
 }
 
-__all__ = ["BaseMinerNeuron", "IsAlive", "Miner", "Train", "Validator", "__version__"]
+__all__ = [
+    "BaseMinerNeuron",
+    "Evidence",
+    "IsAlive",
+    "Miner",
+    "Train",
+    "Validator",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -34,7 +44,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(_HOMES[name]), name)
     except ImportError as error:
-        from hiveminer.dependencies import explained
+        from hiveminer.runtime.dependencies import explained
 
         words = explained(error)
         if words is None:

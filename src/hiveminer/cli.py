@@ -8,16 +8,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from hiveminer import __version__, flags
-from hiveminer.dependencies import explained
+from hiveminer.__version__ import __version__
+from hiveminer.config import flags
+from hiveminer.config.settings import DemoSettings, MinerSettings, ValidatorSettings, parse
 from hiveminer.errors import OperatorError
-from hiveminer.settings import (
-    DemoSettings,
-    MinerSettings,
-    ValidatorSettings,
-    parse,
-    run_program,
-)
+from hiveminer.runtime.dependencies import explained
+from hiveminer.runtime.program import run_program
 
 __all__ = ["main", "run_program"]
 
@@ -25,7 +21,7 @@ __all__ = ["main", "run_program"]
 def _demo(argv: Sequence[str]) -> int | None:
     """Start a validator and miners on this machine, and show how they learn."""
     settings = parse(argv, cls=DemoSettings, prog="hiveminer demo", description=_sentence(_demo))
-    from hiveminer import demo
+    from hiveminer.commands import demo
 
     return demo.main(settings)
 
@@ -54,7 +50,7 @@ def _doctor(argv: Sequence[str]) -> int | None:
     settings = parse(
         words, cls=MinerSettings, prog="hiveminer doctor", description=_sentence(_doctor)
     )
-    from hiveminer import doctor
+    from hiveminer.commands import doctor
 
     return doctor.main(settings, as_json_text=as_json)
 
@@ -65,7 +61,7 @@ def _status(argv: Sequence[str]) -> int | None:
     settings = parse(
         words, cls=MinerSettings, prog="hiveminer status", description=_sentence(_status)
     )
-    from hiveminer import status
+    from hiveminer.commands import status
 
     return status.main(settings, as_json_text=as_json)
 

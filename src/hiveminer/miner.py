@@ -15,23 +15,26 @@ from collections.abc import Collection, Sequence
 import torch
 from transformers import BatchEncoding
 
-from hiveminer import __version__, model
-from hiveminer.base import EVERY_ADDRESS, BaseMinerNeuron, port_is_free, ports_to_try
+from hiveminer.__version__ import __version__
 from hiveminer.chain import Chain
-from hiveminer.checkpoint import STATE_FOLDER
-from hiveminer.data import Rows, load_rows
+from hiveminer.config.run import Run, RunId, load_run
+from hiveminer.config.settings import MinerSettings, Settings, parse
 from hiveminer.errors import OperatorError, Refused, TrainingError
-from hiveminer.events import tell
-from hiveminer.memory import check_device, check_machine, memory_needed
-from hiveminer.metrics import Metrics, open_metrics, progress_bar
-from hiveminer.progress import LAST_SECONDS, Progress
+from hiveminer.neuron import EVERY_ADDRESS, BaseMinerNeuron, port_is_free, ports_to_try
 from hiveminer.protocol import IsAlive, Train
-from hiveminer.run import Run, RunId, load_run
-from hiveminer.settings import MinerSettings, Settings, parse, script
-from hiveminer.swarm import Identity, Neighbours, Peer, PortTaken, Round, Swarm
+from hiveminer.runtime.events import tell
+from hiveminer.runtime.metrics import Metrics, open_metrics, progress_bar
+from hiveminer.runtime.program import script
+from hiveminer.runtime.watchdog import Watchdog
+from hiveminer.strategies.checkpointer import LAST_SECONDS, Progress
+from hiveminer.strategies.hivemind.optimizer import Round, Swarm
+from hiveminer.swarm import Identity, Neighbours, Peer, PortTaken
 from hiveminer.swarm.processes import Children
-from hiveminer.trainer import Trainer, TrainResult, has_bfloat16
-from hiveminer.watchdog import Watchdog
+from hiveminer.training import model
+from hiveminer.training.checkpoint import STATE_FOLDER
+from hiveminer.training.data import Rows, load_rows
+from hiveminer.training.memory import check_device, check_machine, memory_needed
+from hiveminer.training.trainer import Trainer, TrainResult, has_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ ENDED_WELL = ("answered", "hung_up")
 class Miner(BaseMinerNeuron):
     """Trains the rows that a validator sends, together with the other miners of the run.
 
-    settings: as `hiveminer.settings.parse` reads them; without, the command line is read,
+    settings: as `hiveminer.config.settings.parse` reads them; without, the command line is read,
         and an operator's mistake ends the program with one line.
     chain, metrics: other places than the settings say; for tests and for embedding.
 

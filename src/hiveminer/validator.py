@@ -22,22 +22,27 @@ from typing import Any, Self, TypeVar
 import torch
 from bittensor import Metagraph
 
-from hiveminer import __version__, events, model, scoring
-from hiveminer.base import Neuron
+from hiveminer.__version__ import __version__
 from hiveminer.chain import Chain
-from hiveminer.checkpoint import SCORES_FOLDER, of_run
-from hiveminer.data import load_rows, split_held_out
-from hiveminer.dendrite import Dendrite, Endpoint, endpoint_of
+from hiveminer.chain.weights import EMBEDDED_FILL_SECONDS, FILL_SECONDS, WeightSetter, filled
+from hiveminer.config.run import RunId, load_run
+from hiveminer.config.settings import ValidatorSettings, parse
 from hiveminer.errors import HiveminerError, MinerError, TrainingError
-from hiveminer.metrics import Metrics, open_metrics
+from hiveminer.neuron import Neuron
 from hiveminer.protocol import IsAlive, Train
-from hiveminer.replay import Curves, Replayer
-from hiveminer.run import RunId, load_run
-from hiveminer.scoring import Evidence, ScoreTable
-from hiveminer.settings import ValidatorSettings, parse, script
-from hiveminer.swarm import Neighbours, Observer, Peer, SwarmState
+from hiveminer.rpc.dendrite import Dendrite, Endpoint, endpoint_of
+from hiveminer.runtime import events
+from hiveminer.runtime.metrics import Metrics, open_metrics
+from hiveminer.runtime.program import script
+from hiveminer.strategies.hivemind.observer import Observer, SwarmState
+from hiveminer.swarm import Neighbours, Peer
 from hiveminer.swarm.processes import Children
-from hiveminer.weights import EMBEDDED_FILL_SECONDS, FILL_SECONDS, WeightSetter, filled
+from hiveminer.training import model
+from hiveminer.training.checkpoint import SCORES_FOLDER, of_run
+from hiveminer.training.data import load_rows, split_held_out
+from hiveminer.validation import scoring
+from hiveminer.validation.replay import Curves, Replayer
+from hiveminer.validation.scoring import Evidence, ScoreTable
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +117,7 @@ class LiveMiner:
 class Validator:
     """Keeps the miners of a run honest.
 
-    settings: as `hiveminer.settings.parse` reads them; without, the command line is read,
+    settings: as `hiveminer.config.settings.parse` reads them; without, the command line is read,
         and an operator's mistake ends the program with one line.
     chain, metrics: other places than the settings say; for tests and for embedding.
     """

@@ -6,7 +6,7 @@ the real SDK's. The calls are the same on both.
 """
 
 from hiveminer.chain.client import EMBEDDED, Chain, join_embedded, open_chain
-from hiveminer.chain.embedded import EmbeddedSubstrate
+from hiveminer.chain.embedded.substrate import EmbeddedSubstrate
 from hiveminer.chain.retry import across_outage
 from hiveminer.chain.wallets import Claimed, embedded_wallet, named_embedded_wallet, open_wallet
 

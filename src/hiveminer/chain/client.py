@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import bittensor as bt
 
 from hiveminer.chain import retry
-from hiveminer.chain.embedded import EmbeddedSubstrate
+from hiveminer.chain.embedded.substrate import EmbeddedSubstrate
 from hiveminer.errors import ChainError, HiveminerError, NotRegistered, OperatorError
 
 logger = logging.getLogger(__name__)

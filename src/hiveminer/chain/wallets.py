@@ -16,7 +16,7 @@ from pathlib import Path
 import bittensor as bt
 
 from hiveminer.errors import OperatorError
-from hiveminer.locks import Held, hold
+from hiveminer.runtime.locks import Held, hold
 
 EMBEDDED_WALLET = "embedded"
 """The wallet, so one coldkey, to which `embedded_wallet` adds its hotkeys."""

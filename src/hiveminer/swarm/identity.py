@@ -39,7 +39,7 @@ from hivemind.utils.crypto import RSAPrivateKey
 from hivemind.utils.timed_storage import get_dht_time
 
 from hiveminer.errors import OperatorError, SwarmError
-from hiveminer.events import tell
+from hiveminer.runtime.events import tell
 
 logger = logging.getLogger(__name__)
 

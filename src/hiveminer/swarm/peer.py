@@ -26,14 +26,9 @@ from hivemind.p2p import P2PDaemonError, PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
 from hiveminer.errors import OperatorError, SwarmError
-from hiveminer.events import tell
+from hiveminer.runtime.events import tell
 from hiveminer.swarm.identity import Authorizer, Identity, change_admitted, guard, identify
-from hiveminer.swarm.processes import (
-    mark_temporary_folder,
-    settle,
-    start_shared_memory,
-    sweep,
-)
+from hiveminer.swarm.processes import mark_temporary_folder, settle, start_shared_memory, sweep
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,312 @@
+"""A validator's weights on the chain: when they are set, which, and whether they arrived.
+
+The table of scores says what each hotkey has earned; this module brings that to the chain.
+
+- Uids are looked up at the last moment, because they are recycled. Read back afterwards, a
+  uid that changed hands on the way is noticed, and the weights are set again as soon as the
+  chain allows, so that nobody inherits a score for longer than that.
+- A half-filled table sets nothing: weights wait until every live miner was replayed once, or
+  until `FILL_SECONDS` have passed since the validator started.
+- When the table is filled and nobody has earned, all weight goes to the subnet owner's uid,
+  by which the chain burns it. An owner without a uid (the embedded network's has none by
+  itself) gets nothing, and nothing is set.
+- Weights older than the activity cutoff stop counting, so the last good ones are sent again
+  before it, also from a half-filled table.
+- A write without an answer may have arrived. The chain's own record (`last_update`) is asked,
+  and nothing is sent again before the first can no longer be included.
+
+The SDK fits weights to the subnet's limits and chooses between plain and commit-reveal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+
+import bittensor as bt
+
+from hiveminer.__version__ import __version__
+from hiveminer.chain import Chain, across_outage
+from hiveminer.errors import ChainError, HiveminerError
+
+logger = logging.getLogger(__name__)
+
+FILL_SECONDS = 600.0
+"""So long weights wait for the first replay of every live miner."""
+
+EMBEDDED_FILL_SECONDS = 30.0
+
+VALID_BLOCKS = 16
+"""Blocks for which the signed call can be included; later it cannot arrive any more."""
+
+CUTOFF_MARGIN = 0.1
+"""The last weights are sent again when this share of the activity cutoff is left."""
+
+TOLERANCE = 0.01
+"""How far a share read back may lie from the one sent."""
+
+WHOLE = 65535
+"""What the chain counts shares in."""
+
+Choose = Callable[[bt.Metagraph], Mapping[str, float] | None]
+"""The weights by hotkey that are earned now: empty if by nobody, None if it is too early."""
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Weights on their way, or set: shares by uid, whose uid it was, and since when."""
+
+    shares: dict[int, float]
+    hotkeys: dict[int, str]
+    update_before: int
+    block: int
+    burnt: bool = False
+
+
+def filled(
+    live: Collection[str], *, replayed: Collection[str], waited_seconds: float, patience: float
+) -> bool:
+    """Whether the table says enough: every live miner was replayed, or the time is over."""
+    everybody = bool(live) and set(live) <= set(replayed)
+    return everybody or waited_seconds >= patience
+
+
+def version_key(version: str) -> int:
+    """The number under which the chain compares versions: 1.2.3 is 1023."""
+    major, minor, patch = (int(part) for part in version.split(".")[:3])
+    return 1000 * major + 10 * minor + patch
+
+
+class WeightSetter:
+    """Sets one validator's weights, each time once.
+
+    path: the file in which the last good weights outlive a restart.
+    every_seconds: how often; the subnet's rate limit and activity cutoff come first.
+    stopping: ends all waiting. Use it from one thread at a time.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        *,
+        path: Path,
+        every_seconds: float,
+        stopping: Event,
+        version: str = __version__,
+        first_pause_seconds: float = 1.0,
+    ):
+        self.chain = chain
+        self.path = path
+        self.every_seconds = every_seconds
+        self.stopping = stopping
+        self.version = version
+        self._first_pause_seconds = first_pause_seconds
+        self._in_doubt: Sent | None = None
+        self._again = False
+        self._told = ""
+
+    def set_if_due(self, choose: Choose) -> Sent | None:
+        """Set what `choose` says if it is time, through an outage if need be.
+
+        None when nothing was set: not due, too early, or refused, which the log says.
+        """
+        try:
+            sent = across_outage(
+                lambda: self._attempt(choose),
+                stopping=self.stopping,
+                on_failure=self._tell_error,
+                first_pause_seconds=self._first_pause_seconds,
+            )
+        except ChainError as error:
+            self._tell_error(error)
+            return None
+        if sent is not None:
+            self._told = ""
+            self._keep(sent)
+            self._look(sent)
+        return sent
+
+    def _attempt(self, choose: Choose) -> Sent | None:
+        graph, limits = self.chain.metagraph(), self.chain.hyperparameters()
+        ours = graph.by_hotkey(self.chain.hotkey)
+        if ours is None:
+            return None  # the neuron itself says so, and ends
+        doubt = self._in_doubt
+        if doubt is not None:
+            if ours.last_update > doubt.update_before:
+                self._in_doubt = None
+                return doubt
+            if graph.block <= doubt.block + VALID_BLOCKS:
+                raise ChainError(f"the weights sent at block {doubt.block} are not seen yet")
+            self._in_doubt = None
+        if not self._due(graph.block - ours.last_update, limits):
+            return None
+        if not self._is_new_enough(int(limits.get("weights_version", 0))):
+            return None
+        urgent = graph.block - ours.last_update >= _before_cutoff(limits)
+        chosen = self._chosen(graph, choose, urgent=urgent)
+        limit = int(limits.get("max_weights_limit", WHOLE)) / WHOLE
+        return self._send(graph, ours, chosen, limit=limit) if chosen else None
+
+    def _due(self, age: int, limits: Mapping[str, int]) -> bool:
+        allowed = int(limits.get("weights_rate_limit", 0))
+        wanted = 0 if self._again else math.ceil(self.every_seconds / self.chain.block_seconds())
+        return age >= max(allowed, min(wanted, _before_cutoff(limits)))
+
+    def _is_new_enough(self, wanted: int) -> bool:
+        ours = version_key(self.version)
+        if ours < wanted:
+            self._tell(
+                f"weights are not set: the subnet wants version key {wanted}, and this version "
+                f"{self.version} is {ours}; update hiveminer"
+            )
+        return ours >= wanted
+
+    def _chosen(self, graph: bt.Metagraph, choose: Choose, *, urgent: bool) -> dict[str, float]:
+        """Weights by hotkey for those who are registered now; empty to set nothing."""
+        registered = {neuron.hotkey for neuron in graph}
+        earned = choose(graph)
+        if earned and (good := _of(earned, registered)):
+            return good
+        if earned is not None and graph.owner_hotkey in registered:
+            return {graph.owner_hotkey: 1.0}
+        if (urgent or self._again) and (kept := _of(self._kept(), registered)):
+            logger.info("the last good weights are sent again")
+            return kept
+        if self._again:
+            # What stands there pays a newcomer for another's work: rather pay nobody.
+            return {self.chain.hotkey: 1.0}
+        if earned is not None:
+            self._tell("nobody has earned weight, and the subnet's owner holds no uid: none is set")
+        return {}
+
+    def _send(
+        self,
+        graph: bt.Metagraph,
+        ours: bt.MetagraphNeuron,
+        chosen: Mapping[str, float],
+        *,
+        limit: float,
+    ) -> Sent:
+        uids = {neuron.hotkey: neuron.uid for neuron in graph}
+        total = sum(chosen.values())
+        shares = {uids[who]: weight / total for who, weight in chosen.items()}
+        sent = Sent(
+            shares=clipped(shares, 0.999 * limit) if limit < 1 else shares,
+            hotkeys={uids[who]: who for who in chosen},
+            update_before=ours.last_update,
+            block=graph.block,
+            burnt=set(chosen) == {graph.owner_hotkey},
+        )
+        self._again = False
+        try:
+            self.chain.set_weights(
+                sent.shares, version_key=version_key(self.version), valid_blocks=VALID_BLOCKS
+            )
+        except ChainError as error:
+            if error.may_stand:
+                self._in_doubt = sent
+            raise
+        return sent
+
+    # Afterwards ----------------------------------------------------------------------
+
+    def _look(self, sent: Sent) -> None:
+        """Read back what stands on the chain, and compare."""
+        try:
+            graph = self.chain.metagraph()
+            ours = graph.by_hotkey(self.chain.hotkey)
+            hidden = self.chain.hyperparameters().get("commit_reveal_weights_enabled")
+            found = {} if hidden or ours is None else self.chain.weights_of(ours.uid)
+        except HiveminerError as error:
+            logger.warning("the weights could not be read back: %s", error)
+            return
+        now = {neuron.uid: neuron.hotkey for neuron in graph}
+        moved = sorted(uid for uid, who in sent.hotkeys.items() if now.get(uid) != who)
+        if moved:
+            self._again = True
+            logger.warning(
+                "uids %s changed hands while weights were on their way: they are set again as "
+                "soon as the chain allows",
+                moved,
+            )
+        if hidden:
+            logger.info("the weights are committed; the chain reveals them later")
+        elif not same(found, sent.shares):
+            logger.warning(
+                "the weights on the chain are not those that were sent: %s there, %s sent",
+                found, sent.shares,
+            )  # fmt: skip
+
+    def _keep(self, sent: Sent) -> None:
+        said = {sent.hotkeys[uid]: share for uid, share in sent.shares.items()}
+        draft = self.path.with_suffix(".draft")
+        try:
+            with draft.open("w", encoding="utf-8") as stream:
+                json.dump({"block": sent.block, "weights": said}, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            draft.replace(self.path)
+        except OSError as error:
+            logger.error("the weights could not be kept: %s", error)
+
+    def _kept(self) -> dict[str, float]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            said = json.loads(self.path.read_text(encoding="utf-8"))["weights"]
+            weights = {str(who): float(weight) for who, weight in said.items()}
+            if all(0 < weight <= 1 for weight in weights.values()):
+                return weights
+        return {}
+
+    def _tell_error(self, error: ChainError) -> None:
+        self._tell(f"weights were not set: {error}")
+
+    def _tell(self, words: str) -> None:
+        """Log a trouble once, not at every look."""
+        told = re.sub(r"\d+", "N", words)  # blocks to wait, and the like
+        if told != self._told:
+            logger.warning("%s", words)
+        self._told = told
+
+
+def _of(weights: Mapping[str, float], hotkeys: Collection[str]) -> dict[str, float]:
+    return {who: weight for who, weight in weights.items() if weight > 0 and who in hotkeys}
+
+
+def clipped(shares: Mapping[int, float], limit: float) -> dict[int, float]:
+    """Shares (of a sum of 1) with none above `limit`; what is cut off goes to the others.
+
+    The SDK clips as well, and then rounds, which can end just above the limit.
+    """
+    if len(shares) * limit <= 1:
+        return {uid: 1 / len(shares) for uid in shares}
+    found = dict(shares)
+    while above := {uid for uid, share in found.items() if share > limit + 1e-9}:
+        fixed = above | {uid for uid, share in found.items() if share >= limit - 1e-9}
+        rest = sum(share for uid, share in found.items() if uid not in fixed)
+        left = 1 - limit * len(fixed)
+        found = {
+            uid: limit if uid in fixed else share * left / rest for uid, share in found.items()
+        }
+    return found
+
+
+def same(found: Mapping[int, float], sent: Mapping[int, float]) -> bool:
+    """Whether two sets of weights give the same uids the same shares."""
+    total = sum(found.values())
+    if not total or not set(found) <= set(sent):
+        return False
+    return all(abs(found.get(uid, 0) / total - share) <= TOLERANCE for uid, share in sent.items())
+
+
+def _before_cutoff(limits: Mapping[str, int]) -> int:
+    """The age in blocks at which weights are sent again whatever happens."""
+    return math.floor(int(limits.get("activity_cutoff", 5000)) * (1 - CUTOFF_MARGIN))

@@ -1,0 +1,1 @@
+"""What `hiveminer COMMAND` runs, besides the miner and the validator."""

@@ -1,0 +1,425 @@
+"""The demo: one validator and some miners as processes, a live table, numbers and a plot.
+
+Everything lies in one folder, the embedded network too, so that two demos never meet. The
+programs are the ones an operator runs; the demo only starts them, reads the lines of
+numbers they write, and stops them with the signal that Ctrl-C sends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+import psutil
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from hiveminer.config.settings import DemoSettings
+from hiveminer.errors import OperatorError
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 120.0
+"""How long the programs may take until the first request is answered; the clock of
+`--seconds` starts then."""
+
+STOP_SECONDS = 15.0
+
+LOOK_SECONDS = 3.0
+"""How often it is noted which processes and ports there are; it costs a little."""
+
+Line = dict[str, Any]
+
+
+@dataclass
+class Program:
+    """One started program: its process, its log, and how far its numbers were read."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    state: Path
+    offset: int = 0
+    family: set[int] = field(default_factory=set)
+    """Numbers of its processes, as far as they were seen."""
+    ports: set[int] = field(default_factory=set)
+
+    @property
+    def metrics(self) -> Path | None:
+        """Where it writes its numbers, once it does."""
+        return next(iter(self.state.glob("*/*/*/metrics.jsonl")), None)
+
+    def read(self) -> Iterator[Line]:
+        """The whole lines that are new since the last call."""
+        path = self.metrics
+        if path is None:
+            return
+        with path.open("rb") as stream:
+            stream.seek(self.offset)
+            for raw in stream:
+                if not raw.endswith(b"\n"):
+                    break
+                self.offset += len(raw)
+                with contextlib.suppress(ValueError):
+                    yield json.loads(raw) | {"name": self.name}
+
+    def look(self) -> None:
+        """Note its processes and the ports they listen on, to know later what must be gone."""
+        with contextlib.suppress(psutil.Error):
+            root = psutil.Process(self.process.pid)
+            for process in [root, *root.children(recursive=True)]:
+                self.family.add(process.pid)
+                for connection in process.net_connections(kind="tcp"):
+                    if connection.status == psutil.CONN_LISTEN:
+                        self.ports.add(connection.laddr.port)
+
+
+class Demo:
+    """Runs the programs and gathers what they say.
+
+    miners: how many; seconds: how long, from the first answer on; out: the folder.
+    """
+
+    def __init__(self, *, miners: int, seconds: float, out: Path, console: Console | None = None):
+        self.miners = miners
+        self.seconds = seconds
+        self.out = out
+        self.console = console or Console(stderr=True)
+        self.lines: list[Line] = []
+        self.programs: list[Program] = []
+        self.interrupted = False
+        self._first_answer: float | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Run the whole demo; the summary, which also stands in OUT/summary.json.
+
+        Raises OperatorError when a program does not start or dies.
+        """
+        self._prepare()
+        handlers = {
+            number: signal.signal(number, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            with (self.out / "metrics.jsonl").open("w", encoding="utf-8") as numbers:
+                try:
+                    self._start()
+                    self._watch(numbers)
+                finally:
+                    clean = self._stop()
+                    self._gather(numbers)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        summary = summarise(self.lines, miners=self.miners) | {"exit_clean": clean}
+        (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        plot(self.lines, self.out / "loss.png")
+        return summary
+
+    def _prepare(self) -> None:
+        """An empty folder; only what an earlier demo left there is removed."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            for name in ("network", "state", "logs"):
+                shutil.rmtree(self.out / name, ignore_errors=True)
+            (self.out / "logs").mkdir()
+        except OSError as error:
+            raise OperatorError(f"--out {self.out}: {error.strerror}; choose another") from None
+
+    def _start(self) -> None:
+        self.programs.append(self._launch("validator", "validator", []))
+        for number in range(self.miners):
+            flags = ["--axon.port", "0", "--dht.port", "0"]
+            self.programs.append(self._launch(f"miner-{number}", "miner", flags))
+
+    def _launch(self, name: str, command: str, flags: Sequence[str]) -> Program:
+        log = self.out / "logs" / f"{name}.log"
+        state = self.out / "state" / name
+        common = [
+            *("--subtensor.network", "embedded"),
+            *("--subtensor.path", str(self.out.resolve() / "network")),
+            *("--neuron.path", str(state.resolve())),
+        ]
+        env = {key: value for key, value in os.environ.items() if not key.startswith("HIVEMINER_")}
+        with log.open("wb") as stream:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "hiveminer", command, *common, *flags],
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=stream,
+                env=env | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+                # The terminal's Ctrl-C is for us; we pass it on.
+                start_new_session=True,
+            )
+        return Program(name, process, log, state)
+
+    def _watch(self, numbers: TextIO) -> None:
+        """Gather numbers and show them until the time is over."""
+        began = looked = time.monotonic()
+        with Live(console=self.console, refresh_per_second=4, transient=True) as live:
+            while not self.interrupted:
+                self._gather(numbers)
+                self._check()
+                now = time.monotonic()
+                if now - looked > LOOK_SECONDS:
+                    looked = now
+                    for program in self.programs:
+                        program.look()
+                if self._first_answer is None and any(x["kind"] == "answer" for x in self.lines):
+                    self._first_answer = now
+                if self._first_answer is None and now - began > START_SECONDS:
+                    raise OperatorError(
+                        f"no request was answered in {START_SECONDS:.0f} seconds; see "
+                        f"{self.out / 'logs'}"
+                    )
+                done = 0.0 if self._first_answer is None else now - self._first_answer
+                live.update(self._picture(done))
+                if done >= self.seconds:
+                    return
+                time.sleep(0.25)
+
+    def _check(self) -> None:
+        for program in self.programs:
+            code = program.process.poll()
+            if code is not None:
+                words = program.log.read_text(errors="replace").strip().splitlines()
+                raise OperatorError(
+                    f"{program.name} ended with {code}: {words[-1] if words else 'no word'} "
+                    f"(see {program.log})"
+                )
+
+    def _gather(self, numbers: TextIO) -> None:
+        for program in self.programs:
+            for line in program.read():
+                self.lines.append(line)
+                numbers.write(json.dumps(line) + "\n")
+
+    def _stop(self) -> bool:
+        """Stop everything, the validator first; whether nothing was left behind."""
+        for program in self.programs:
+            program.look()
+            program.process.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + STOP_SECONDS
+        codes = []
+        for program in self.programs:
+            try:
+                codes.append(program.process.wait(max(0.1, deadline - time.monotonic())))
+            except subprocess.TimeoutExpired:
+                logger.warning("%s did not stop in time and is killed", program.name)
+                program.process.kill()
+                codes.append(program.process.wait())
+        left = self._left_behind()
+        settled = time.monotonic() + 10
+        while left and time.monotonic() < settled:
+            time.sleep(0.2)
+            left = self._left_behind()
+        for thing in left:
+            logger.warning("left behind: %s", thing)
+        return not left and all(code == 0 for code in codes)
+
+    def _left_behind(self) -> list[str]:
+        family = {pid for program in self.programs for pid in program.family}
+        left = [f"process {pid}" for pid in sorted(family) if _lives(pid)]
+        ports = {port for program in self.programs for port in program.ports}
+        left += [f"port {port}" for port in sorted(ports) if not _port_is_free(port)]
+        memory = Path("/dev/shm")
+        left += [
+            str(path)
+            for path in (memory.glob("torch_*_*") if memory.is_dir() else ())
+            if path.name.split("_")[1].isdigit() and int(path.name.split("_")[1]) in family
+        ]
+        return left
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        if self.interrupted:
+            for program in self.programs:
+                with contextlib.suppress(psutil.Error):
+                    for child in psutil.Process(program.process.pid).children(recursive=True):
+                        child.kill()
+                program.process.kill()
+            os._exit(130)
+        self.interrupted = True
+
+    def _picture(self, done: float) -> Group:
+        """The live table: a row a miner, and how far the demo is."""
+        table = Table(title="hiveminer demo: the embedded network", title_justify="left")
+        table.add_column("miner")
+        for heading in ["requests", "tokens", "tokens/s", "loss", "epoch", "group", "score"]:
+            table.add_column(heading, justify="right")
+        for program in self.programs[1:]:
+            table.add_row(*_row(program.name, self.lines))
+        held = [line for line in self.lines if line["kind"] == "held_out" and line["loss"]]
+        words = (
+            "starting: the first answers take about half a minute"
+            if self._first_answer is None
+            else f"{done:.0f} of {self.seconds:.0f} s"
+        )
+        if held:
+            words += f"; held-out loss {held[0]['loss']:.3f} -> {held[-1]['loss']:.3f}"
+        return Group(table, words, ProgressBar(total=self.seconds, completed=done, width=72))
+
+
+def summarise(lines: Sequence[Line], *, miners: int) -> dict[str, Any]:
+    """The demo's figures, from the programs' lines; losses in nats a token."""
+    answers = [line for line in lines if line["kind"] == "answer" and line["loss"] is not None]
+    by_miner: dict[str, list[float]] = {}
+    for line in answers:
+        by_miner.setdefault(line["hotkey"], []).append(line["loss"])
+    rounds = [line for line in lines if line["kind"] == "epoch" and line["group_size"] > 1]
+    held_out = [line["loss"] for line in lines if line["kind"] == "held_out" and line["loss"]]
+    started = min((line["time"] for line in answers), default=0.0)
+    alive = sorted(
+        line["milliseconds"]
+        for line in lines
+        if line["kind"] == "alive" and answers and line["time"] >= started
+    )
+    weights = [line["weights"] for line in lines if line["kind"] == "weights"]
+    return {
+        "miners": miners,
+        "train_requests": len(answers),
+        "epochs": len({line["epoch"] for line in rounds}),
+        "group_size_max": max((line["group_size"] for line in rounds), default=0),
+        "tokens": sum(line["tokens"] for line in answers),
+        "loss_first": _mean([losses[0] for losses in by_miner.values()]),
+        "loss_last": _mean([losses[-1] for losses in by_miner.values()]),
+        "held_out_loss_first": held_out[0] if held_out else None,
+        "held_out_loss_last": held_out[-1] if held_out else None,
+        "is_alive_p50_ms": quantile(alive, 0.5),
+        "is_alive_p99_ms": quantile(alive, 0.99),
+        "weights": weights[-1] if weights else {},
+    }
+
+
+def quantile(ordered: Sequence[float], share: float) -> float | None:
+    """The smallest value that at least this share of them does not exceed."""
+    if not ordered:
+        return None
+    rank = max(0, min(len(ordered) - 1, -(-int(share * 1000) * len(ordered) // 1000) - 1))
+    return round(ordered[rank], 3)
+
+
+def plot(lines: Sequence[Line], path: Path) -> None:
+    """Draw the miners' losses, the held-out loss and the averaging rounds over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    if not lines:
+        return
+    start = min(line["time"] for line in lines)
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), dpi=120)
+    trained = [line for line in lines if line["kind"] == "train" and line["loss"] is not None]
+    for name in sorted({line["name"] for line in trained}):
+        points = [(line["time"] - start, line["loss"]) for line in trained if line["name"] == name]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=name)
+    held = [line for line in lines if line["kind"] == "held_out" and line["loss"]]
+    if held:
+        axes.plot(
+            [line["time"] - start for line in held],
+            [line["loss"] for line in held],
+            color="black", linewidth=2, marker="s", markersize=4, label="held-out rows",
+        )  # fmt: skip
+    seen: set[int] = set()
+    for line in lines:
+        if line["kind"] == "epoch" and line["group_size"] > 1 and line["epoch"] not in seen:
+            label = None if seen else "the swarm averages"
+            seen.add(line["epoch"])
+            axes.axvline(line["time"] - start, color="grey", linewidth=0.7, alpha=0.6, label=label)
+    axes.set_xlabel("seconds")
+    axes.set_ylabel("loss (nats a token)")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main(settings: DemoSettings) -> int:
+    """Run the demo and print its summary; 0 when it went as it should, 130 after Ctrl-C."""
+    console = Console(stderr=True)
+    console.print(
+        f"One validator and {settings.miners} miners on the embedded network: a chain in "
+        f"{settings.out / 'network'}, on this machine alone.",
+        highlight=False,
+    )
+    demo = Demo(miners=settings.miners, seconds=settings.seconds, out=settings.out, console=console)
+    summary = demo.run()
+    table = Table(show_header=False)
+    for key, value in summary.items():
+        shown = f"{value:.3f}" if isinstance(value, float) else json.dumps(value)
+        table.add_row(key, shown)
+    Console().print(table)
+    console.print(
+        f"Numbers: {settings.out / 'metrics.jsonl'}; plot: {settings.out / 'loss.png'}; "
+        f"summary: {settings.out / 'summary.json'}; logs: {settings.out / 'logs'}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if demo.interrupted:
+        return 130
+    return 0 if summary["exit_clean"] and summary["train_requests"] else 1
+
+
+def _row(name: str, lines: Sequence[Line]) -> tuple[str, ...]:
+    mine = [line for line in lines if line["name"] == name]
+    trained = [line for line in mine if line["kind"] == "train"]
+    rounds = [line for line in mine if line["kind"] == "epoch"]
+    if not trained:
+        return name, "0", "", "", "", "", "", ""
+    tokens = sum(line["tokens"] for line in trained)
+    seconds = sum(line["seconds"] for line in trained)
+    requests = {line["request_id"] for line in trained}
+    scores = [
+        line["average"]
+        for line in lines
+        if line["kind"] == "evidence" and line["request_id"] in requests
+    ]
+    loss = trained[-1]["loss"]
+    return (
+        name,
+        str(len(trained)),
+        f"{tokens:,}",
+        f"{tokens / max(seconds, 1e-9):,.0f}",
+        "" if loss is None else f"{loss:.3f}",
+        str(rounds[-1]["epoch"]) if rounds else "0",
+        str(rounds[-1]["group_size"]) if rounds else "",
+        f"{scores[-1]:.2f}" if scores else "",
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def _port_is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True

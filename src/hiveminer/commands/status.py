@@ -1,0 +1,275 @@
+"""`hiveminer status`: the subnet as a table, one row a neuron.
+
+Most of it stands on the chain. Whether a neuron is alive and at which epoch, it is asked
+with `IsAlive`, signed by the operator's own hotkey. Scores, last calls and refusals are
+known only to the neurons of this machine, which write them into their folders; for the
+others these columns stay empty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import bittensor as bt
+from rich.console import Console
+from rich.table import Table
+
+from hiveminer.chain import Chain, open_chain, open_wallet
+from hiveminer.commands.doctor import Reader, embedded_key
+from hiveminer.config.settings import MinerSettings
+from hiveminer.errors import MinerError, OperatorError
+from hiveminer.neuron import subnet_folder
+from hiveminer.protocol import IsAlive
+from hiveminer.rpc.dendrite import Dendrite, Endpoint, endpoint_of
+from hiveminer.training.checkpoint import SCORES_FOLDER, newest, signed_by
+from hiveminer.validation.scoring import ScoreTable
+
+ALIVE_SECONDS = 3.0
+TAIL_BYTES = 512 * 1024
+"""So much of the end of a neuron's metrics is read."""
+
+
+@dataclass
+class Row:
+    """One neuron. None: not known here.
+
+    stake is in TAO, weight the share of the incentive on the chain, immunity_left in
+    blocks, last_calls seconds ago by caller's hotkey.
+    """
+
+    uid: int
+    hotkey: str
+    axon: str | None
+    alive: bool | None
+    peer: str | None
+    run: str | None
+    epoch: int | None
+    stake: float
+    permit: bool
+    score: float | None
+    weight: float
+    immunity_left: int
+    last_calls: dict[str, float] = field(default_factory=dict)
+    refusals: int | None = None
+    why_not: str = ""
+    ours: bool = False
+
+
+@dataclass
+class Local:
+    """What the neurons of this machine have written down."""
+
+    scores: dict[str, float] = field(default_factory=dict)
+    last_calls: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By miner, then by validator: Unix seconds of the last answered `Train`."""
+    refusals: dict[str, int] = field(default_factory=dict)
+    """By miner: requests its axon has refused since it started."""
+    hotkeys: set[str] = field(default_factory=set)
+
+
+def gather(settings: MinerSettings, *, clock: Callable[[], float] = time.time) -> list[Row]:
+    """Everything that can be known from here. Raises OperatorError or ChainError."""
+    with open_reader(settings) as chain:
+        graph = chain.metagraph()
+        immunity = int(chain.hyperparameters().get("immunity_period", 0))
+        wallet = chain.wallet
+    local = read_local(subnet_folder(settings))
+    alive = asyncio.run(probe(wallet, graph))
+    commitments = chain.commitments(graph)
+    return [
+        _row(neuron, graph, local, alive, commitments, immunity=immunity, now=clock())
+        for neuron in graph
+    ]
+
+
+def open_reader(settings: MinerSettings) -> Chain:
+    """The chain, with the operator's own hotkey where there is one; nothing is registered."""
+    file = settings.subtensor.path / "chain.sqlite"
+    wallet: Any
+    if settings.embedded:
+        if not file.exists():
+            raise OperatorError(
+                f"there is no embedded network at {file}; start a miner, or name another with "
+                "--subtensor.path or --subtensor.network"
+            )
+        wallet = embedded_key(settings) or embedded_key(settings, role="validator") or Reader()
+    else:
+        name, hotkey = settings.wallet.name, settings.wallet.hotkey or "default"
+        wallet = open_wallet(name, hotkey, settings.wallet.path)
+    return open_chain(
+        network=settings.subtensor.network,
+        netuid=settings.netuid,
+        wallet=wallet,
+        path=file,
+        block_seconds=settings.subtensor.block_seconds,
+    )
+
+
+async def probe(wallet: Any, graph: bt.Metagraph) -> dict[str, IsAlive | str]:
+    """By hotkey: what every served axon answers to `IsAlive`, or why it does not."""
+    endpoints = [found for neuron in graph if (found := endpoint_of(neuron)) is not None]
+    answers: dict[str, IsAlive | str] = {}
+    if not endpoints:
+        return answers
+    async with Dendrite(wallet, retries=0, connect_seconds=ALIVE_SECONDS) as dendrite:
+
+        async def one(endpoint: Endpoint) -> None:
+            try:
+                answers[endpoint.hotkey] = await dendrite.call(
+                    endpoint, IsAlive(), timeout_seconds=ALIVE_SECONDS
+                )
+            except MinerError as error:
+                answers[endpoint.hotkey] = error.reason
+
+        await asyncio.gather(*map(one, endpoints))
+    return answers
+
+
+def _row(
+    neuron: bt.MetagraphNeuron,
+    graph: bt.Metagraph,
+    local: Local,
+    alive: Mapping[str, IsAlive | str],
+    commitments: Mapping[str, bytes],
+    *,
+    immunity: int,
+    now: float,
+) -> Row:
+    hotkey = neuron.hotkey
+    answer = alive.get(hotkey)
+    said = commitments.get(hotkey, b"").decode(errors="replace")
+    calls = local.last_calls.get(hotkey, {})
+    return Row(
+        uid=neuron.uid,
+        hotkey=hotkey,
+        axon=neuron.axon,
+        alive=None if answer is None else isinstance(answer, IsAlive) and answer.completion,
+        peer=said.split()[0].rpartition("/p2p/")[2] if said.startswith("/") else None,
+        run=answer.run_id if isinstance(answer, IsAlive) else said.partition("run ")[2] or None,
+        epoch=answer.epoch if isinstance(answer, IsAlive) else None,
+        stake=float(neuron.total_stake.amount),
+        permit=neuron.validator_permit,
+        score=local.scores.get(hotkey),
+        weight=float(neuron.incentive),
+        immunity_left=max(0, neuron.block_at_registration + immunity - graph.block),
+        last_calls={who: round(max(0.0, now - at), 1) for who, at in calls.items()},
+        refusals=local.refusals.get(hotkey),
+        why_not=answer if isinstance(answer, str) else "",
+        ours=hotkey in local.hotkeys,
+    )
+
+
+# What neurons on this machine know --------------------------------------------------------
+
+
+def read_local(folder: Path) -> Local:
+    """Scores of local validators, and calls and refusals of local miners, on one subnet."""
+    local = Local()
+    if not folder.is_dir():
+        return local
+    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+        local.hotkeys.add(place.name)
+        local.scores.update(_scores(place))
+        for line in last_lines(place / "metrics.jsonl"):
+            _take(local, place.name, line)
+    return local
+
+
+def _scores(place: Path) -> dict[str, float]:
+    """By hotkey, from a neuron's folder; none if it is no validator's."""
+    found = newest(place / SCORES_FOLDER, verify=signed_by(place.name))
+    with contextlib.suppress(KeyError, ValueError):
+        if found is not None:
+            table = ScoreTable.restore(found.facts["scores"])
+            return {who: standing.score for who, standing in table.standings.items()}
+    return {}
+
+
+def _take(local: Local, hotkey: str, line: Mapping[str, Any]) -> None:
+    """A miner's `train` and a validator's `answer` are two ends of one call."""
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        kind, at = line["kind"], float(line["time"])
+        if kind == "train":
+            _latest(local, hotkey, str(line["caller"]), at)
+        elif kind == "answer":
+            _latest(local, str(line["hotkey"]), hotkey, at)
+        elif kind == "axon":
+            local.refusals[hotkey] = int(line["refused"])
+
+
+def _latest(local: Local, miner: str, validator: str, at: float) -> None:
+    calls = local.last_calls.setdefault(miner, {})
+    calls[validator] = max(at, calls.get(validator, 0.0))
+
+
+def last_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The last whole lines of a file of JSON lines, oldest first."""
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - TAIL_BYTES))
+            lines = stream.read().splitlines()
+    except OSError:
+        return
+    for line in lines[1:] if size > TAIL_BYTES else lines:
+        with contextlib.suppress(ValueError):
+            said = json.loads(line)
+            if isinstance(said, dict):
+                yield said
+
+
+# For people and machines -------------------------------------------------------------------
+
+
+def as_table(rows: list[Row], *, title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in ("uid", "hotkey", "axon", "alive"):
+        table.add_column(column, no_wrap=True, min_width=len(column))
+    for column in ("peer", "epoch", "stake", "score", "weight", "immunity", "last call", "refused"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*_cells(row))
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    alive = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[row.alive]
+    uid = f"[bold]{row.uid}*[/]" if row.ours else str(row.uid)
+    calls = ", ".join(f"{who[:6]} {ago:.0f}s" for who, ago in sorted(row.last_calls.items()))
+    return [
+        uid,
+        row.hotkey[:8],
+        (row.axon or "").replace("[", r"\["),
+        alive,
+        (row.peer or "")[-8:].replace("[", r"\["),
+        "" if row.epoch is None else str(row.epoch),
+        f"{row.stake:.1f}" + (" v" if row.permit else ""),
+        "" if row.score is None else f"{row.score:.2f}",
+        f"{row.weight:.3f}" if row.weight else "",
+        str(row.immunity_left or ""),
+        calls,
+        "" if row.refusals is None else str(row.refusals),
+    ]
+
+
+def main(settings: MinerSettings, *, as_json_text: bool = False) -> int:
+    """Show the subnet; 0, or 1 when the chain does not answer."""
+    rows = gather(settings)
+    if as_json_text:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+        return 0
+    title = f"subnet {settings.netuid} of {settings.subtensor.network}: {len(rows)} neurons"
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)  # into a file or a pipe: nothing is cut
+    console.print(as_table(rows, title=title))
+    console.print("* on this machine; v: validator permit; weight: share of the incentive")
+    return 0

@@ -1,0 +1,234 @@
+"""The run: what everybody who trains together has agreed on.
+
+`run.toml` is the subnet owner's and the same for all: model, data, optimizer, epoch,
+limits. Flags describe one machine. The hash of the run, of the model's schema and of the
+data are in the run id, so that peers that would harm each other never meet, and each can
+say which of the three differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from hiveminer.__version__ import __version__
+from hiveminer.errors import OperatorError
+from hiveminer.protocol import MAX_BATCH_SIZE, MAX_ROWS, MAX_TIMEOUT_SECONDS
+
+BUILTIN = "builtin"
+"""The model or the data set that comes with this package."""
+
+LOCAL_SUFFIXES = frozenset({".txt", ".jsonl", ".ndjson", ".json", ".parquet"})
+"""A name that ends so is a file's, never the hub's."""
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class _Section(BaseModel):
+    # Strict: TOML has types, and `rows = true` must not become one row.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(_Section):
+    name: str = BUILTIN
+    """`builtin`, a local folder written by `save_pretrained`, or a hub name."""
+    revision: str = ""
+    """The hub's revision; empty for the newest."""
+    sequence_length: Annotated[int, Field(ge=2, le=65536)] = 512
+    """Tokens to which a row is truncated."""
+
+
+class DataSection(_Section):
+    name: str = BUILTIN
+    """`builtin` (the Python standard library's source), a local .txt, .jsonl, .json or
+    .parquet file or a folder of them, or a hub name."""
+    hash: str = ""
+    """The data's content hash; a machine that holds other data refuses to start. Empty:
+    not compared at start (it is in the run id all the same)."""
+    column: str = "text"
+    """The column that holds the text, for records."""
+    config: str = ""
+    """The hub data set's configuration."""
+    split: str = "train"
+    """The hub data set's split."""
+    revision: str = ""
+    """The hub data set's revision; empty for the newest."""
+    streaming: bool = False
+    """Do not download the hub data set whole: read numbered shards of it."""
+    rows: Annotated[int, Field(ge=0)] = 0
+    """How many rows a streaming source counts for; it cannot know itself."""
+    shard_rows: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
+    """Rows in a shard of a streaming source."""
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """The share of rows, at the end, that no miner is given: the validator measures on
+    them."""
+
+
+class OptimizerSection(_Section):
+    learning_rate: Positive = 3e-3
+    # TOML knows lists and no tuples.
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.1
+    max_grad_norm: NotNegative = 1.0
+    """Gradients are clipped to this norm; 0 means never."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    """Epochs over which the rate rises from a tenth to its full height."""
+    total_epochs: Annotated[int, Field(ge=0)] = 0
+    """The epoch at which a linear or cosine schedule has come down to a tenth."""
+
+
+class SwarmSection(_Section):
+    epoch_samples: Annotated[int, Field(ge=1)] = 256
+    """Rows that the whole swarm trains between two averagings."""
+    matchmaking_seconds: Annotated[float, Field(ge=0.5, le=300)] = 3.0
+    """How long a peer looks for a group when not all come."""
+    averaging_timeout_seconds: Annotated[float, Field(ge=5, le=3600)] = 30.0
+    """After this an averaging round is given up."""
+    compression: Literal["float16", "none"] = "float16"
+    """What weights are sent as."""
+
+
+class LimitsSection(_Section):
+    rows: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 1024
+    """Rows in one `Train`."""
+    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)] = 256
+    timeout_seconds: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] = 600.0
+
+
+class Run(_Section):
+    """A run as `run.toml` writes it; every key has a default.
+
+    `hash` is the same for two files that mean the same, whatever their layout.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,31}$")] = "embedded"
+    """What the run is called; lower case, part of the run id."""
+    strategy: Literal["hivemind"] = "hivemind"
+    """How peers learn from each other."""
+    oldest_version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")] = "0.1.0"
+    """The oldest version of this package that may take part."""
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    swarm: SwarmSection = SwarmSection()
+    limits: LimitsSection = LimitsSection()
+
+    @model_validator(mode="after")
+    def _rates_fit(self) -> Run:
+        if self.optimizer.schedule != "constant" and not self.optimizer.total_epochs:
+            raise ValueError(f"schedule {self.optimizer.schedule!r} needs optimizer.total_epochs")
+        if self.data.streaming and not self.data.rows:
+            raise ValueError("a streaming source needs data.rows, the number of its rows")
+        return self
+
+    @property
+    def hash(self) -> str:
+        """Hex SHA-256 of what the run says.
+
+        Where a model or data set lies on one machine's disk is not part of it: its
+        content is compared by the other two parts of the run id.
+        """
+        said = self.model_dump(mode="json")
+        for part in ("model", "data"):
+            if is_local(said[part]["name"]):
+                said[part]["name"] = "local"
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+    def check_version(self) -> None:
+        """Raise OperatorError when this program is too old for the run."""
+        if not self.accepts_version(__version__):
+            raise OperatorError(
+                f"this is version {__version__}, and the run wants {self.oldest_version} or "
+                "newer: upgrade hiveminer"
+            )
+
+    def accepts_version(self, version: str) -> bool:
+        """Whether a neuron of that version may take part; an unreadable one may not."""
+        try:
+            return _version(version) >= _version(self.oldest_version)
+        except ValueError:
+            return False
+
+
+@dataclass(frozen=True)
+class RunId:
+    """A run id in its parts: `name-run-schema-data`, the last three shortened hashes."""
+
+    name: str
+    run: str
+    schema: str
+    data: str
+
+    @classmethod
+    def of(cls, run: Run, *, schema_hash: str, data_hash: str) -> RunId:
+        return cls(run.name, run.hash[:12], schema_hash[:8], data_hash[:8])
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.run}-{self.schema}-{self.data}"
+
+    def difference(self, other: str) -> str | None:
+        """Why somebody with the run id `other` cannot train with us; None if they can."""
+        if other == str(self):
+            return None
+        parts = other.split("-")
+        if len(parts) != 4:
+            return f"run id {other!r} is none of ours ({self})"
+        for what, ours, theirs in zip(
+            ("run", "run.toml", "model schema", "data"),
+            (self.name, self.run, self.schema, self.data),
+            parts,
+            strict=True,
+        ):
+            if ours != theirs:
+                return f"{what} differs: {theirs} there, {ours} here (run ids {other} and {self})"
+        raise AssertionError("two run ids differ in no part")
+
+
+def is_local(name: str) -> bool:
+    """Whether a model or data name means a place on this machine's disk."""
+    return name != BUILTIN and (
+        name.startswith((".", "/", "~"))
+        or "\\" in name
+        or Path(name).suffix.lower() in LOCAL_SUFFIXES
+        or Path(name).expanduser().exists()
+    )
+
+
+def load_run(path: Path | None) -> Run:
+    """Read a `run.toml`; without a path, the run that is built in.
+
+    Raises OperatorError, one line that names the file and the key.
+    """
+    if path is None:
+        return Run()
+    try:
+        said: dict[str, Any] = tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OperatorError(f"{path}: no such file; --neuron.run wants a run.toml") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise OperatorError(f"{path}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise OperatorError(f"{path}: not TOML: {error}") from None
+    try:
+        return Run.model_validate(said)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the run"
+        raise OperatorError(f"{path}: {key}: {first['msg']}") from None
+
+
+def _version(text: str) -> tuple[int, ...]:
+    parts = text.split(".")
+    if len(parts) != 3:
+        raise ValueError(text)
+    return tuple(int(part) for part in parts)

@@ -1,0 +1,1 @@
+"""Signed HTTP between neurons: the axon that serves, the dendrite that calls."""

@@ -1,0 +1,293 @@
+"""Where numbers go: JSON lines always, Weights & Biases when asked, a bar on the terminal.
+
+Training never waits for a number to be written and never ends because one could not be: a
+full disk or a broken connection costs one warning. What is lost then is a line of a diary.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Never, Protocol, TypeVar, overload
+
+from tqdm import tqdm
+
+from hiveminer.config.settings import WandbSettings
+from hiveminer.errors import OperatorError
+
+logger = logging.getLogger(__name__)
+
+FINISH_SECONDS = 5.0
+"""How long the end of a program may wait for Weights & Biases."""
+
+Item = TypeVar("Item")
+
+
+class Metrics(Protocol):
+    """A place for numbers. Safe to call from any thread; `log` never raises."""
+
+    def log(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Write one event: its kind ("train", "averaging") and its fields (JSON values)."""
+
+    def close(self) -> None:
+        """Write what is left; nothing may be logged afterwards."""
+
+
+class NoMetrics:
+    """Numbers that nobody wants."""
+
+    def log(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """Forget the event."""
+
+    def close(self) -> None:
+        """There is nothing left."""
+
+
+class JsonLines:
+    """One JSON object a line: `time` (Unix seconds), `kind`, and the fields.
+
+    Each line is one write to a file opened for appending, so several processes may share
+    the file, and whoever reads it meets whole lines only, but for the last. A number that
+    is not finite becomes null, for JSON has none. Raises OperatorError if the file cannot
+    be opened.
+    """
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time.time):
+        self.path = path
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failed = False
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("a+b", buffering=0)
+        except OSError as error:
+            raise OperatorError(
+                f"cannot write to {path}: {error.strerror}; choose another folder"
+            ) from error
+        self._torn = _ends_in_mid_line(path)
+
+    def log(self, kind: str, fields: Mapping[str, Any]) -> None:
+        assert not {"time", "kind"} & set(fields), "time and kind are the sink's own"
+        event = {"time": round(self._clock(), 3), "kind": kind, **fields}
+        line = json.dumps(_finite(event), default=str).encode() + b"\n"
+        with self._lock:
+            if not self._file.closed:
+                self._write(line)
+
+    def _write(self, line: bytes) -> None:
+        # After a line that was cut short (disk full, kill -9), begin on a new one.
+        line = b"\n" + line if self._torn else line
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            self._warn(error.strerror or "an error")
+            return
+        self._torn = written != len(line)
+        if self._torn:
+            self._warn("no space left")
+
+    def _warn(self, reason: str) -> None:
+        if not self._failed:
+            logger.warning("numbers are being lost: cannot write to %s: %s", self.path, reason)
+        self._failed = True
+
+    def close(self) -> None:
+        with self._lock:
+            self._file.close()
+
+
+def _ends_in_mid_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {str(key): _finite(part) for key, part in value.items()}
+        case list() | tuple():
+            return [_finite(part) for part in value]
+    return value
+
+
+class Wandb:
+    """Weights & Biases: an event's numbers as `kind/field`, against the time of the event.
+
+    `online` without an API key becomes `offline`, which needs no account: the run lies in
+    `folder` and is sent later with `wandb sync`. Whatever goes wrong in there is told once,
+    and no number is sent after it.
+    """
+
+    def __init__(
+        self,
+        settings: WandbSettings,
+        *,
+        folder: Path,
+        name: str,
+        config: Mapping[str, Any],
+        wandb: ModuleType | None = None,
+    ):
+        self._run: Any = None
+        try:
+            self._run = _start(settings, folder=folder, name=name, config=config, wandb=wandb)
+        except Exception as error:  # noqa: BLE001 - a foreign service may raise anything
+            self._give_up(error)
+
+    def log(self, kind: str, fields: Mapping[str, Any]) -> None:
+        numbers = {
+            f"{kind}/{name}": value
+            for name, value in fields.items()
+            if isinstance(value, int | float)
+        }
+        run = self._run
+        if run is None or not numbers:
+            return
+        try:
+            run.log(numbers)
+        except Exception as error:  # noqa: BLE001 - as above
+            self._give_up(error)
+
+    def close(self) -> None:
+        run, self._run = self._run, None
+        if run is None:
+            return
+        # Without a network, finish() waits for one; whoever pressed Ctrl-C does not.
+        finish = threading.Thread(target=self._finish, args=(run,), daemon=True)
+        finish.start()
+        finish.join(FINISH_SECONDS)
+        if finish.is_alive():
+            logger.warning("wandb did not finish in time; `wandb sync` sends what is left")
+
+    def _finish(self, run: Any) -> None:
+        try:
+            run.finish()
+        except Exception as error:  # noqa: BLE001 - as above
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        self._run = None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        logger.warning("wandb gets no more numbers: %s", reason)
+
+
+def _start(
+    settings: WandbSettings,
+    *,
+    folder: Path,
+    name: str,
+    config: Mapping[str, Any],
+    wandb: ModuleType | None,
+) -> Any:
+    if wandb is None:
+        import wandb as real  # 1 s to import, so only for those who asked for it
+
+        wandb = real
+    mode = settings.mode
+    if mode == "online" and not wandb.api.api_key:
+        logger.warning("wandb has no API key and stays offline; `wandb login` sets one")
+        mode = "offline"
+    folder.mkdir(parents=True, exist_ok=True)
+    return wandb.init(
+        mode=mode,
+        project=settings.project,
+        entity=settings.entity,
+        name=name,
+        config=dict(config),
+        dir=str(folder),
+        settings=wandb.Settings(silent=True, console="off", init_timeout=30.0),
+    )
+
+
+class Tee:
+    """Several places at once."""
+
+    def __init__(self, *sinks: Metrics):
+        self._sinks = sinks
+
+    def log(self, kind: str, fields: Mapping[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.log(kind, fields)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+def open_metrics(
+    path: Path,
+    *,
+    wandb: WandbSettings | None = None,
+    name: str = "hiveminer",
+    config: Mapping[str, Any] | None = None,
+) -> Metrics:
+    """Open the places for a neuron's numbers: `path` (JSON lines), and wandb if asked.
+
+    `name` and `config` are what wandb shows as the run's. Raises OperatorError if `path`
+    cannot be written.
+    """
+    lines = JsonLines(path)
+    if wandb is None or wandb.mode == "disabled":
+        return lines
+    return Tee(lines, Wandb(wandb, folder=path.parent, name=name, config=config or {}))
+
+
+@overload
+def progress_bar(
+    items: Iterable[Item],
+    *,
+    title: str,
+    total: float | None = ...,
+    unit: str = ...,
+    shown: bool = ...,
+    keep: bool = ...,
+) -> tqdm[Item]: ...
+
+
+@overload
+def progress_bar(
+    items: None = ...,
+    *,
+    title: str,
+    total: float | None = ...,
+    unit: str = ...,
+    shown: bool = ...,
+    keep: bool = ...,
+) -> tqdm[Never]: ...
+
+
+def progress_bar(
+    items: Iterable[Any] | None = None,
+    *,
+    title: str,
+    total: float | None = None,
+    unit: str = "it",
+    shown: bool = True,
+    keep: bool = False,
+) -> tqdm[Any]:
+    """A bar on stderr over `items`, or one to be moved with `update`.
+
+    It is silent where stderr is no terminal, and with `shown` off (`--no-logging.bars`).
+    `keep` leaves the full bar standing at the end.
+    """
+    return tqdm(
+        items,
+        desc=title,
+        total=total,
+        unit=unit,
+        leave=keep,
+        disable=not (shown and sys.stderr is not None and sys.stderr.isatty()),
+        dynamic_ncols=True,
+    )

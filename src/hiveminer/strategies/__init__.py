@@ -1,0 +1,1 @@
+"""How peers learn from each other: one package for each strategy."""

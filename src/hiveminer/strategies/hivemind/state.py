@@ -1,0 +1,131 @@
+"""Everything that a peer's training goes on from, taken out of its optimizer and put back.
+
+The weights of this moment, those that the epoch began with (the averaging buffers, which
+joiners are given), the inner optimizer's state, the learning rate's place in its schedule,
+the epoch, and the rows trained in it. Training on after `put_back` gives the same numbers,
+bit for bit, as never having stopped.
+
+Parameters go by their number in the optimizer: its groups follow from the model, and the
+model's shape is part of the run id.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hiveminer.strategies.hivemind.optimizer import SwarmOptimizer
+
+MOST = 2**53
+"""No count in a snapshot is larger."""
+
+
+def take(optimizer: SwarmOptimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Copies on the CPU, 16 bytes a parameter at most, and facts that JSON holds.
+
+    `weights.3`, `moments.3.exp_avg` (its every tensor of the inner optimizer) and `start.3`,
+    which is left out where it equals the weights, as it does when an epoch has just begun.
+    Call it between two steps.
+    """
+    averager = optimizer.state_averager
+    tensors: dict[str, Tensor] = {}
+    with torch.no_grad(), averager.get_tensors() as buffers:
+        for number, weights in enumerate(averager.main_parameters):
+            tensors[f"weights.{number}"] = copied = _copy(weights)
+            if not torch.equal(copied, buffers[number]):
+                tensors[f"start.{number}"] = _copy(buffers[number])
+            for key, value in optimizer.opt.state[weights].items():
+                tensors[f"moments.{number}.{key}"] = _copy(value)
+    facts: dict[str, Any] = {
+        "epoch": int(optimizer.local_epoch),
+        "rows": int(optimizer.local_progress.samples_accumulated),
+    }
+    scheduler = averager.scheduler.state_dict()
+    facts["schedule"] = {
+        "epoch": int(scheduler["last_epoch"]),
+        "steps": int(scheduler["_step_count"]),
+        "rates": [float(rate) for rate in scheduler["_last_lr"]],
+    }
+    return tensors, facts
+
+
+def put_back(
+    optimizer: SwarmOptimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
+    """Make the optimizer what it was when this was taken, and tell the swarm so.
+
+    Raises ValueError, having changed nothing, for what does not fit it.
+    """
+    epoch, rows, schedule = _read(facts, groups=len(optimizer.opt.param_groups))
+    averager = optimizer.state_averager
+    with torch.no_grad(), averager.get_tensors() as buffers:
+        places = list(_places(optimizer, tensors, buffers))
+        for place, value in places:
+            place.copy_(value)
+    averager.scheduler.load_state_dict(averager.scheduler.state_dict() | schedule)
+    for group, rate in zip(optimizer.opt.param_groups, schedule["_last_lr"], strict=True):
+        group["lr"] = rate
+    averager.local_epoch = epoch
+    averager.vouch()
+    _report(optimizer, epoch=epoch, rows=rows)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _places(
+    optimizer: SwarmOptimizer, tensors: Mapping[str, Tensor], buffers: Any
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each tensor of the optimizer beside the one that belongs there."""
+    left = set(tensors)
+
+    def find(name: str, place: Tensor) -> tuple[Tensor, Tensor]:
+        found = tensors.get(name)
+        if found is None or found.shape != place.shape or found.dtype != place.dtype:
+            raise ValueError(f"it does not fit the model: {name}")
+        left.discard(name)
+        return place, found
+
+    for number, weights in enumerate(optimizer.state_averager.main_parameters):
+        yield find(f"weights.{number}", weights)
+        start = f"start.{number}" if f"start.{number}" in tensors else f"weights.{number}"
+        yield find(start, buffers[number])
+        for key, value in optimizer.opt.state[weights].items():
+            yield find(f"moments.{number}.{key}", value)
+    if left:
+        raise ValueError(f"it does not fit the model: {min(left)} has no place")
+
+
+def _read(facts: Mapping[str, Any], *, groups: int) -> tuple[int, int, dict[str, Any]]:
+    """Epoch, rows trained in it, and the scheduler's state."""
+    try:
+        epoch, rows, schedule = facts["epoch"], facts["rows"], facts["schedule"]
+        counts = [epoch, rows, schedule["epoch"], schedule["steps"]]
+        rates = list(schedule["rates"])
+    except (KeyError, TypeError):
+        raise ValueError("it does not say its epoch, rows and learning rate") from None
+    if not all(type(count) is int and 0 <= count <= MOST for count in counts):
+        raise ValueError(f"its counts are out of bounds: {counts!r:.80}")
+    if len(rates) != groups or not all(type(r) is float and math.isfinite(r) for r in rates):
+        raise ValueError(f"its learning rates do not fit: {rates!r:.80}")
+    return epoch, rows, {"last_epoch": counts[2], "_step_count": counts[3], "_last_lr": rates}
+
+
+def _report(optimizer: SwarmOptimizer, *, epoch: int, rows: int) -> None:
+    """Tell the tracker, and by it the swarm, where this peer stands."""
+    tracker = optimizer.tracker
+    with tracker.pause_updates():
+        tracker.update_epoch(epoch)
+        # Not as progress: that would count as rows trained within this moment.
+        tracker.local_progress.samples_accumulated = rows
+        if tracker.global_progress.epoch == epoch:
+            tracker.global_progress.samples_accumulated += rows
+        tracker.report_local_progress(epoch, rows)
+    if not optimizer.client_mode:
+        optimizer.state_averager.state_sharing_priority = epoch

@@ -1,0 +1,1 @@
+"""Model, data and the training step on this machine; knows no network."""

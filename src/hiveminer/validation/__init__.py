@@ -1,0 +1,1 @@
+"""What work is worth: replays, loss curves and scores."""

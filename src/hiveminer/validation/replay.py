@@ -1,0 +1,98 @@
+"""Do a miner's rows again, from a copy of the swarm's state, and keep the curves.
+
+A replay changes nothing but its own copy of the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hiveminer.config.run import Run
+from hiveminer.strategies.hivemind.observer import SwarmState
+from hiveminer.training.optimizer import build_optimizer, parameter_groups
+from hiveminer.training.trainer import Encode, LocalStep, Trainer
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Loss by optimizer step, nats a token: with the steps taken, and without."""
+
+    trained: tuple[float, ...]
+    untrained: tuple[float, ...]
+
+
+class Replayer:
+    """A copy of the model that is set to a state, used, and set to the next.
+
+    One call at a time.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        encode: Encode,
+        run: Run,
+        device: torch.device | None = None,
+    ):
+        self.run = run
+        self.model = copy.deepcopy(model)
+        self.encode = encode
+        self.device = device or torch.device("cpu")
+        nn.Module.to(self.model, self.device)
+
+    def curves(
+        self,
+        state: SwarmState,
+        texts: Sequence[str],
+        *,
+        batch_size: int,
+        gradient_accumulation_steps: int = 1,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Curves | None:
+        """Train the rows from the state, and measure them without; None when stopped.
+
+        Raises TrainingError where the rows cannot be trained on.
+        """
+        trainer = self._at(state)
+        group_rows = batch_size * gradient_accumulation_steps
+        untrained = trainer.measure(texts, batch_size=batch_size, group_rows=group_rows)
+        if stopped():
+            return None
+        trained = trainer.train(
+            texts,
+            batch_size=batch_size,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            timeout_seconds=math.inf,
+            stopped=stopped,
+        )
+        if not trained.finished:
+            return None
+        return Curves(tuple(trained.losses), tuple(untrained.losses))
+
+    def loss(self, state: SwarmState, texts: Sequence[str], *, batch_size: int = 8) -> float | None:
+        """Mean loss of the rows under the state's weights, nats a token."""
+        return self._at(state).measure(texts, batch_size=batch_size).loss
+
+    def _at(self, state: SwarmState) -> Trainer:
+        with torch.no_grad():
+            for name, value in self.model.named_parameters():
+                value.copy_(state.weights[name])
+        section = self.run.optimizer
+        groups = parameter_groups(self.model.parameters(), weight_decay=section.weight_decay)
+        optimizer = build_optimizer(groups, section)
+        optimizer.load_state_dict(copy.deepcopy(state.optimizer))
+        return Trainer(
+            self.model,
+            encode=self.encode,
+            optimizer=LocalStep(optimizer),
+            device=self.device,
+            max_grad_norm=section.max_grad_norm,
+        )
