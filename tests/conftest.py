@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from programs import close_preloaded
+
 MARK = "TESTS_OF_HIVEMINER"
 """A variable that our processes inherit, so that an orphan is known to be ours."""
 
@@ -49,6 +51,7 @@ def nothing_left_behind(own_environment: None) -> Iterator[None]:
     """At the end, no process and no shared memory of ours is left."""
     before = _shared_memory()
     yield
+    close_preloaded()
     deadline = time.monotonic() + 10
     while (left := _left(before)) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import psutil
+from preloaded import Preloaded
 
 from hiveminer.swarm.processes import sweep
 
@@ -31,22 +33,57 @@ def wait_for(what: Callable[[], T], *, seconds: float, about: str = "") -> T:
     return value
 
 
-class Program:
-    """One started program and its log."""
+@functools.cache
+def preloaded() -> Preloaded:
+    """This worker's server of programs, started when the first is wanted."""
+    return Preloaded()
 
-    def __init__(self, words: Sequence[str], *, folder: Path, env: dict[str, str] | None = None):
+
+def close_preloaded() -> None:
+    if preloaded.cache_info().currsize:
+        preloaded().close()
+        preloaded.cache_clear()
+
+
+def start_fresh(
+    words: Sequence[str], *, folder: Path, env: dict[str, str], log: Path
+) -> subprocess.Popen[bytes]:
+    """A new interpreter in a session of its own."""
+    with log.open("wb") as stream:
+        return subprocess.Popen(
+            [sys.executable, *words],
+            cwd=folder,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
+
+
+class Program:
+    """One started program and its log.
+
+    fresh: start a new interpreter, instead of a fork of one that has imported everything.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        *,
+        folder: Path,
+        env: dict[str, str] | None = None,
+        fresh: bool = False,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log"
-        with self.log.open("wb") as stream:
-            self.process = subprocess.Popen(
-                [sys.executable, *words],
-                cwd=folder,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | (env or {}),
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=stream,
-                start_new_session=True,
-            )
+        self.log.write_bytes(b"")
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | (env or {})
+        self.process = (
+            start_fresh(words, folder=folder, env=env, log=self.log)
+            if fresh
+            else preloaded().start(words, folder=folder, env=env, log=self.log)
+        )
 
     @property
     def words(self) -> str:

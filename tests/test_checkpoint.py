@@ -519,7 +519,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 import torch
 from bittensor.keyfiles import Keypair
-from hiveminer.checkpoint import Checkpoints, newest, signed_by
+from hiveminer.training.checkpoint import Checkpoints, newest, signed_by
 
 torch.set_num_threads(1)
 folder, chance = Path(sys.argv[1]), random.Random(int(sys.argv[2]))

@@ -136,8 +136,8 @@ def test_each_line_names_role_and_key(
 FORKED = """
 import logging, sys
 from pathlib import Path
-from hiveminer.logs import configure_logging
-from hiveminer.settings import MinerSettings
+from hiveminer.runtime.logs import configure_logging
+from hiveminer.config.settings import MinerSettings
 from hiveminer.swarm import Peer
 
 async def speak(_dht, node):

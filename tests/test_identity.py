@@ -623,9 +623,9 @@ def say(*words):
 GUEST = (
     PEERS
     + """
-from hiveminer.base import Neuron
+from hiveminer.neuron import Neuron
 from hiveminer.chain import EmbeddedSubstrate
-from hiveminer.settings import ValidatorSettings, parse
+from hiveminer.config.settings import ValidatorSettings, parse
 
 neuron = Neuron(parse(sys.argv[3:], cls=ValidatorSettings, prog="guest"), role="validator")
 guest = Peer(client_only=True, identity=neuron.identity(RUN), admitted=neuron.registered)

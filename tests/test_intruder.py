@@ -19,9 +19,10 @@ from hivemind.utils import get_dht_time
 
 sys.path.insert(0, sys.argv[1])
 from tiny import tiny_model
-from hiveminer.run import Run
-from hiveminer.swarm import Identity, Peer, Swarm
-from hiveminer.swarm.averager import SwarmAverager, averager_prefix
+from hiveminer.config.run import Run
+from hiveminer.swarm import Identity, Peer
+from hiveminer.strategies.hivemind import Swarm
+from hiveminer.strategies.hivemind.averager import SwarmAverager, averager_prefix
 
 torch.set_num_threads(1)
 RUN_ID = "intruder-a-b-c"

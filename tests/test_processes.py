@@ -76,7 +76,7 @@ peer.Peer()
 WAITING_TRACKER = """
 import asyncio, gc, os, signal
 from hiveminer.swarm import Peer
-from hiveminer.swarm.tracker import SampleTracker
+from hiveminer.strategies.hivemind.tracker import SampleTracker
 from programs import wait_for
 
 def waiting():

@@ -32,11 +32,12 @@ import hashlib, os, sys, time, traceback
 from pathlib import Path
 import torch
 from bittensor.keyfiles import Keypair
-from hiveminer.checkpoint import Checkpoints, signed_by
-from hiveminer.data import builtin_rows
-from hiveminer.model import builtin_model, builtin_tokenizer, encode
-from hiveminer.run import Run
-from hiveminer.swarm import Peer, Swarm
+from hiveminer.training.checkpoint import Checkpoints, signed_by
+from hiveminer.training.data import builtin_rows
+from hiveminer.training.model import builtin_model, builtin_tokenizer, encode
+from hiveminer.config.run import Run
+from hiveminer.swarm import Peer
+from hiveminer.strategies.hivemind import Swarm
 
 torch.set_num_threads(1)
 TARGET = 1000

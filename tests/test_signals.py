@@ -12,7 +12,7 @@ from programs import Program
 
 HANGS = """
 import logging, sys, threading
-from hiveminer import signals
+from hiveminer.runtime import signals
 
 logging.basicConfig(level=logging.INFO)
 signals.SHUTDOWN_SECONDS = 0.5

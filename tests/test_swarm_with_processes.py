@@ -26,11 +26,12 @@ PEER = '''
 import sys, time
 from pathlib import Path
 import torch
-from hiveminer.data import builtin_rows
-from hiveminer.model import builtin_model, builtin_tokenizer, encode
-from hiveminer.run import Run
-from hiveminer.swarm import Peer, Swarm
-from hiveminer.trainer import Trainer
+from hiveminer.training.data import builtin_rows
+from hiveminer.training.model import builtin_model, builtin_tokenizer, encode
+from hiveminer.config.run import Run
+from hiveminer.swarm import Peer
+from hiveminer.strategies.hivemind import Swarm
+from hiveminer.training.trainer import Trainer
 
 torch.set_num_threads(1)
 me, folder = int(sys.argv[1]), Path(sys.argv[2])

@@ -1,0 +1,178 @@
+"""A server that has imported the large packages once and forks the tests' programs from itself.
+
+Importing torch, hivemind, transformers and bittensor costs five CPU-seconds in each program.
+Here they are imported once for each test worker. A forked program gets its own session,
+environment, working directory and output, and runs and ends as `python WORDS...` would.
+
+Run: `python preloaded.py SOCKET`; it ends when the connection of its maker is closed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+IMPORT_SECONDS = 120.0
+POLL_SECONDS = 0.02
+
+
+# --- the side of the tests --------------------------------------------------------------------
+
+
+class Preloaded:
+    """The server, and a way to start programs in it."""
+
+    def __init__(self) -> None:
+        # A short path: a socket's may not exceed a hundred characters.
+        self._folder = tempfile.TemporaryDirectory(prefix="preloaded-", dir="/tmp")
+        self.address = str(Path(self._folder.name) / "socket")
+        self._alive, theirs = socket.socketpair()
+        with theirs:
+            self._server = subprocess.Popen(
+                [sys.executable, __file__, self.address, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+            )
+        self._alive.settimeout(IMPORT_SECONDS)
+        assert self._alive.recv(1), "the server of preloaded programs did not start"
+
+    def start(
+        self, words: Sequence[str], *, folder: Path, env: Mapping[str, str], log: Path
+    ) -> Forked:
+        """Start `python WORDS...` in the folder, with its output in the log."""
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(30)
+        connection.connect(self.address)
+        job = {"words": list(words), "folder": str(folder), "env": dict(env), "log": str(log)}
+        connection.sendall(json.dumps(job).encode() + b"\n")
+        return Forked(connection)
+
+    def close(self) -> None:
+        self._alive.close()
+        self._server.wait(30)
+        self._folder.cleanup()
+
+
+class Forked:
+    """A forked program, with the methods of `subprocess.Popen` that the tests use."""
+
+    def __init__(self, connection: socket.socket):
+        self._connection = connection
+        self._lines = connection.makefile("r")
+        self.pid = int(self._lines.readline())
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, or None while the program runs; negative for a signal."""
+        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+            self.returncode = int(self._lines.readline())
+            self._lines.close()
+            self._connection.close()
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            select.select([self._connection], [], [], POLL_SECONDS)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+# --- the server -------------------------------------------------------------------------------
+
+
+def serve(address: str, maker: socket.socket) -> dict[str, Any] | None:
+    """Fork a program for each connection. Returns the job in a forked process, and None in
+    the server, when its maker is gone."""
+    import hiveminer.commands.demo
+    import hiveminer.miner
+    import hiveminer.validator  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    running: dict[int, socket.socket] = {}
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(address)
+        server.listen(64)
+        maker.sendall(b"+")
+        while True:
+            ready = select.select([server, maker], [], [], POLL_SECONDS)[0]
+            if maker in ready:
+                return None
+            if server in ready:
+                connection, _ = server.accept()
+                job = json.loads(connection.makefile("r").readline())
+                pid = os.fork()
+                if pid == 0:
+                    for inherited in (connection, server, maker, *running.values()):
+                        inherited.close()
+                    return dict(job)
+                running[pid] = connection
+                connection.sendall(f"{pid}\n".encode())
+            report_ended(running)
+
+
+def report_ended(running: dict[int, socket.socket]) -> None:
+    """Send the exit codes of the programs that have ended."""
+    for pid in list(running):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            with running.pop(pid) as connection, contextlib.suppress(OSError):
+                connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+
+
+def run(job: dict[str, Any]) -> None:
+    """Become the program: its session, folder, environment and output."""
+    os.setsid()
+    os.chdir(job["folder"])
+    os.environ.clear()
+    os.environ.update(job["env"])
+    log = os.open(job["log"], os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    gc.unfreeze()
+    words = job["words"]
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        sys.path[0] = job["folder"]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path[0] = str(Path(words[0]).parent)
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def main() -> None:
+    job = serve(sys.argv[1], socket.socket(fileno=int(sys.argv[2])))
+    if job is not None:
+        run(job)
+
+
+if __name__ == "__main__":
+    main()
