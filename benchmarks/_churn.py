@@ -35,7 +35,7 @@ from hiveminer.config.settings import NeuronSettings
 from hiveminer.strategies.checkpointer import Progress
 from hiveminer.strategies.hivemind.optimizer import Round, Swarm
 from hiveminer.swarm import Identity, Neighbours, Peer
-from hiveminer.training.checkpoint import Checkpoints, of_run, signed_by
+from hiveminer.training.checkpoint import Checkpoints, of_run
 from hiveminer.training.data import builtin_rows
 from hiveminer.training.model import builtin_model, builtin_tokenizer, encode
 from hiveminer.training.optimizer import build_optimizer, parameter_groups
@@ -154,15 +154,13 @@ class Ours:
         publish(folder, index, self.peer.address)
         self.swarm = Swarm(model, peer=self.peer, run=RUN, run_id=RUN_ID, on_round=self._on_round)
         watch_loads(self.swarm.optimizer.state_averager, weights, log)
-        checkpoints = Checkpoints(
-            folder / f"{index}.checkpoints", sign=key.sign, verify=signed_by(key.ss58_address)
-        )
+        checkpoints = Checkpoints(folder / f"{index}.checkpoints")
         found = checkpoints.load(of_run(RUN_ID))
         self._progress = Progress(
             self.swarm, checkpoints, run_id=RUN_ID, every_seconds=CHECKPOINT_SECONDS
         )
         if self._progress.resume() and found is not None:
-            log.tell("resume", epoch=self.swarm.epoch, written_at=found.facts["written_at"])
+            log.tell("resume", epoch=self.swarm.epoch, written_at=found.metadata["written_at"])
         self._neighbours, self._folder = Neighbours(self.peer), folder
         self._neighbours.meet(addresses(folder))
         threading.Thread(target=self._keep_meeting, daemon=True).start()

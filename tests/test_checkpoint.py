@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or not at all, refused when they are not as they were written."""
+"""Tests of checkpoints: complete or absent, and skipped when they are not what was written."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import random
 import resource
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from bittensor.keyfiles import Keypair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -27,7 +26,6 @@ from torch import Tensor
 from hiveminer.errors import SwarmError
 from hiveminer.strategies.checkpointer import Progress, read_trained
 from hiveminer.training.checkpoint import (
-    DOMAIN,
     MANIFEST,
     MAX_MANIFEST_BYTES,
     STATE,
@@ -35,15 +33,11 @@ from hiveminer.training.checkpoint import (
     Checkpoints,
     newest,
     of_run,
-    signed_by,
 )
 from hiveminer.training.trainer import TrainResult
 from hiveminer.validation.scoring import ScoreTable
 from hiveminer.validator import Validator
 from programs import started, wait_for
-
-KEY = Keypair.create_from_uri("//Alice")
-VERIFY = signed_by(KEY.ss58_address)
 
 
 def tensors(number: int) -> dict[str, Tensor]:
@@ -51,13 +45,9 @@ def tensors(number: int) -> dict[str, Tensor]:
     return {"a": torch.full((4, 3), float(number)), "b": torch.tensor(0.1 * number)}
 
 
-def checkpoints(folder: Path, *, keep: int = 3) -> Checkpoints:
-    return Checkpoints(folder, sign=KEY.sign, verify=VERIFY, keep=keep)
-
-
 def written(folder: Path, *, count: int = 2) -> Checkpoints:
-    """A folder with so many checkpoints; the fact `n` is their number."""
-    kept = checkpoints(folder)
+    """A folder with this many checkpoints; `n` in their metadata is their number."""
+    kept = Checkpoints(folder)
     for number in range(1, count + 1):
         assert kept.save(tensors(number), {"n": number}) == f"checkpoint-{number:06d}"
     return kept
@@ -65,20 +55,20 @@ def written(folder: Path, *, count: int = 2) -> Checkpoints:
 
 def is_number(found: Checkpoint | None, number: int) -> bool:
     """Whether this is checkpoint `number`, each bit of it."""
-    if found is None or found.facts != {"n": number} or found.tensors.keys() != {"a", "b"}:
+    if found is None or found.metadata != {"n": number} or found.tensors.keys() != {"a", "b"}:
         return False
     return all(torch.equal(found.tensors[name], value) for name, value in tensors(number).items())
 
 
-def looked(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def look_in(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """What is found, and the reasons why newer ones were refused."""
     refused: list[str] = []
-    return newest(folder, verify=VERIFY, refuse=refused.append), refused
+    return newest(folder, refuse=refused.append), refused
 
 
 def the_one_before(folder: Path, words: str = "") -> None:
     """The newest of two is refused with these words, in one line, and the first is used."""
-    found, refused = looked(folder)
+    found, refused = look_in(folder)
     assert is_number(found, 1)
     assert len(refused) == 1
     assert refused[0].startswith("checkpoint-000002 is refused: ")
@@ -86,15 +76,21 @@ def the_one_before(folder: Path, words: str = "") -> None:
     assert "\n" not in refused[0]
 
 
-def sign_again(path: Path, **changes: Any) -> None:
-    """Change a manifest and sign it, as only the owner of the key could."""
-    said = json.loads(path.read_bytes())
-    del said["signature"]
-    said |= changes
-    text = json.dumps(said, sort_keys=True, separators=(",", ":")).encode() + b"\n"
-    said["signature"] = KEY.sign(DOMAIN + text).hex()
-    text = json.dumps(said, sort_keys=True, separators=(",", ":")).encode() + b"\n"
-    path.write_bytes(text)
+def rewrite(path: Path, **changes: Any) -> None:
+    """Change a manifest, with the hash that belongs to it."""
+    content = json.loads(path.read_bytes()) | changes
+    del content["sha256"]
+    content["sha256"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    path.write_text(json.dumps(content))
+
+
+def rewrite_as_0_1(path: Path) -> None:
+    """Rewrite a manifest as version 0.1 wrote it: signed, and in canonical JSON."""
+    content = json.loads(path.read_bytes())
+    del content["sha256"]
+    content["signature"] = "5a" * 64
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    path.write_bytes(text.encode("ascii") + b"\n")
 
 
 # --- what is kept ---------------------------------------------------------------------------
@@ -109,12 +105,12 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
         "empty": torch.zeros(0, 3),
     }
     facts = {"epoch": 3, "pi": 3.141592653589793, "text": 'ä "\n\ud800', "list": [1, None, True]}
-    kept = checkpoints(tmp_path / "some" / "folder")
+    kept = Checkpoints(tmp_path / "some" / "folder")
     assert kept.save(values, facts) == kept.newest == "checkpoint-000001"
-    found = checkpoints(kept.folder).load()
+    found = Checkpoints(kept.folder).load()
     assert found is not None
     assert found.name == "checkpoint-000001"
-    assert found.facts == facts
+    assert found.metadata == facts
     assert found.tensors.keys() == values.keys()
     for name, value in values.items():
         assert found.tensors[name].dtype == value.dtype
@@ -122,12 +118,12 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 
 
 def test_facts_alone_need_no_tensors(tmp_path: Path) -> None:
-    kept = checkpoints(tmp_path)
+    kept = Checkpoints(tmp_path)
     kept.save(None, {"scores": {}})
     assert [path.name for path in (tmp_path / "checkpoint-000001").iterdir()] == [MANIFEST]
     found = kept.load()
     assert found is not None
-    assert (found.facts, found.tensors) == ({"scores": {}}, {})
+    assert (found.metadata, found.tensors) == ({"scores": {}}, {})
 
 
 def test_the_last_three_are_kept(tmp_path: Path) -> None:
@@ -135,7 +131,7 @@ def test_the_last_three_are_kept(tmp_path: Path) -> None:
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["checkpoint-000010", "checkpoint-000011", "checkpoint-000012"]
     assert is_number(kept.load(), 12)
-    again = checkpoints(tmp_path)
+    again = Checkpoints(tmp_path)
     assert again.save(tensors(13), {"n": 13}) == "checkpoint-000013"
 
 
@@ -145,8 +141,8 @@ def test_numbers_go_by_their_value(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         shutil.copy(tmp_path / "checkpoint-000002" / MANIFEST, tmp_path / name)
         shutil.copy(tmp_path / "checkpoint-000002" / STATE, tmp_path / name)
-        sign_again(tmp_path / name / MANIFEST, number=number)
-    found, refused = looked(tmp_path)
+        rewrite(tmp_path / name / MANIFEST, number=number)
+    found, refused = look_in(tmp_path)
     assert found is not None
     assert (found.name, refused) == ("checkpoint-999999", [])
     assert kept.save(tensors(7), {"n": 7}) == "checkpoint-1000000"
@@ -168,7 +164,7 @@ def test_leftovers_of_a_crash_are_swept_at_start(tmp_path: Path) -> None:
     written(tmp_path)
     shutil.copytree(tmp_path / "checkpoint-000002", tmp_path / ".draft-x7")
     (tmp_path / ".draft-checkpoint-000000").mkdir()
-    assert is_number(checkpoints(tmp_path).load(), 2)
+    assert is_number(Checkpoints(tmp_path).load(), 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint-000001",
         "checkpoint-000002",
@@ -176,8 +172,8 @@ def test_leftovers_of_a_crash_are_swept_at_start(tmp_path: Path) -> None:
 
 
 def test_an_empty_and_a_missing_folder_hold_none(tmp_path: Path) -> None:
-    assert checkpoints(tmp_path).load() is None
-    assert checkpoints(tmp_path / "no" / "such").load() is None
+    assert Checkpoints(tmp_path).load() is None
+    assert Checkpoints(tmp_path / "no" / "such").load() is None
     assert not (tmp_path / "no").exists()
 
 
@@ -192,7 +188,7 @@ def test_a_manifest_cut_at_any_byte_is_survived(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         the_one_before(tmp_path, MANIFEST)
     path.write_bytes(whole)
-    assert is_number(looked(tmp_path)[0], 2)
+    assert is_number(look_in(tmp_path)[0], 2)
 
 
 def test_tensors_cut_at_any_byte_are_survived(tmp_path: Path) -> None:
@@ -218,7 +214,7 @@ def test_a_flipped_bit_anywhere_is_seen(tmp_path: Path) -> None:
             path.write_bytes(flipped)
             the_one_before(tmp_path, name)
         path.write_bytes(whole)
-    assert is_number(looked(tmp_path)[0], 2)
+    assert is_number(look_in(tmp_path)[0], 2)
 
 
 @settings(
@@ -239,7 +235,7 @@ def test_whatever_is_done_to_the_newest_a_sound_one_is_loaded(
     changed = whole[:start] + data.draw(st.binary(max_size=64)) + whole[stop:]
     path.write_bytes(changed)
     try:
-        assert is_number(looked(folder)[0], 2 if changed == whole else 1)
+        assert is_number(look_in(folder)[0], 2 if changed == whole else 1)
     finally:
         path.write_bytes(whole)
 
@@ -260,11 +256,11 @@ JSON = st.recursive(
 )
 @given(facts=st.dictionaries(st.text(), JSON, max_size=4))
 def test_facts_come_back_as_they_were(tmp_path: Path, facts: dict[str, Any]) -> None:
-    kept = checkpoints(tmp_path)
+    kept = Checkpoints(tmp_path)
     assert kept.save(None, facts) is not None
     found = kept.load()
     assert found is not None
-    assert found.facts == facts
+    assert found.metadata == facts
 
 
 def _swap(first: Path, second: Path) -> None:
@@ -277,7 +273,7 @@ def _swap(first: Path, second: Path) -> None:
 def test_swapped_manifests_are_refused_both(tmp_path: Path) -> None:
     written(tmp_path)
     _swap(tmp_path / "checkpoint-000001" / MANIFEST, tmp_path / "checkpoint-000002" / MANIFEST)
-    found, refused = looked(tmp_path)
+    found, refused = look_in(tmp_path)
     assert found is None
     assert ["it was written as number" in line for line in refused] == [True, True]
 
@@ -285,7 +281,7 @@ def test_swapped_manifests_are_refused_both(tmp_path: Path) -> None:
 def test_swapped_tensors_are_refused_both(tmp_path: Path) -> None:
     written(tmp_path)
     _swap(tmp_path / "checkpoint-000001" / STATE, tmp_path / "checkpoint-000002" / STATE)
-    found, refused = looked(tmp_path)
+    found, refused = look_in(tmp_path)
     assert found is None
     assert ["its hash differs" in line for line in refused] == [True, True]
 
@@ -293,69 +289,30 @@ def test_swapped_tensors_are_refused_both(tmp_path: Path) -> None:
 def test_a_checkpoint_under_another_number_is_refused(tmp_path: Path) -> None:
     written(tmp_path, count=3)
     (tmp_path / "checkpoint-000002").rename(tmp_path / "checkpoint-000009")
-    found, refused = looked(tmp_path)
+    found, refused = look_in(tmp_path)
     assert is_number(found, 3)
     assert refused == ["checkpoint-000009 is refused: it was written as number 2"]
 
 
-def _replace(path: Path, make: Callable[[Path], object]) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-    make(path)
-
-
 @pytest.mark.parametrize("name", [MANIFEST, STATE])
-def test_only_a_regular_file_is_read(tmp_path: Path, name: str) -> None:
-    """No link, also to the very file; no folder; no pipe, which would be waited for."""
-    written(tmp_path / "kept")
-    path = tmp_path / "kept" / "checkpoint-000002" / name
-    target = tmp_path / "elsewhere"
-    shutil.copy(path, target)
-    for make in (lambda p: p.symlink_to(target), Path.mkdir, os.mkfifo, lambda p: None):
-        _replace(path, make)
-        the_one_before(tmp_path / "kept", name)
-        if not path.exists():
-            path.touch()
-    shutil.copy(target, path)
-    assert is_number(looked(tmp_path / "kept")[0], 2)
-
-
-def test_a_linked_checkpoint_is_refused_and_removed_as_a_link(tmp_path: Path) -> None:
-    kept = written(tmp_path / "kept")
-    place, elsewhere = kept.folder / "checkpoint-000002", tmp_path / "elsewhere"
-    place.rename(elsewhere)
-    place.symlink_to(elsewhere)
-    the_one_before(kept.folder, "it is no folder")
-    for number in range(3, 7):
-        kept.save(tensors(number), {"n": number})
-    assert not place.is_symlink()
-    assert (elsewhere / MANIFEST).exists()
-    # The folder of all checkpoints may lie on another disk.
-    (tmp_path / "link").symlink_to(kept.folder)
-    assert is_number(checkpoints(tmp_path / "link").load(), 6)
-
-
-def test_another_keys_signature_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_in_its_place_are_refused(tmp_path: Path, name: str) -> None:
     written(tmp_path)
-    other = Keypair.create_from_uri("//Bob")
-    Checkpoints(tmp_path, sign=other.sign, verify=VERIFY).save(tensors(3), {"n": 3})
-    found, refused = looked(tmp_path)
-    assert is_number(found, 2)
-    assert refused == [
-        f"checkpoint-000003 is refused: {MANIFEST} is not signed by this hotkey",
-    ]
-    assert newest(tmp_path, verify=signed_by("no address")) is None
+    path = tmp_path / "checkpoint-000002" / name
+    path.unlink()
+    the_one_before(tmp_path, f"{name} cannot be read")
+    path.mkdir()
+    the_one_before(tmp_path, name)
 
 
-@pytest.mark.parametrize("signature", ["", "00" * 64, "00" * 63, "xy" * 64, "0" * 127, 5, None])
-def test_what_is_no_signature_is_refused(tmp_path: Path, signature: object) -> None:
+def test_a_signed_checkpoint_of_version_0_1_still_loads(tmp_path: Path) -> None:
     written(tmp_path)
     path = tmp_path / "checkpoint-000002" / MANIFEST
-    said = json.loads(path.read_bytes()) | {"signature": signature}
-    path.write_bytes(json.dumps(said, sort_keys=True, separators=(",", ":")).encode() + b"\n")
-    the_one_before(tmp_path, MANIFEST)
+    rewrite_as_0_1(path)
+    found, refused = look_in(tmp_path)
+    assert (is_number(found, 2), refused) == (True, [])
+    state = path.with_name(STATE)
+    state.write_bytes(state.read_bytes()[:-1] + b"\x7f")
+    the_one_before(tmp_path, "its hash differs")
 
 
 @pytest.mark.parametrize(
@@ -377,25 +334,24 @@ def test_a_manifest_is_not_read_beyond_its_limit(tmp_path: Path) -> None:
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     written(tmp_path)
-    sign_again(tmp_path / "checkpoint-000002" / MANIFEST, format=2)
+    rewrite(tmp_path / "checkpoint-000002" / MANIFEST, format=2)
     the_one_before(tmp_path, "its format is 2, and this version reads 1")
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
-    """Not even where the key's owner has signed it."""
     written(tmp_path)
     path = tmp_path / "checkpoint-000002" / STATE
     torch.save({"a": torch.zeros(1)}, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     said = {"bytes": path.stat().st_size, "sha256": digest}
-    sign_again(path.with_name(MANIFEST), state=said)
+    rewrite(path.with_name(MANIFEST), state=said)
     the_one_before(tmp_path, f"{STATE} cannot be read")
 
 
 def test_each_refusal_is_one_line_of_the_event(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    kept = checkpoints(tmp_path)
+    kept = Checkpoints(tmp_path)
     for number, run in enumerate(["ours", "theirs", "ours"], start=1):
         kept.save(tensors(number), {"run_id": run})
     (tmp_path / "checkpoint-000003" / STATE).unlink()
@@ -449,7 +405,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    kept = checkpoints(tmp_path / "file" / "kept")
+    kept = Checkpoints(tmp_path / "file" / "kept")
     assert kept.load() is None
     assert kept.save_later(tensors(1), {})
     assert kept.close(30)
@@ -476,38 +432,45 @@ def test_what_is_not_finite_is_neither_kept_nor_used(tmp_path: Path, bad: float)
     save_file(values, path)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     said = {"bytes": path.stat().st_size, "sha256": digest}
-    sign_again(path.with_name(MANIFEST), state=said)
+    rewrite(path.with_name(MANIFEST), state=said)
     the_one_before(tmp_path, "not finite")
 
 
 # --- beside the training ------------------------------------------------------------------------
 
 
-class SlowKey:
-    """Signs when it is allowed to: so long, a checkpoint is being written."""
+class SlowMetadata(Mapping[str, Any]):
+    """Metadata that can be read once that is allowed: until then, it is being written."""
 
-    def __init__(self) -> None:
+    def __init__(self, n: int) -> None:
+        self.content = {"n": n}
         self.asked = threading.Event()
         self.allowed = threading.Event()
 
-    def sign(self, data: bytes) -> bytes:
+    def __getitem__(self, key: str) -> Any:
+        return self.content[key]
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+    def __iter__(self) -> Iterator[str]:
         self.asked.set()
         assert self.allowed.wait(30)
-        return KEY.sign(data)
+        return iter(self.content)
 
 
 def test_writing_takes_a_thread_of_its_own_one_at_a_time(tmp_path: Path) -> None:
-    key = SlowKey()
-    kept = Checkpoints(tmp_path, sign=key.sign, verify=VERIFY)
+    slow = SlowMetadata(1)
+    kept = Checkpoints(tmp_path)
     assert not kept.writing
-    assert kept.save_later(tensors(1), {"n": 1})
-    assert key.asked.wait(30)
+    assert kept.save_later(tensors(1), slow)
+    assert slow.asked.wait(30)
     assert kept.writing
     assert not kept.save_later(tensors(2), {"n": 2})  # this one is skipped
     assert kept.save_later(tensors(3), {"n": 3}, must=True)  # this one waits for its turn
     assert kept.load() is None
     assert not kept.close(0.05)
-    key.allowed.set()
+    slow.allowed.set()
     assert kept.close(30)
     assert is_number(kept.load(), 3)
     assert kept.newest == "checkpoint-000002"
@@ -518,20 +481,17 @@ KILLED = '''
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from bittensor.keyfiles import Keypair
-from hiveminer.training.checkpoint import Checkpoints, newest, signed_by
+from hiveminer.training.checkpoint import Checkpoints, newest
 
 torch.set_num_threads(1)
 folder, chance = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
-key = Keypair.create_from_uri("//Alice")
-verify = signed_by(key.ss58_address)
 NAMES = [str(n) for n in range(8)]
 
 def write(told):
     """Checkpoint after checkpoint; each number is told once its checkpoint is there."""
-    kept = Checkpoints(folder, sign=key.sign, verify=verify)
+    kept = Checkpoints(folder)
     found = kept.load()
-    number = found.facts["number"] if found else 0
+    number = found.metadata["number"] if found else 0
     while True:
         number += 1
         values = {name: torch.full((20_000,), float(number)) for name in NAMES}
@@ -559,9 +519,9 @@ for _ in range(25):
     least = int(said[-9:])
     drafts += any(path.name.startswith(".draft-") for path in folder.iterdir())
     refused = []
-    found = newest(folder, verify=verify, refuse=refused.append)
+    found = newest(folder, refuse=refused.append)
     assert not refused, refused  # whole or not at all
-    number = found.facts["number"]
+    number = found.metadata["number"]
     assert number in (least, least + 1), (number, least)
     assert sorted(found.tensors) == NAMES
     assert all(bool((value == number).all()) for value in found.tensors.values())
@@ -602,7 +562,7 @@ class SmallSwarm:
 
 def a_miner(folder: Path, *, run_id: str = "r-1-2-3") -> SimpleNamespace:
     """A progress, its swarm, and its clock: `at` is the time."""
-    made = SimpleNamespace(swarm=SmallSwarm(), kept=checkpoints(folder), at=1000.0)
+    made = SimpleNamespace(swarm=SmallSwarm(), kept=Checkpoints(folder), at=1000.0)
     made.progress = Progress(
         made.swarm, made.kept, run_id=run_id, every_seconds=60, clock=lambda: made.at
     )
@@ -693,7 +653,7 @@ def test_a_state_that_does_not_fit_starts_anew(
     facts = {"run_id": "r-1-2-3", "swarm": {"epoch": 1, "rows": 0}}
     trained = {"requests": 1, "rows": 2, "tokens": 3}
     for said in ({}, {"trained": trained}, {"trained": trained | {"rows": -1}}):
-        checkpoints(tmp_path).save(None, facts | said)
+        Checkpoints(tmp_path).save(None, facts | said)
         made = a_miner(tmp_path)
         assert not made.progress.resume()
         assert made.progress.trained.rows == 0
@@ -751,7 +711,7 @@ def test_the_last_snapshot_is_not_waited_for_for_ever(
 def a_validator(folder: Path, *, run_id: str = "r-1-2-3") -> Validator:
     """What of a validator keeps its scores."""
     made = Validator.__new__(Validator)
-    made.checkpoints = checkpoints(folder)
+    made.checkpoints = Checkpoints(folder)
     made.run_id = run_id  # type: ignore[assignment]
     made.table = ScoreTable()
     return made
@@ -781,7 +741,7 @@ def test_another_runs_scores_and_broken_ones_are_not_used(
     made = a_validator(tmp_path / "theirs", run_id="r-9-9-9")
     made.table.add_score("a", 1.0)
     made._save()
-    checkpoints(tmp_path / "broken").save(None, {"run_id": "r-1-2-3", "scores": {"a": {}}})
+    Checkpoints(tmp_path / "broken").save(None, {"run_id": "r-1-2-3", "scores": {"a": {}}})
     for folder, words in (("theirs", "it is of run r-9-9-9"), ("broken", "cannot be read")):
         caplog.clear()
         made = a_validator(tmp_path / folder)

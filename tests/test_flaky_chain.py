@@ -636,11 +636,6 @@ def test_a_dead_session_is_followed_by_a_new_one(subnet: Subnet) -> None:
 # The validator -------------------------------------------------------------------------------
 
 
-def unsigned(folder: Path) -> Checkpoints:
-    """Checkpoints of a neuron without a key."""
-    return Checkpoints(folder, sign=lambda _: b"", verify=lambda _data, _signature: True)
-
-
 def test_the_validator_brings_its_table_to_the_chain(subnet: Subnet, tmp_path: Path) -> None:
     """Everything of a validator but its swarm and its model."""
     miner, idle = address(subnet.join()), address(subnet.join())
@@ -649,7 +644,7 @@ def test_the_validator_brings_its_table_to_the_chain(subnet: Subnet, tmp_path: P
     made = Validator.__new__(Validator)
     made.settings, made.weights, made.table = settings, subnet.setter, ScoreTable()
     made.metrics = SimpleNamespace(log=lambda kind, fields: lines.append((kind, fields)))
-    made.checkpoints = unsigned(tmp_path)
+    made.checkpoints = Checkpoints(tmp_path)
     made._miners = {miner: None, idle: None}  # type: ignore[dict-item]
     made.run_id = "r"  # type: ignore[assignment]
     made._began = time.monotonic()
@@ -675,9 +670,9 @@ def test_the_validator_brings_its_table_to_the_chain(subnet: Subnet, tmp_path: P
         subnet.clock.blocks(1000)
         tick()
         assert lines[1:] == [("weights", {"weights": {"2": 1.0}, "burnt": True})]
-    kept = unsigned(tmp_path).load()
+    kept = Checkpoints(tmp_path).load()
     assert kept is not None
-    assert miner not in kept.facts["scores"]
+    assert miner not in kept.metadata["scores"]
 
 
 def test_a_miner_that_is_never_replayed_holds_weights_up_for_a_while_only(
@@ -685,7 +680,7 @@ def test_a_miner_that_is_never_replayed_holds_weights_up_for_a_while_only(
 ) -> None:
     made = Validator.__new__(Validator)
     made.settings, made.table = ValidatorSettings(), ScoreTable()
-    made.checkpoints = unsigned(tmp_path)
+    made.checkpoints = Checkpoints(tmp_path)
     made._miners, made.run_id = {"silent": None}, "r"  # type: ignore[assignment, dict-item]
     graph = subnet.validator.metagraph()
     made._began = time.monotonic()

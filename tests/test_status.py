@@ -13,7 +13,7 @@ from small_neurons import Running, miner_settings, running
 from hiveminer import cli
 from hiveminer.chain import Chain, embedded_wallet, join_embedded, open_chain
 from hiveminer.commands import status
-from hiveminer.training.checkpoint import MANIFEST, SCORES_FOLDER, Checkpoints, signed_by
+from hiveminer.training.checkpoint import MANIFEST, SCORES_FOLDER, Checkpoints
 from programs import wait_for
 
 
@@ -52,11 +52,7 @@ def test_the_table_joins_chain_probes_and_what_neurons_wrote(
     text = "\n".join(map(json.dumps, lines)) + '\n{"cut sho'
     (folder / ours / "metrics.jsonl").write_text(text)
     score = {"score": 0.5, "replays": 3, "tokens": 9.0}
-    kept = Checkpoints(
-        folder / theirs / SCORES_FOLDER,
-        sign=validator.wallet.hotkey.sign,
-        verify=signed_by(theirs),
-    )
+    kept = Checkpoints(folder / theirs / SCORES_FOLDER)
     assert kept.save(None, {"run_id": "r", "scores": {ours: score}})
     wait_for(lambda: validator.metagraph().by_hotkey(ours).axon, seconds=5)  # type: ignore[union-attr]
     rows = {row.hotkey: row for row in status.gather(miner_settings(tmp_path), clock=lambda: 1010)}
@@ -92,9 +88,7 @@ def test_a_neuron_that_does_not_answer_is_not_alive(
 def test_damaged_files_leave_their_columns_empty(tmp_path: Path) -> None:
     key = Keypair.create_from_uri("//Alice")
     place = tmp_path / key.ss58_address
-    kept = Checkpoints(
-        place / SCORES_FOLDER, sign=key.sign, verify=signed_by(key.ss58_address), keep=9
-    )
+    kept = Checkpoints(place / SCORES_FOLDER, keep=9)
     kept.save(None, {"scores": {"5Hot": {"score": 0.5, "replays": 1, "tokens": 2}}})
     assert status.read_local(tmp_path).scores == {"5Hot": 0.5}
     (place / SCORES_FOLDER / "checkpoint-000001" / MANIFEST).write_text("{}")

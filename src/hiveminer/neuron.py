@@ -54,7 +54,7 @@ from hiveminer.runtime.signals import SHUTDOWN_SECONDS, Signals
 from hiveminer.runtime.watchdog import Watchdog
 from hiveminer.swarm import Identity, addresses_in
 from hiveminer.swarm.processes import log_to_root
-from hiveminer.training.checkpoint import Checkpoints, signed_by
+from hiveminer.training.checkpoint import Checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -175,9 +175,8 @@ class Neuron:
         return Identity(hotkey, run_id=run_id, key_path=self.folder / "peer.key")
 
     def checkpoints(self, folder: str) -> Checkpoints:
-        """What this neuron keeps in a folder of its own, signed by its hotkey."""
-        sign = self.chain.wallet.hotkey.sign
-        return Checkpoints(self.folder / folder, sign=sign, verify=signed_by(self.hotkey))
+        """Checkpoints in a subfolder of this neuron's."""
+        return Checkpoints(self.folder / folder)
 
     def check_registered(self) -> None:
         """Raise NotRegistered, with what to do, when we have lost our uid."""

@@ -644,7 +644,7 @@ class Validator:
         if found is None:
             return
         try:
-            self.table = ScoreTable.restore(found.facts["scores"])
+            self.table = ScoreTable.restore(found.metadata["scores"])
         except (KeyError, ValueError) as error:
             events.tell(logger, "checkpoint", f"{found.name} is not used: {error!s:.200}")
             return

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import bittensor as bt
+
+from hiveminer.runtime.files import write_atomically
 
 MAX_BYTES = 32 * 1024 * 1024
 _LEFT_OUT = ("raw", "commitment", "commitments", "unregistered_commitments")
@@ -24,12 +25,7 @@ def save(graph: bt.Metagraph, path: Path) -> None:
         "metagraph": _fields(graph) | {"neurons": [_fields(neuron) for neuron in graph]},
         "commitments": {str(uid): _fields(found) for uid, found in graph.commitments.items()},
     }
-    draft = path.with_suffix(".draft")
-    with draft.open("w", encoding="utf-8") as stream:
-        json.dump(said, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    draft.replace(path)
+    write_atomically(path, json.dumps(said).encode())
 
 
 def load(path: Path) -> bt.Metagraph | None:

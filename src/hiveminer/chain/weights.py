@@ -24,7 +24,6 @@ import contextlib
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ import bittensor as bt
 from hiveminer.__version__ import __version__
 from hiveminer.chain import Chain, across_outage
 from hiveminer.errors import ChainError, HiveminerError
+from hiveminer.runtime.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -248,13 +248,9 @@ class WeightSetter:
 
     def _keep(self, sent: Sent) -> None:
         said = {sent.hotkeys[uid]: share for uid, share in sent.shares.items()}
-        draft = self.path.with_suffix(".draft")
+        text = json.dumps({"block": sent.block, "weights": said})
         try:
-            with draft.open("w", encoding="utf-8") as stream:
-                json.dump({"block": sent.block, "weights": said}, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            draft.replace(self.path)
+            write_atomically(self.path, text.encode())
         except OSError as error:
             logger.error("the weights could not be kept: %s", error)
 

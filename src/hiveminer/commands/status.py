@@ -29,7 +29,7 @@ from hiveminer.errors import MinerError, OperatorError
 from hiveminer.neuron import subnet_folder
 from hiveminer.protocol import IsAlive
 from hiveminer.rpc.dendrite import Dendrite, Endpoint, endpoint_of
-from hiveminer.training.checkpoint import SCORES_FOLDER, newest, signed_by
+from hiveminer.training.checkpoint import SCORES_FOLDER, newest
 from hiveminer.validation.scoring import ScoreTable
 
 ALIVE_SECONDS = 3.0
@@ -185,10 +185,10 @@ def read_local(folder: Path) -> Local:
 
 def _scores(place: Path) -> dict[str, float]:
     """By hotkey, from a neuron's folder; none if it is no validator's."""
-    found = newest(place / SCORES_FOLDER, verify=signed_by(place.name))
+    found = newest(place / SCORES_FOLDER)
     with contextlib.suppress(KeyError, ValueError):
         if found is not None:
-            table = ScoreTable.restore(found.facts["scores"])
+            table = ScoreTable.restore(found.metadata["scores"])
             return {who: standing.score for who, standing in table.standings.items()}
     return {}
 

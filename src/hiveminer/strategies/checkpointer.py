@@ -102,14 +102,14 @@ class Progress:
         if found is None:
             return False
         try:
-            trained = read_trained(found.facts)
-            self.swarm.resume(found.tensors, found.facts["swarm"])
+            trained = read_trained(found.metadata)
+            self.swarm.resume(found.tensors, found.metadata["swarm"])
         except (ValueError, KeyError, TypeError) as error:
             events.tell(logger, "checkpoint", f"{found.name} is not used: {error!s:.200}")
             return False
         self.trained = trained
         self._kept = self._began = self._place
-        logger.info("resumed %s, from %s", self._words(found.facts), found.name)
+        logger.info("resumed %s, from %s", self._words(found.metadata), found.name)
         return True
 
     def request(self) -> None:

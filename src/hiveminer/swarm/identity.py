@@ -40,6 +40,7 @@ from hivemind.utils.timed_storage import get_dht_time
 
 from hiveminer.errors import OperatorError, SwarmError
 from hiveminer.runtime.events import tell
+from hiveminer.runtime.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -499,16 +500,7 @@ def _parse(data: bytes) -> Any:
 
 
 def _write(key: Any, path: Path) -> Path:
-    """Write a key so that the file is whole, or not there, and nobody else's to read."""
+    """Write a key that only this user can read."""
     data = crypto_pb2.PrivateKey(key_type=crypto_pb2.RSA, data=key.to_bytes()).SerializeToString()
-    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 600
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        Path(draft).replace(path)
-    except OSError:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    write_atomically(path, data, mode=0o600)
     return path
