@@ -1,8 +1,8 @@
 """A miner of the churn benchmark: `python -m benchmarks._churn KIND INDEX LIFE FOLDER PORT`.
 
 KIND `ours` is what `miner.py` builds, without a chain and an axon: `Identity`, `Peer`,
-`Swarm`, `Progress` with its checkpoints, and `Trainer`; each batch is a request. KIND `stock`
-is the same trainer around `hivemind.Optimizer` with its defaults.
+`HivemindStrategy`, `Progress` with its checkpoints, and `Trainer`; each batch is a request.
+KIND `stock` is the same trainer around `hivemind.Optimizer` with its defaults.
 
 A batch takes PACE_SECONDS of wall time, from the end of the step before: it is computed, and
 the rest is slept, before the optimizer's step is called. So four miners fit two cores, and
@@ -32,9 +32,11 @@ from torch import nn
 
 from hiveminer.config.run import Run
 from hiveminer.config.settings import NeuronSettings
+from hiveminer.strategies.base import RoundResult
 from hiveminer.strategies.checkpointer import Progress
-from hiveminer.strategies.hivemind.optimizer import Round, Swarm
-from hiveminer.swarm import Identity, Neighbours, Peer
+from hiveminer.strategies.hivemind.strategy import HivemindStrategy
+from hiveminer.swarm import Identity, Peer
+from hiveminer.swarm.membership import Membership
 from hiveminer.training.checkpoint import Checkpoints, of_run
 from hiveminer.training.data import builtin_rows
 from hiveminer.training.model import builtin_model, builtin_tokenizer, encode
@@ -152,7 +154,10 @@ class Ours:
             admitted=[hotkey(number).ss58_address for number in range(MINERS)],
         )
         publish(folder, index, self.peer.address)
-        self.swarm = Swarm(model, peer=self.peer, run=RUN, run_id=RUN_ID, on_round=self._on_round)
+        membership = Membership(self.peer)
+        self.swarm = HivemindStrategy(
+            model, membership=membership, run=RUN, run_id=RUN_ID, on_round=self._on_round
+        )
         watch_loads(self.swarm.optimizer.state_averager, weights, log)
         checkpoints = Checkpoints(folder / f"{index}.checkpoints")
         found = checkpoints.load(of_run(RUN_ID))
@@ -161,7 +166,7 @@ class Ours:
         )
         if self._progress.resume() and found is not None:
             log.tell("resume", epoch=self.swarm.epoch, written_at=found.metadata["written_at"])
-        self._neighbours, self._folder = Neighbours(self.peer), folder
+        self._neighbours, self._folder = membership.neighbours, folder
         self._neighbours.meet(addresses(folder))
         threading.Thread(target=self._keep_meeting, daemon=True).start()
 
@@ -191,10 +196,9 @@ class Ours:
         assert self._progress is not None
         self._progress.keep_last()
         self.swarm.close()
-        self.peer.close()
         self._progress.close()
 
-    def _on_round(self, ended: Round) -> None:
+    def _on_round(self, ended: RoundResult) -> None:
         if self._progress is not None:
             self._progress.epoch_began()
         number = self._log.number

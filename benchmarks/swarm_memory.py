@@ -21,8 +21,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.machine import RESULTS, describe, write
 from hiveminer.config.run import Run
-from hiveminer.strategies.hivemind.optimizer import Swarm
+from hiveminer.strategies.hivemind.strategy import HivemindStrategy
 from hiveminer.swarm import Peer
+from hiveminer.swarm.membership import Membership
 
 WIDTHS = (768, 1024)
 TRAINING = 12
@@ -36,12 +37,12 @@ def shared_out() -> int:
 
 def one(width: int) -> None:
     torch.set_num_threads(1)
-    peer = Peer()
+    membership = Membership(Peer())
     config = GPT2Config(vocab_size=258, n_positions=512, n_embd=width, n_layer=6, n_head=4)
     model = GPT2LMHeadModel(config)
     parameters = sum(value.numel() for value in model.parameters())
     before = shared_out()
-    swarm = Swarm(model, peer=peer, run=Run(), run_id="memory-a-b-c")
+    swarm = HivemindStrategy(model, membership=membership, run=Run(), run_id="memory-a-b-c")
     row = torch.randint(0, 255, (1, 32))
     for _ in range(2):
         torch.autograd.backward(model(input_ids=row, labels=row).loss)
@@ -49,7 +50,6 @@ def one(width: int) -> None:
         swarm.zero_grad()
     print(json.dumps({"parameters": parameters, "bytes": shared_out() - before}), flush=True)
     swarm.close()
-    peer.close()
 
 
 def main(argv: Sequence[str]) -> int:

@@ -5,33 +5,79 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
+import random
+import string
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from tiny import save_tiny
 
 from hiveminer.chain import Chain
-from hiveminer.config.settings import MinerSettings
+from hiveminer.config.settings import MinerSettings, Settings
 from hiveminer.errors import HiveminerError, MinerError
 from hiveminer.neuron import BaseMinerNeuron
 from hiveminer.protocol import IsAlive, Train
 from hiveminer.rpc.dendrite import Dendrite, Endpoint
 from programs import wait_for
 
+S = TypeVar("S", bound=Settings)
+
 
 def miner_settings(folder: Path, **groups: Any) -> MinerSettings:
     """Settings whose every folder lies in `folder`, with any free ports."""
+    return settings_in(folder, MinerSettings, axon={"port": 0} | groups.pop("axon", {}), **groups)
+
+
+def settings_in(folder: Path, cls: type[S], **groups: Any) -> S:
+    """The same for any kind of neuron."""
     given: dict[str, Any] = {
         "subtensor": {"path": folder / "network", "block_seconds": 0.05},
         "neuron": {"path": folder / "state"},
-        "axon": {"port": 0},
         "dht": {"port": 0},
         "wallet": {"path": folder / "wallets"},
     }
     for name, values in groups.items():
         given[name] = given.get(name, {}) | values if isinstance(values, dict) else values
-    return MinerSettings(**given)
+    return cls(**given)
+
+
+def small_run(folder: Path, toml: str = "", *, rows: int = 400) -> Path:
+    """A run.toml of a tiny model and a few rows of text, made in this folder."""
+    save_tiny("llama", folder / "model")
+    draw = random.Random(3)
+    words = [draw.choices(string.ascii_lowercase, k=draw.randint(2, 9)) for _ in range(200)]
+    lines = (
+        " ".join("".join(draw.choice(words)) for _ in range(draw.randint(4, 12)))
+        for _ in range(rows)
+    )
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in lines))
+    path = folder / "run.toml"
+    path.write_text(
+        f'[model]\nname = "{folder / "model"}"\nsequence_length = 64\n'
+        f'[data]\nname = "{folder / "rows.jsonl"}"\n{toml}'
+    )
+    return path
+
+
+class Recorded:
+    """Metrics that a test reads."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, dict[str, Any]]] = []
+        self.closed = False
+
+    def log(self, kind: str, fields: Mapping[str, Any]) -> None:
+        self.lines.append((kind, dict(fields)))
+
+    def close(self) -> None:
+        self.closed = True
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [fields for name, fields in list(self.lines) if name == kind]
 
 
 class SmallMiner(BaseMinerNeuron):

@@ -3,10 +3,10 @@
 `python swarm_worker.py KIND NAME FOLDER [--rows N] [--group N] [--pace S] [--fault WHERE HOW]`
 
 It trains a tiny model at a pace, and finds the others by FOLDER/*.address. KIND `ours` is
-`Peer` and `Swarm`; `stock` is `hivemind.Optimizer` with the same matchmaking time and group
-size, so that only a fault makes it wait, and its own default for the rest. What happens is
-printed, one JSON object a line; the weights after each round and each download are written
-to FOLDER/NAME.EPOCH.round.npy and FOLDER/NAME.EPOCH.load.npy.
+`Peer` and `HivemindStrategy`; `stock` is `hivemind.Optimizer` with the same matchmaking time
+and group size, so that only a fault makes it wait, and its own default for the rest. What
+happens is printed, one JSON object a line; the weights after each round and each download are
+written to FOLDER/NAME.EPOCH.round.npy and FOLDER/NAME.EPOCH.load.npy.
 
 SIGUSR1 arms the fault. It then comes in the averager's process, in the next round:
 WHERE `matchmaking`: while it looks for a group and another peer could know of it;
@@ -40,8 +40,10 @@ from hivemind.averaging.matchmaking import Matchmaking
 from tiny import VOCABULARY, tiny_model
 
 from hiveminer.config.run import Run
-from hiveminer.strategies.hivemind.optimizer import Round, Swarm
+from hiveminer.strategies.base import RoundResult
+from hiveminer.strategies.hivemind.strategy import HivemindStrategy
 from hiveminer.swarm import Peer
+from hiveminer.swarm.membership import Membership
 from hiveminer.training.optimizer import build_optimizer
 
 ROWS = 4
@@ -149,8 +151,12 @@ class Ours:
         )
         self.worker = worker
         self.peer = Peer(identity_path=worker.folder / f"{worker.name}.key")
-        self.swarm = Swarm(
-            worker.model, peer=self.peer, run=run, run_id=RUN_ID, on_round=self._on_round
+        self.swarm = HivemindStrategy(
+            worker.model,
+            membership=Membership(self.peer),
+            run=run,
+            run_id=RUN_ID,
+            on_round=self._on_round,
         )
         averager = self.swarm.optimizer.state_averager
         load = averager.load_state_from_peers
@@ -183,9 +189,8 @@ class Ours:
     def close(self) -> None:
         self.swarm.interrupt()
         self.swarm.close()
-        self.peer.close()
 
-    def _on_round(self, ended: Round) -> None:
+    def _on_round(self, ended: RoundResult) -> None:
         self.worker.keep_weights(ended.epoch, "round")
         tell("round", epoch=ended.epoch, size=ended.group_size, seconds=ended.seconds)
 

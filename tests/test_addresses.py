@@ -18,6 +18,7 @@ from hiveminer.chain import Chain, EmbeddedSubstrate, join_embedded
 from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import OperatorError
 from hiveminer.runtime import addresses
+from hiveminer.swarm.membership import announced_ip
 from programs import wait_for
 
 
@@ -187,20 +188,14 @@ def test_a_given_address_is_not_asked_for_and_is_checked_at_once(
     ],
 )
 def test_peers_are_told_the_same_address(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dht: dict[str, str], announced: str | None
+    tmp_path: Path, dht: dict[str, str], announced: str | None
 ) -> None:
-    from hiveminer import miner
+    asked: list[str] = []
 
-    told: list[str | None] = []
-    monkeypatch.setattr(miner, "start_peer", lambda *_, announce_ip, **__: told.append(announce_ip))
-    network = OnTestnet(tmp_path)
+    def public_ip() -> str:
+        asked.append("asked")
+        return "93.184.216.34"
+
     settings = miner_settings(tmp_path, subtensor={"network": "test"}, dht={"port": 0} | dht)
-    with network.open() as chain, quiet():
-        made = miner.Miner.__new__(miner.Miner)
-        made.swarm = made.peer = made._metrics = None
-        miner.BaseMinerNeuron.__init__(
-            made, settings, chain=chain, ask_outside=lambda: "93.184.216.34"
-        )
-        made.run_id = "run"
-        made._start_peer()
-    assert told == [announced]
+    assert announced_ip(settings, public_ip) == announced
+    assert len(asked) == (announced == "93.184.216.34")

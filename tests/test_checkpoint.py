@@ -554,12 +554,12 @@ class SmallSwarm:
         self.epoch, self.rows = 0, 0
         self.fails: Exception | None = None
 
-    def snapshot(self, *, timeout_seconds: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state_dict(self, *, timeout_seconds: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.fails is not None:
             raise self.fails
         return {"x": torch.tensor(float(self.rows))}, {"epoch": self.epoch, "rows": self.rows}
 
-    def resume(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    def load_state_dict(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         if "x" not in tensors:
             raise ValueError("it does not fit the model: x")
         self.epoch, self.rows = facts["epoch"], int(tensors["x"])
@@ -700,7 +700,7 @@ def test_the_last_snapshot_is_not_waited_for_for_ever(
         released.wait(30)
         return {}, {"epoch": 0, "rows": 0}
 
-    made.swarm.snapshot = hang
+    made.swarm.state_dict = hang
     made.progress.keep_last()
     made.progress.close()
     (taking,) = (each for each in threading.enumerate() if each.name == "last-snapshot")

@@ -23,7 +23,7 @@ from hiveminer import cli
 from hiveminer import neuron as base
 from hiveminer.config.run import Run
 from hiveminer.errors import OperatorError
-from hiveminer.miner import Miner, start_peer
+from hiveminer.miner import Miner
 from hiveminer.protocol import Train
 from hiveminer.runtime import dependencies
 from hiveminer.runtime.dependencies import unmet
@@ -31,6 +31,7 @@ from hiveminer.runtime.events import EVENTS, tell
 from hiveminer.runtime.logs import JsonFormatter, configure_logging
 from hiveminer.runtime.watchdog import Watchdog
 from hiveminer.swarm import Look, Neighbours
+from hiveminer.swarm.membership import start_peer
 from hiveminer.swarm.peer import FOREIGN, UNREACHED, start_cure, why_silent
 from hiveminer.swarm.processes import log_to_root
 from hiveminer.training.trainer import TrainResult
@@ -139,11 +140,13 @@ from pathlib import Path
 from hiveminer.runtime.logs import configure_logging
 from hiveminer.config.settings import MinerSettings
 from hiveminer.swarm import Peer
+from hiveminer.swarm.processes import log_to_root
 
 async def speak(_dht, node):
     logging.getLogger("hivemind.dht.node").warning("from the fork")
 
 configure_logging(MinerSettings(), "miner-7")
+log_to_root()
 peer = Peer()
 peer.dht.run_coroutine(speak)
 peer.close()

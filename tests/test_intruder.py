@@ -21,8 +21,9 @@ sys.path.insert(0, sys.argv[1])
 from tiny import tiny_model
 from hiveminer.config.run import Run
 from hiveminer.swarm import Identity, Peer
-from hiveminer.strategies.hivemind import Swarm
+from hiveminer.swarm.membership import Membership
 from hiveminer.strategies.hivemind.averager import SwarmAverager, averager_prefix
+from hiveminer.strategies.hivemind.strategy import HivemindStrategy
 
 torch.set_num_threads(1)
 RUN_ID = "intruder-a-b-c"
@@ -34,7 +35,8 @@ both = [key.ss58_address for key in hotkeys]
 def neuron(key):
     identity = Identity(key, run_id=RUN_ID, key_path=None)
     peer = Peer(identity=identity, admitted=both)
-    return peer, Swarm(tiny_model("gpt2"), peer=peer, run=run, run_id=RUN_ID)
+    member = Membership(peer)
+    return peer, HivemindStrategy(tiny_model("gpt2"), membership=member, run=run, run_id=RUN_ID)
 
 
 def loads(swarm):

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hiveminer.config.run import Run
 from hiveminer.errors import TrainingError
-from hiveminer.strategies.hivemind.observer import SwarmState
+from hiveminer.strategies.base import GlobalState
 from hiveminer.training.model import encode, weights_hash
 from hiveminer.training.optimizer import build_optimizer, parameter_groups
 from hiveminer.training.trainer import LocalStep, Trainer
@@ -72,8 +72,8 @@ class Miner:
     def forward(self, rows: Sequence[str]) -> tuple[float, ...]:
         return tuple(self.trainer.measure(rows, batch_size=BATCH).losses)
 
-    def state(self) -> SwarmState:
-        return SwarmState(
+    def state(self) -> GlobalState:
+        return GlobalState(
             epoch=3,
             weights={n: value.detach().clone() for n, value in self.model.named_parameters()},
             optimizer=copy.deepcopy(self.optimizer.state_dict()),
@@ -81,7 +81,7 @@ class Miner:
 
 
 @pytest.fixture(scope="module")
-def state() -> SwarmState:
+def state() -> GlobalState:
     """The swarm's state after some epochs: moments and step counts are not empty."""
     swarm = Miner(tiny_model("llama"))
     for seed in range(100, 106):
@@ -94,13 +94,13 @@ def replayer() -> Replayer:
     return Replayer(tiny_model("llama"), encode=tensors, run=RUN)
 
 
-def miner_at(state: SwarmState) -> Miner:
+def miner_at(state: GlobalState) -> Miner:
     model = tiny_model("llama")
     model.load_state_dict(state.weights, strict=False)
     return Miner(model, state.optimizer)
 
 
-def curves(replayer: Replayer, state: SwarmState, rows: Sequence[str], **options: Any) -> Curves:
+def curves(replayer: Replayer, state: GlobalState, rows: Sequence[str], **options: Any) -> Curves:
     found = replayer.curves(state, rows, batch_size=BATCH, **options)
     assert found is not None
     return found
@@ -124,7 +124,7 @@ def worth(answered: Sequence[float], found: Curves) -> float:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_an_honest_answer_is_replayed_to_the_same_curve(
-    replayer: Replayer, state: SwarmState, seed: int
+    replayer: Replayer, state: GlobalState, seed: int
 ) -> None:
     rows = texts(seed)
     answered = miner_at(state).train(rows)
@@ -136,7 +136,7 @@ def test_an_honest_answer_is_replayed_to_the_same_curve(
 
 @pytest.mark.parametrize("seed", range(3))
 def test_running_forward_only_is_worth_nothing(
-    replayer: Replayer, state: SwarmState, seed: int
+    replayer: Replayer, state: GlobalState, seed: int
 ) -> None:
     rows = texts(seed)
     answered = miner_at(state).forward(rows)
@@ -145,13 +145,13 @@ def test_running_forward_only_is_worth_nothing(
     assert worth(answered, found) == 0.0
 
 
-def test_the_answer_to_other_rows_is_worth_nothing(replayer: Replayer, state: SwarmState) -> None:
+def test_the_answer_to_other_rows_is_worth_nothing(replayer: Replayer, state: GlobalState) -> None:
     found = curves(replayer, state, texts(0))
     for seed in range(1, 4):
         assert worth(miner_at(state).train(texts(seed)), found) < 0.2
 
 
-def test_accumulation_is_replayed_as_it_was_trained(replayer: Replayer, state: SwarmState) -> None:
+def test_accumulation_is_replayed_as_it_was_trained(replayer: Replayer, state: GlobalState) -> None:
     rows = texts(5, rows=21)
     answered = miner_at(state).train(rows, gradient_accumulation_steps=2)
     found = curves(replayer, state, rows, gradient_accumulation_steps=2)
@@ -159,7 +159,7 @@ def test_accumulation_is_replayed_as_it_was_trained(replayer: Replayer, state: S
     assert answered == pytest.approx(found.trained, rel=1e-5)
 
 
-def test_a_replay_leaves_the_state_as_it_was(replayer: Replayer, state: SwarmState) -> None:
+def test_a_replay_leaves_the_state_as_it_was(replayer: Replayer, state: GlobalState) -> None:
     before = copy.deepcopy(state)
     first = curves(replayer, state, texts(1))
     curves(replayer, state, texts(2))
@@ -172,15 +172,15 @@ def test_a_replay_leaves_the_state_as_it_was(replayer: Replayer, state: SwarmSta
     assert curves(replayer, state, texts(1)) == first, "a replay depends on those before it"
 
 
-def test_the_model_given_is_not_the_one_that_is_trained(state: SwarmState) -> None:
+def test_the_model_given_is_not_the_one_that_is_trained(state: GlobalState) -> None:
     model = tiny_model("llama")
     before = weights_hash(model)
     Replayer(model, encode=tensors, run=RUN).curves(state, texts(1), batch_size=BATCH)
     assert weights_hash(model) == before
 
 
-def test_the_moments_of_the_state_have_their_part(replayer: Replayer, state: SwarmState) -> None:
-    fresh = SwarmState(state.epoch, state.weights, adamw(tiny_model("llama")).state_dict())
+def test_the_moments_of_the_state_have_their_part(replayer: Replayer, state: GlobalState) -> None:
+    fresh = GlobalState(state.epoch, state.weights, adamw(tiny_model("llama")).state_dict())
     with_moments = curves(replayer, state, texts(1))
     without = curves(replayer, fresh, texts(1))
     assert with_moments.untrained == without.untrained
@@ -188,7 +188,7 @@ def test_the_moments_of_the_state_have_their_part(replayer: Replayer, state: Swa
     assert with_moments.trained[-1] != pytest.approx(without.trained[-1], rel=1e-4)
 
 
-def test_a_replay_that_is_stopped_gives_nothing(replayer: Replayer, state: SwarmState) -> None:
+def test_a_replay_that_is_stopped_gives_nothing(replayer: Replayer, state: GlobalState) -> None:
     for answers in ([True], [False, False, True]):
         asked = iter(answers)
         found = replayer.curves(
@@ -198,13 +198,13 @@ def test_a_replay_that_is_stopped_gives_nothing(replayer: Replayer, state: Swarm
 
 
 def test_rows_that_cannot_be_trained_on_are_a_training_error(
-    replayer: Replayer, state: SwarmState
+    replayer: Replayer, state: GlobalState
 ) -> None:
     with pytest.raises(TrainingError):
         replayer.curves(state, ["", ""], batch_size=BATCH)
 
 
-def test_the_loss_under_a_state(replayer: Replayer, state: SwarmState) -> None:
+def test_the_loss_under_a_state(replayer: Replayer, state: GlobalState) -> None:
     rows = texts(9)
     loss = replayer.loss(state, rows)
     assert loss == pytest.approx(miner_at(state).trainer.measure(rows, batch_size=3).loss)

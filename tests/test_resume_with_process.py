@@ -31,12 +31,13 @@ SAME = '''
 import hashlib, os, sys, time, traceback
 from pathlib import Path
 import torch
-from hiveminer.config.run import Run
-from hiveminer.strategies.hivemind import Swarm
-from hiveminer.swarm import Peer
 from hiveminer.training.checkpoint import Checkpoints
 from hiveminer.training.data import builtin_rows
 from hiveminer.training.model import builtin_model, builtin_tokenizer, encode
+from hiveminer.config.run import Run
+from hiveminer.strategies.hivemind.strategy import HivemindStrategy
+from hiveminer.swarm import Peer
+from hiveminer.swarm.membership import Membership
 
 torch.set_num_threads(1)
 TARGET = 1000
@@ -50,8 +51,8 @@ class Machine:
     """A peer from its start to its end."""
 
     def __init__(self):
-        self.model, self.peer = builtin_model(), Peer()
-        self.swarm = Swarm(self.model, peer=self.peer, run=run, run_id="r-1-2-3")
+        self.model, member = builtin_model(), Membership(Peer())
+        self.swarm = HivemindStrategy(self.model, membership=member, run=run, run_id="r-1-2-3")
         self.kept = Checkpoints(Path(sys.argv[1]))
 
     def train(self, steps):
@@ -87,7 +88,6 @@ class Machine:
 
     def end(self):
         self.swarm.close()
-        self.peer.close()
 
 BEFORE = [(0, TARGET), (1, 4), (2, TARGET), (3, TARGET), (4, 4), (5, 4)]
 AFTER = [(6, 4), (7, TARGET), (8, 4), (9, 4), (10, TARGET), (11, 4)]
@@ -95,7 +95,7 @@ AFTER = [(6, 4), (7, TARGET), (8, 4), (9, 4), (10, TARGET), (11, 4)]
 def main():
     first = Machine()
     first.train(BEFORE)
-    assert first.kept.save(*first.swarm.snapshot())
+    assert first.kept.save(*first.swarm.state_dict())
     saved = first.state()
     assert saved[3:] == (3, 8), saved
     first.train(AFTER)
@@ -108,7 +108,7 @@ def main():
 
     def refused(tensors, facts):
         try:
-            second.swarm.resume(tensors, facts)
+            second.swarm.load_state_dict(tensors, facts)
         except ValueError as error:
             assert "\\n" not in str(error)
             assert second.state() == untouched  # nothing was changed
@@ -126,7 +126,7 @@ def main():
     for wrong in ({"rates": [0.1]}, {"rates": "ab"}, {"steps": True}):
         refused(found.tensors, found.metadata | {"schedule": found.metadata["schedule"] | wrong})
 
-    second.swarm.resume(found.tensors, found.metadata)
+    second.swarm.load_state_dict(found.tensors, found.metadata)
     assert second.state() == saved
     assert second.swarm.optimizer.local_progress.epoch == 3
     assert second.swarm.optimizer.tracker.global_progress.samples_accumulated == 8
@@ -143,7 +143,7 @@ def main():
     assert expected[2] != saved[2]  # the learning rate moved on
     # Where an epoch has just begun, its start is not kept twice.
     second.train([(12, TARGET)])
-    tensors, facts = second.swarm.snapshot()
+    tensors, facts = second.swarm.state_dict()
     assert facts["rows"] == 0 and not any(name.startswith("start.") for name in tensors)
     second.end()
     print("the same", flush=True)

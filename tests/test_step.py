@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from in_process import Hub, InProcessStrategy
+from small_neurons import miner_settings, quiet
 from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
@@ -22,9 +24,8 @@ from transformers.activations import NewGELUActivation
 from benchmarks import step as bench
 from hiveminer import miner
 from hiveminer.config.run import Run
-from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import OperatorError, TrainingError
-from hiveminer.swarm.peer import Look
+from hiveminer.strategies.base import Context
 from hiveminer.training import memory, trainer
 from hiveminer.training.memory import MemoryNeeded, check_device, check_machine, memory_needed
 from hiveminer.training.model import builtin_model, encode, ready_to_train
@@ -496,85 +497,37 @@ def test_the_ways_compared_train_the_same_tokens() -> None:
 LEFT = ("torch.cuda._lazy_init", "torch.cuda.mem_get_info", "torch.cuda.is_available")
 
 
-class Started:
-    """What hivemind's processes would be: from here on a device may be touched."""
-
-    epoch = 0
-    process = 2**30  # nobody's
-
-    def __init__(self, patch: pytest.MonkeyPatch, model: nn.Module, **_: object):
-        assert {value.device.type for value in model.parameters()} == {"cpu"}
-        patch.undo()
-
-    def move_to(self, device: torch.device) -> None:
-        self.device = device
-
-    def catch_up(self) -> bool:
-        return True
-
-    def interrupt(self) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class NoPeer:
-    commitment = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooW"
-    process = 2**30  # nobody's
-    client_only = False
-
-    def look(self, addresses: object) -> Look:
-        return Look()
-
-    def admit(self, hotkeys: object) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def settings(folder: Path) -> MinerSettings:
-    return MinerSettings.model_validate(
-        {
-            "subtensor": {"path": folder / "network"},
-            "neuron": {"path": folder / "state"},
-            "wallet": {"path": folder / "wallets"},
-        }
-    )
-
-
-def test_no_device_is_touched_before_hiveminds_processes_have_started(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_device_is_touched_before_the_strategy_is_built(tmp_path: Path) -> None:
     def touched(*_: object, **__: object) -> None:
         raise AssertionError("CUDA was touched")
 
     forbidden = pytest.MonkeyPatch()
     for name in LEFT:
         forbidden.setattr(name, touched)
-    monkeypatch.setattr(miner, "start_peer", lambda *_, **__: NoPeer())
-    monkeypatch.setattr(miner, "Swarm", lambda model, **_: Started(forbidden, model))
-    chosen = []
-    choose = miner.model.choose_device
-    monkeypatch.setattr(
-        miner.model, "choose_device", lambda wanted: chosen.append(wanted) or choose("cpu")
-    )
+
+    def forking(context: Context) -> InProcessStrategy:
+        assert {value.device.type for value in context.task.model.parameters()} == {"cpu"}
+        forbidden.undo()
+        return Hub().strategy(context)
+
     try:
-        with miner.Miner(settings(tmp_path)) as one:
-            assert chosen == [None]
-            assert one.trainer.device == one.swarm.device == torch.device("cpu")
+        with quiet(), miner.Miner(miner_settings(tmp_path), strategy=forking) as one:
+            assert one.trainer.device == one.device
     finally:
         forbidden.undo()
 
 
-def test_a_miner_without_the_memory_says_so_before_it_starts_a_peer(
+def test_a_miner_without_the_memory_says_so_before_its_strategy_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def started(*_: object, **__: object) -> None:
-        raise AssertionError("a process of hivemind's was started")
+    def started(_: Context) -> InProcessStrategy:
+        raise AssertionError("the strategy was built")
 
-    monkeypatch.setattr(miner, "start_peer", started)
     left = SimpleNamespace(available=2**20)
     monkeypatch.setattr(memory, "psutil", SimpleNamespace(virtual_memory=lambda: left))
-    with pytest.raises(OperatorError, match=r"0\.9M parameters .* this machine has 0\.00 GiB left"):
-        miner.Miner(settings(tmp_path))
+    words = r"0\.9M parameters .* this machine has 0\.00 GiB left"
+    with quiet(), pytest.raises(OperatorError, match=words):
+        miner.Miner(miner_settings(tmp_path), strategy=started)
 
 
 IMPORT = """

@@ -29,8 +29,9 @@ import torch
 from hiveminer.training.data import builtin_rows
 from hiveminer.training.model import builtin_model, builtin_tokenizer, encode
 from hiveminer.config.run import Run
+from hiveminer.strategies.hivemind.strategy import HivemindStrategy
 from hiveminer.swarm import Peer
-from hiveminer.strategies.hivemind import Swarm
+from hiveminer.swarm.membership import Membership
 from hiveminer.training.trainer import Trainer
 
 torch.set_num_threads(1)
@@ -50,7 +51,9 @@ def on_round(ended_round):
         torch.save(tensors, folder / f"{me}.{ended_round.epoch}.weights")
         ended.append(ended_round.epoch)
 
-swarm = Swarm(model, peer=peer, run=run, run_id="test-a-b-c", on_round=on_round)
+swarm = HivemindStrategy(
+    model, membership=Membership(peer), run=run, run_id="test-a-b-c", on_round=on_round
+)
 tokenizer, rows = builtin_tokenizer(), builtin_rows()
 trainer = Trainer(
     model, encode=lambda texts: encode(tokenizer, texts, max_length=64), optimizer=swarm
@@ -62,7 +65,6 @@ while len(ended) < 2 and time.monotonic() < deadline:
     at += 8
 print("reloads", swarm.optimizer.reloads, flush=True)
 swarm.close()
-peer.close()
 sys.exit(0 if len(ended) >= 2 else 1)
 '''
 

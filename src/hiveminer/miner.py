@@ -1,7 +1,7 @@
 """The miner: a model, a tokenizer, data and a swarm behind `is_alive` and `forward`.
 
-What a subnet does differently goes into a subclass; what a machine does differently goes
-into flags; what a run has agreed on stands in `run.toml`.
+What one subnet does differently goes into a subclass; what one machine does differently
+goes into flags; what a whole run has agreed on is in `run.toml`.
 """
 
 from __future__ import annotations
@@ -10,45 +10,44 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from transformers import BatchEncoding
 
 from hiveminer.__version__ import __version__
 from hiveminer.chain import Chain
-from hiveminer.config.run import Run, RunId, load_run
-from hiveminer.config.settings import MinerSettings, Settings, parse
-from hiveminer.errors import OperatorError, Refused, TrainingError
-from hiveminer.neuron import EVERY_ADDRESS, BaseMinerNeuron, port_is_free, ports_to_try
+from hiveminer.config.run import Run, load_run
+from hiveminer.config.settings import MinerSettings, parse
+from hiveminer.errors import Refused, TrainingError
+from hiveminer.neuron import BaseMinerNeuron
 from hiveminer.protocol import IsAlive, Train
 from hiveminer.runtime.events import tell
-from hiveminer.runtime.metrics import Metrics, open_metrics, progress_bar
+from hiveminer.runtime.metrics import Metrics, progress_bar
 from hiveminer.runtime.program import script
 from hiveminer.runtime.watchdog import Watchdog
+from hiveminer.strategies.base import Context, RoundResult, Strategy, StrategyFactory
 from hiveminer.strategies.checkpointer import LAST_SECONDS, Progress
-from hiveminer.strategies.hivemind.optimizer import Round, Swarm
-from hiveminer.swarm import Identity, Neighbours, Peer, PortTaken
-from hiveminer.swarm.processes import Children
+from hiveminer.strategies.registry import open_strategy
 from hiveminer.training import model
 from hiveminer.training.checkpoint import STATE_FOLDER
-from hiveminer.training.data import Rows, load_rows
 from hiveminer.training.memory import check_device, check_machine, memory_needed
+from hiveminer.training.task import load_task
 from hiveminer.training.trainer import Trainer, TrainResult, has_bfloat16
 
 logger = logging.getLogger(__name__)
 
 COUNT_SECONDS = 30.0
-"""The axon's counts go to the metrics so often."""
+"""Seconds between two lines of the axon's counts in the metrics."""
 
-MOST_TOLD = 1024
-"""What was told to be odd of so many requests is remembered, so as not to tell it again."""
+MAX_LARGE_STEPS = 1024
+"""Callers and step sizes that are remembered, so as to warn of each once."""
 
 JOIN_SECONDS = 180.0
-"""A start that has not joined the swarm after this is told to be stuck."""
+"""A start that has not joined the swarm after this is reported as stuck."""
 
 ENDED_WELL = ("answered", "hung_up")
-"""Kinds in the axon's counts that are no refusals."""
+"""Kinds in the axon's counts that are not refusals."""
 
 
 class Miner(BaseMinerNeuron):
@@ -56,11 +55,12 @@ class Miner(BaseMinerNeuron):
 
     settings: as `hiveminer.config.settings.parse` reads them; without, the command line is read,
         and an operator's mistake ends the program with one line.
-    chain, metrics: other places than the settings say; for tests and for embedding.
+    chain, metrics: instead of those that the settings name.
+    strategy: makes the strategy, instead of the one that the run names.
 
-    After construction: `run_file` (the agreed run), `model` (a causal language model),
-    `tokenizer`, `dataset` (rows by number), `device`, `swarm` (the Hivemind optimizer),
-    `trainer`. Build it in the main thread: Hivemind forks.
+    After construction: `run_file` (the agreed run), `run_id`, `model` (a causal language
+    model), `tokenizer`, `dataset` (rows by number), `device`, `swarm` (the strategy),
+    `trainer`, `progress`, `metrics`. Build it in the main thread: Hivemind forks.
     """
 
     def __init__(
@@ -69,25 +69,23 @@ class Miner(BaseMinerNeuron):
         *,
         chain: Chain | None = None,
         metrics: Metrics | None = None,
+        strategy: StrategyFactory = open_strategy,
     ):
         self._script = settings is None
-        self.swarm: Swarm | None = None
-        self.peer: Peer | None = None
-        self.progress: Progress | None = None
-        self._children = Children()
         self._large_steps: set[tuple[str, int]] = set()
-        self._metrics = metrics
+        self._counted_at = -math.inf
         with script() if self._script else contextlib.nullcontext():
             if settings is None:
                 settings = parse(cls=MinerSettings, prog="miner.py", description=__doc__ or "")
             self.run_file = load_run(settings.neuron.run)
             self.run_file.check_version()
             super().__init__(settings, chain=chain)
-            try:
-                self._build(settings)
-            except BaseException:
-                self.close()
-                raise
+            with contextlib.ExitStack() as unfinished:
+                unfinished.callback(self.abandon)
+                self.metrics = metrics or self.neuron.open_metrics(self.run_file)
+                unfinished.callback(self.metrics.close)
+                self._build(strategy, unfinished)
+                unfinished.pop_all()
 
     def encode(self, examples: model.Examples) -> BatchEncoding:
         """Texts to `input_ids` and `attention_mask`, each [rows, longest row].
@@ -96,8 +94,7 @@ class Miner(BaseMinerNeuron):
         to the run's sequence length (512 unless it says otherwise) and padded to the
         longest of them.
         """
-        length = self.run_file.model.sequence_length
-        return model.encode(self.tokenizer, examples, max_length=length)
+        return self.task.encode(examples)
 
     def is_alive(self, synapse: IsAlive) -> IsAlive:
         """Say that we are here, and in which run."""
@@ -105,7 +102,7 @@ class Miner(BaseMinerNeuron):
         synapse.version = __version__
         synapse.run_id = str(self.run_id)
         synapse.data_hash = self.dataset.hash
-        synapse.epoch = self.swarm.epoch if self.swarm is not None else 0
+        synapse.epoch = self.swarm.epoch
         synapse.queued = self.queue.waiting
         return synapse
 
@@ -144,8 +141,6 @@ class Miner(BaseMinerNeuron):
         """
         self.accept(synapse)
         began = time.monotonic()
-        assert self.swarm is not None
-        assert self.progress is not None
         self._check_step(synapse)
         self.swarm.catch_up()
         synapse.epoch = self.swarm.epoch
@@ -155,7 +150,7 @@ class Miner(BaseMinerNeuron):
             result = self.train(synapse)
         except TrainingError as error:
             logger.warning("request %s: %s", synapse.request_id, error)
-            self.swarm.heal()  # if it is our weights, no request would ever go well again
+            self.swarm.recover()  # if it is our weights, no request would ever go well again
             raise
         self.progress.answered(result)
         if result.discarded:
@@ -173,8 +168,6 @@ class Miner(BaseMinerNeuron):
 
     def train(self, synapse: Train) -> TrainResult:
         """Train the rows of a request: what `forward` does between question and answer."""
-        assert self.swarm is not None
-        assert self.progress is not None
         swarm, progress = self.swarm, self.progress
         in_first_epoch = True
         with progress_bar(
@@ -203,15 +196,13 @@ class Miner(BaseMinerNeuron):
             )
 
     def idle(self) -> None:
-        """Take part in the swarm's averaging while no validator wants anything."""
-        if self.swarm is not None:
-            self.swarm.idle()
-        if self.progress is not None:
-            self.progress.keep_if_due()
+        """Take part in the swarm's averaging while there is no work."""
+        self.swarm.idle()
+        self.progress.keep_if_due()
 
     def check(self) -> None:
-        """Raise SwarmError when one of hivemind's processes has ended."""
-        self._children.check()
+        """Raise SwarmError when the swarm has lost something it needs, such as a process."""
+        self.swarm.check()
 
     def run(self) -> None:
         """Serve until Ctrl-C or SIGTERM."""
@@ -219,59 +210,37 @@ class Miner(BaseMinerNeuron):
             super().run()
 
     def close(self) -> None:
-        if self._closed:
-            return
-        if self.swarm is not None:
+        if not self._closed:
             self.neuron.stopping.set()
             self.swarm.interrupt()
         super().close()
 
     def release(self) -> None:
-        if self.progress is not None:
-            self.neuron.signals.allow(LAST_SECONDS + 1)
-            self.progress.keep_last()
-        if self.swarm is not None:
-            self.swarm.close()
-        if self.peer is not None:
-            self.peer.close()
-        self._children.end()
-        if self.progress is not None:
-            self.neuron.signals.allow(self.progress.write_seconds + 1)
-            self.progress.close()
-        if self._metrics is not None:
-            self._metrics.close()
+        self.neuron.signals.allow(LAST_SECONDS + 1)
+        self.progress.keep_last()
+        self.swarm.close()
+        self.neuron.signals.allow(self.progress.write_seconds + 1)
+        self.progress.close()
+        self.metrics.close()
 
-    def _build(self, settings: MinerSettings) -> None:
-        """Everything after the chain, in the order that forking allows: DHT, model,
-        optimizer, and only then a device or a thread of the server."""
-        run = self.run_file
-        torch.set_num_threads(
-            settings.neuron.threads or (1 if settings.embedded else torch.get_num_threads())
-        )
-        self.metrics = self._metrics = self._metrics or open_metrics(
-            self.neuron.folder / "metrics.jsonl",
-            wandb=settings.wandb,
-            name=f"miner-{self.neuron.hotkey[:8]}",
-            config={"run": run.model_dump(mode="json"), "hotkey": self.neuron.hotkey},
-        )
-        self.dataset: Rows = load_rows(run.data)
-        self.model = model.load_model(run.model.name, revision=run.model.revision)
-        self.tokenizer = model.load_tokenizer(run.model.name, revision=run.model.revision)
-        model.check_fit(self.model, self.tokenizer, run.model.sequence_length)
+    def _build(self, strategy: StrategyFactory, unfinished: contextlib.ExitStack) -> None:
+        """The task, the strategy, and only then a device or a thread: strategies may fork."""
+        settings, run = self.settings, self.run_file
+        self.task = load_task(run, threads=self.neuron.threads)
+        self.model, self.tokenizer = self.task.model, self.task.tokenizer
+        self.dataset, self.run_id = self.task.dataset, self.task.run_id
         length = run.model.sequence_length
         check_machine(memory_needed(self.model, sequence_length=length), settings.neuron.device)
-        self.run_id = RunId.of(
-            run, schema_hash=model.schema_hash(self.model), data_hash=self.dataset.hash
-        )
         self.neuron.go_on()
-        self.peer = self._start_peer()
-        self.neighbours = Neighbours(self.peer)
-        self._children.watch("the DHT's process", self.peer.process)
-        self.neuron.go_on()
-        self.swarm = Swarm(
-            self.model, peer=self.peer, run=run, run_id=str(self.run_id), on_round=self._on_round
+        self.swarm = strategy(
+            Context(
+                self.neuron,
+                self.task,
+                public_ip=lambda: self.public_ip,
+                on_round=self._on_round,
+            )
         )
-        self._children.watch("the averager's process", self.swarm.process)
+        unfinished.callback(self.swarm.close)
         self.neuron.go_on()
         self.device = model.choose_device(settings.neuron.device)
         bfloat16 = has_bfloat16(self.device)
@@ -285,10 +254,18 @@ class Miner(BaseMinerNeuron):
             device=self.device,
             max_grad_norm=run.optimizer.max_grad_norm,
         )
-        self.progress = self._resume()
+        self.progress = Progress(
+            self.swarm,
+            self.neuron.checkpoints(STATE_FOLDER),
+            run_id=str(self.run_id),
+            every_seconds=settings.neuron.checkpoint_seconds,
+        )
+        if settings.neuron.resume:
+            self.progress.resume()
         self.neuron.go_on()
         with self.watchdog.watch("joining the swarm", limit_seconds=JOIN_SECONDS):
-            self._join_swarm()
+            self.swarm.join()
+        self.neuron.keep_in_sync(self._sync)
         self._tell_meaning()
         logger.info(
             "run %s: %d parameters on %s, %d rows, epoch %d",
@@ -303,53 +280,9 @@ class Miner(BaseMinerNeuron):
         encoded = self.encode(texts)
         return {key: encoded[key] for key in ("input_ids", "attention_mask")}
 
-    def _resume(self) -> Progress:
-        """What was kept, put back before the swarm hears of us."""
-        assert self.swarm is not None
-        settings = self.settings.neuron
-        progress = Progress(
-            self.swarm,
-            self.neuron.checkpoints(STATE_FOLDER),
-            run_id=str(self.run_id),
-            every_seconds=settings.checkpoint_seconds,
-        )
-        if settings.resume:
-            progress.resume()
-        return progress
-
-    def _start_peer(self) -> Peer:
-        settings = self.settings
-        announced = settings.dht.external_ip
-        if announced is None and settings.dht_ip in EVERY_ADDRESS:
-            announced = self.public_ip
-        self.neuron.check_address("--dht.external_ip", announced or settings.dht_ip)
-        return start_peer(
-            settings,
-            identity=self.neuron.identity(str(self.run_id)),
-            admitted=self.neuron.registered,
-            announce_ip=announced,
-        )
-
-    def _join_swarm(self) -> None:
-        """Put our peer's address on the chain, meet those that stand there, catch up."""
-        assert self.peer is not None
-        assert self.swarm is not None
-        self.neuron.keep_committed(self.peer.commitment.encode())
-        self._counted_at = self._worked_at = -math.inf
-        self._meet()
-        self.swarm.catch_up()
-        self.neuron.keep_in_sync(self._meet)
-
-    def _meet(self) -> None:
-        """Meet the peers on the chain, when there are new ones or it is time to look again."""
-        assert self.peer is not None
-        self.peer.admit(self.neuron.registered)
+    def _sync(self) -> None:
+        self.swarm.sync()
         self._count()
-        look = self.neighbours.meet(self.neuron.peer_addresses())
-        # Only who works has to report; when we do, the others have work as well.
-        recently = time.monotonic() - self._worked_at < COUNT_SECONDS
-        if look is not None and self.swarm is not None and recently:
-            self.neighbours.compare(working=len(look.answered), reporting=self.swarm.peers - 1)
 
     def _count(self) -> None:
         """Log what the axon has answered and refused so far."""
@@ -380,7 +313,7 @@ class Miner(BaseMinerNeuron):
         asked = (synapse.dendrite.hotkey, rows)
         if rows <= epoch or asked in self._large_steps:
             return
-        if len(self._large_steps) < MOST_TOLD:
+        if len(self._large_steps) < MAX_LARGE_STEPS:
             self._large_steps.add(asked)
         tell(
             logger, "batch_meaning",
@@ -388,10 +321,9 @@ class Miner(BaseMinerNeuron):
             f"{epoch}: every step ends an epoch, and waits for an averaging",
         )  # fmt: skip
 
-    def _on_round(self, ended: Round) -> None:
-        """Told by the swarm, in the worker thread, of each epoch that ended."""
-        if self.progress is not None:
-            self.progress.epoch_began()
+    def _on_round(self, ended: RoundResult) -> None:
+        """Called by the swarm, in the worker thread, after each epoch."""
+        self.progress.epoch_began()
         logger.info(
             "epoch %d begins: %s",
             ended.epoch,
@@ -409,7 +341,6 @@ class Miner(BaseMinerNeuron):
         )
 
     def _tell(self, synapse: Train, result: TrainResult, *, seconds: float) -> None:
-        self._worked_at = time.monotonic()
         loss = "none" if result.loss is None else f"{result.loss:.3f}"
         logger.info(
             "trained %d rows for %s in %.1f s: loss %s, %.0f tokens/s, epoch %s%s",
@@ -440,7 +371,7 @@ class Miner(BaseMinerNeuron):
 class _WatchedStep:
     """The swarm's step, watched over: it waits for others."""
 
-    def __init__(self, swarm: Swarm, watchdog: Watchdog, *, limit_seconds: float):
+    def __init__(self, swarm: Strategy, watchdog: Watchdog, *, limit_seconds: float):
         self._swarm = swarm
         self._watchdog = watchdog
         self._limit_seconds = limit_seconds
@@ -458,43 +389,6 @@ def step_seconds(run: Run) -> float:
     the state."""
     section = run.swarm
     return 2 * section.matchmaking_seconds + section.averaging_timeout_seconds + 90.0
-
-
-def start_peer(
-    settings: Settings,
-    *,
-    identity: Identity,
-    admitted: Collection[str],
-    announce_ip: str | None = None,
-) -> Peer:
-    """The DHT node, on the port asked for, or the next free one where none was.
-
-    `announce_ip` is what peers are told when it is not the address listened on.
-    """
-    free = settings.embedded and not settings.given("dht.port")
-    ip = settings.dht_ip
-    for port in ports_to_try(settings.dht.port, free=free):
-        try:
-            if port and not port_is_free(ip, port):
-                raise PortTaken(f"--dht.port {port}: in use on {ip}; choose another")
-            peer = Peer(
-                ip=ip,
-                port=port,
-                announce_ip=announce_ip or settings.dht.external_ip,
-                announce_port=settings.dht.external_port,
-                identity=identity,
-                admitted=admitted,
-                quic=not settings.embedded,
-            )
-        except PortTaken as error:
-            if free:
-                continue
-            tell(logger, "peer_start", str(error).partition(";")[0], level=logging.ERROR)
-            raise
-        if port not in (settings.dht.port, 0):
-            logger.info("port %d is in use: the swarm's peer takes %d", settings.dht.port, port)
-        return peer
-    raise OperatorError(f"no free port from {settings.dht.port} on; choose with --dht.port")
 
 
 def main(settings: MinerSettings) -> int:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import socket
 import sys
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -25,7 +24,6 @@ from bittensor import Metagraph, MetagraphNeuron
 from hiveminer.__version__ import __version__
 from hiveminer.chain import (
     Chain,
-    Claimed,
     embedded_wallet,
     join_embedded,
     named_embedded_wallet,
@@ -33,6 +31,7 @@ from hiveminer.chain import (
     open_wallet,
     snapshot,
 )
+from hiveminer.config.run import Run
 from hiveminer.config.settings import MinerSettings, Settings
 from hiveminer.errors import (
     ChainError,
@@ -50,6 +49,7 @@ from hiveminer.runtime import addresses, dependencies
 from hiveminer.runtime.events import tell
 from hiveminer.runtime.locks import Held, hold
 from hiveminer.runtime.logs import configure_logging
+from hiveminer.runtime.metrics import Metrics, open_metrics
 from hiveminer.runtime.signals import SHUTDOWN_SECONDS, Signals
 from hiveminer.runtime.watchdog import Watchdog
 from hiveminer.swarm import Identity, addresses_in
@@ -74,9 +74,6 @@ IDLE_SECONDS = 180.0
 
 PUT_AGAIN_SECONDS = 60.0
 """What was put on the chain is not put there again before this, if it does not show."""
-
-EVERY_ADDRESS = ("0.0.0.0", "::")
-"""To listen on these is to listen everywhere; nobody can be called at them."""
 
 
 @dataclass
@@ -106,11 +103,12 @@ class Neuron:
         self.settings = settings
         self.role = role
         self.stopping = threading.Event()
-        self._claim: Claimed | None = None
-        self._held: Held | None = None
         self.signals = Signals(self.stopping)
-        self._syncing: threading.Thread | None = None
         self._on_sync: list[Callable[[], None]] = []
+        self._kept_at = 0.0
+        self._wanted: list[_Standing] = []
+        self._by_hotkey: dict[str, MetagraphNeuron] = {}
+        self._thread = threading.Thread(target=self._sync, name="metagraph", daemon=True)
         configure_logging(settings, role)
         log_to_root()
         # Before anything else is built: an exception out of a signal, in the middle of a
@@ -119,16 +117,18 @@ class Neuron:
         # The network's thread gets its turn ten times sooner than Python would give it
         # beside a training thread: answers take a few milliseconds.
         sys.setswitchinterval(0.0005)
-        self._kept_at = 0.0
-        self._wanted: list[_Standing] = []
-        self._by_hotkey: dict[str, MetagraphNeuron] = {}
-        wallet = self._open_wallet() if chain is None else chain.wallet
-        self.hotkey = str(wallet.hotkey.ss58_address)
-        # From here on, and in the processes that hivemind forks, each line says whose it is.
-        configure_logging(settings, self.name)
-        self.folder = subnet_folder(settings) / self.hotkey
-        try:
-            self._held = self._take_folder()
+        with contextlib.ExitStack() as parts:
+            parts.callback(self.signals.give_back)
+            self.key_name: str | None = None
+            if chain is None:
+                wallet, self.key_name = self._open_wallet(parts)
+            else:
+                wallet = chain.wallet
+            self.hotkey = str(wallet.hotkey.ss58_address)
+            # From here on, and in the processes that hivemind forks, each line says whose it is.
+            configure_logging(settings, self.name)
+            self.folder = subnet_folder(settings) / self.hotkey
+            parts.callback(self._take_folder().release)
             self.chain = chain or open_chain(
                 network=settings.subtensor.network,
                 netuid=settings.netuid,
@@ -137,10 +137,9 @@ class Neuron:
                 block_seconds=settings.subtensor.block_seconds,
                 must_connect=not self._snapshot.exists(),
             )
+            parts.callback(self.chain.close)
             self._take_place(stake)
-        except BaseException:
-            self.close()
-            raise
+            self._parts = parts.pop_all()
         self._introduce()
 
     @property
@@ -153,12 +152,26 @@ class Neuron:
     def name(self) -> str:
         """Role and key, as log lines name them: "miner-0" for a throwaway key, else such as
         "miner 5F3sa2TJ"."""
-        key = self._claim.hotkey_name if self._claim is not None else self.hotkey[:8]
+        key = self.key_name or self.hotkey[:8]
         return key if key.startswith(f"{self.role}-") else f"{self.role} {key}"
 
     @property
     def network(self) -> str:
         return self.settings.subtensor.network
+
+    @property
+    def threads(self) -> int | None:
+        """CPU threads that PyTorch is to use; None for its own choice."""
+        return self.settings.neuron.threads or (1 if self.settings.embedded else None)
+
+    def open_metrics(self, run: Run) -> Metrics:
+        """Where this neuron's numbers go, unless told otherwise."""
+        return open_metrics(
+            self.folder / "metrics.jsonl",
+            wandb=self.settings.wandb,
+            name=f"{self.role}-{self.hotkey[:8]}",
+            config={"run": run.model_dump(mode="json"), "hotkey": self.hotkey},
+        )
 
     @property
     def _snapshot(self) -> Path:
@@ -229,9 +242,8 @@ class Neuron:
         """
         if on_sync is not None:
             self._on_sync.append(on_sync)
-        if self._syncing is None:
-            self._syncing = threading.Thread(target=self._sync, name="metagraph", daemon=True)
-            self._syncing.start()
+        if self._thread.ident is None:
+            self._thread.start()
 
     def read_metagraph(self) -> None:
         """Read the metagraph now, and keep it on disk. Raises ChainError."""
@@ -305,14 +317,9 @@ class Neuron:
     def close(self) -> None:
         """Let go of the chain and of the hotkey."""
         self.stopping.set()
-        if self._syncing is not None:
-            self._syncing.join(timeout=2)
-        if hasattr(self, "chain"):
-            self.chain.close()
-        for held in (self._held, self._claim):
-            if held is not None:
-                held.release()
-        self.signals.give_back()
+        if self._thread.ident is not None:
+            self._thread.join(timeout=2)
+        self._parts.close()
 
     def _take_folder(self) -> Held:
         """Our own folder, in which one neuron at a time keeps its key, its state and what it
@@ -351,23 +358,25 @@ class Neuron:
                 f"{self.network}; {self._registration()}"
             )
 
-    def _open_wallet(self) -> Any:
+    def _open_wallet(self, parts: contextlib.ExitStack) -> tuple[Any, str | None]:
+        """Our wallet, and the name of its hotkey where it is one of this machine's network."""
         wallet = self.settings.wallet
         if self.settings.subtensor.network != "embedded":
-            return open_wallet(wallet.name, wallet.hotkey or "default", wallet.path)
+            return open_wallet(wallet.name, wallet.hotkey or "default", wallet.path), None
         place = self.settings.subtensor.path
         if wallet.hotkey is not None:
-            self._claim = named_embedded_wallet(place, wallet.name, wallet.hotkey)
+            claim = named_embedded_wallet(place, wallet.name, wallet.hotkey)
         else:
-            self._claim = embedded_wallet(place, prefix=self.role)
-        return self._claim.wallet
+            claim = embedded_wallet(place, prefix=self.role)
+        parts.callback(claim.release)
+        return claim.wallet, claim.hotkey_name
 
     def _introduce(self) -> None:
         if self.chain.embedded:
             place = self.settings.subtensor.path
             cause = f"This is the embedded network: a chain in {place}, on this machine alone"
             tell(logger, "embedded_chain", cause, level=logging.INFO)
-        key = f" (key {self._claim.hotkey_name})" if self._claim is not None else ""
+        key = f" (key {self.key_name})" if self.key_name is not None else ""
         logger.info(
             "%s %s: uid %s on subnet %d of %s, hotkey %s%s",
             self.role, __version__, self.uid, self.settings.netuid, self.network, self.hotkey, key,
@@ -412,24 +421,23 @@ class BaseMinerNeuron(ABC):
     ):
         self.settings = settings
         self._ask_outside = ask_outside
-        self.neuron = Neuron(settings, role="miner", chain=chain)
-        try:
-            for name in ("axon", "dht"):
-                given = getattr(settings, name).external_ip
-                if given is not None:
-                    self.neuron.check_address(f"--{name}.external_ip", given)
-        except OperatorError:
-            self.neuron.close()
-            raise
-        self.watchdog = Watchdog()
-        self.queue = WorkQueue(capacity=settings.axon.max_waiting, idle=self._idle)
+        self._closed = False
+        self.axon: Axon | None = None
         self.policy = Policy(
             allow_non_registered=settings.blacklist.allow_non_registered,
             force_validator_permit=settings.blacklist.force_validator_permit,
             min_stake=settings.blacklist.min_stake,
         )
-        self.axon: Axon | None = None
-        self._closed = False
+        self.queue = WorkQueue(capacity=settings.axon.max_waiting, idle=self._idle)
+        self.watchdog = Watchdog()
+        self.neuron = Neuron(settings, role="miner", chain=chain)
+        with contextlib.ExitStack() as unfinished:
+            unfinished.callback(self.abandon)
+            for name in ("axon", "dht"):
+                given = getattr(settings, name).external_ip
+                if given is not None:
+                    self.neuron.check_address(f"--{name}.external_ip", given)
+            unfinished.pop_all()
 
     def blacklist(self, synapse: Synapse) -> tuple[bool, str]:
         """(refuse?, why): asked before the body is read, so only `synapse.dendrite` is filled."""
@@ -486,6 +494,13 @@ class BaseMinerNeuron(ABC):
 
     def close(self) -> None:
         """Stop serving, let the running job come to a batch's edge, let go of everything."""
+        self._end(self.release)
+
+    def abandon(self) -> None:
+        """Let go of everything where a construction failed, without `release`."""
+        self._end(lambda: None)
+
+    def _end(self, release: Callable[[], None]) -> None:
         if self._closed:
             return
         self._closed = True
@@ -496,7 +511,7 @@ class BaseMinerNeuron(ABC):
             self.axon.stop(1.0)
         if dropped:
             logger.info("dropped %d requests: %s", len(dropped), ", ".join(dropped))
-        self.release()
+        release()
         self.watchdog.stop()
         self.neuron.close()
         logger.info("stopped")
@@ -514,7 +529,7 @@ class BaseMinerNeuron(ABC):
         """Bind the axon's port: the one asked for, or the next free one where none was."""
         settings = self.settings
         free = self.neuron.chain.embedded and not settings.given("axon.port")
-        for port in ports_to_try(settings.axon.port, free=free):
+        for port in addresses.ports_to_try(settings.axon.port, free=free):
             axon = Axon(
                 self.neuron.chain.wallet,
                 host=settings.axon_ip,
@@ -564,7 +579,7 @@ class BaseMinerNeuron(ABC):
         what the internet sees, asked for once. Raises OperatorError when it is not known."""
         settings = self.settings
         given = settings.axon.external_ip or settings.axon_ip
-        if given not in EVERY_ADDRESS:
+        if given not in addresses.EVERY_ADDRESS:
             return given
         try:
             return self._ask_outside()
@@ -581,23 +596,3 @@ def subnet_folder(settings: Settings) -> Path:
     """The folder that holds one of each neuron of this machine on this subnet, by hotkey."""
     network = settings.subtensor.network.replace("/", "_")
     return settings.neuron.path / network / str(settings.netuid)
-
-
-def ports_to_try(first: int, *, free: bool, count: int = 64) -> Iterator[int]:
-    """The port itself; where any free one will do, the ones after it as well."""
-    if first == 0 or not free:
-        yield first
-        return
-    yield from range(first, min(first + count, 65536))
-
-
-def port_is_free(ip: str, port: int) -> bool:
-    """Whether a TCP listener could have this port now."""
-    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((ip, port))
-        except OSError:
-            return False
-    return True

@@ -14,32 +14,31 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-import torch
 from bittensor import Metagraph
 
 from hiveminer.__version__ import __version__
 from hiveminer.chain import Chain
 from hiveminer.chain.weights import EMBEDDED_FILL_SECONDS, FILL_SECONDS, WeightSetter, filled
-from hiveminer.config.run import RunId, load_run
+from hiveminer.config.run import load_run
 from hiveminer.config.settings import ValidatorSettings, parse
 from hiveminer.errors import HiveminerError, MinerError, TrainingError
 from hiveminer.neuron import Neuron
 from hiveminer.protocol import IsAlive, Train
 from hiveminer.rpc.dendrite import Dendrite, Endpoint, endpoint_of
 from hiveminer.runtime import events
-from hiveminer.runtime.metrics import Metrics, open_metrics
+from hiveminer.runtime.metrics import Metrics
 from hiveminer.runtime.program import script
-from hiveminer.strategies.hivemind.observer import Observer, SwarmState
-from hiveminer.swarm import Neighbours, Peer
-from hiveminer.swarm.processes import Children
+from hiveminer.strategies.base import Context, GlobalState, ObserverFactory
+from hiveminer.strategies.registry import open_observer
 from hiveminer.training import model
 from hiveminer.training.checkpoint import SCORES_FOLDER, of_run
-from hiveminer.training.data import load_rows, split_held_out
+from hiveminer.training.data import split_held_out
+from hiveminer.training.task import load_task
 from hiveminer.validation import scoring
 from hiveminer.validation.replay import Curves, Replayer
 from hiveminer.validation.scoring import Evidence, ScoreTable
@@ -119,7 +118,8 @@ class Validator:
 
     settings: as `hiveminer.config.settings.parse` reads them; without, the command line is read,
         and an operator's mistake ends the program with one line.
-    chain, metrics: other places than the settings say; for tests and for embedding.
+    chain, metrics: instead of those that the settings name.
+    observer: makes the observer, instead of that of the run's strategy.
     """
 
     def __init__(
@@ -128,29 +128,26 @@ class Validator:
         *,
         chain: Chain | None = None,
         metrics: Metrics | None = None,
+        observer: ObserverFactory = open_observer,
     ):
         self._script = settings is None
-        self._metrics = metrics
-        self._closed = False
-        self.neuron: Neuron | None = None
-        self.peer: Peer | None = None
-        self.observer: Observer | None = None
-        self._children = Children()
+        self._deck: list[int] = []
         with script() if self._script else contextlib.nullcontext():
             if settings is None:
                 settings = parse(
                     cls=ValidatorSettings, prog="validator.py", description=__doc__ or ""
                 )
             self.settings = settings
-            self._deck: list[int] = []
             self.run_file = load_run(settings.neuron.run)
             self.run_file.check_version()
-            try:
+            with contextlib.ExitStack() as parts:
                 self.neuron = Neuron(settings, role="validator", stake=EMBEDDED_STAKE, chain=chain)
-                self._build(self.neuron)
-            except BaseException:
-                self.close()
-                raise
+                parts.callback(logger.info, "stopped")
+                parts.callback(self.neuron.close)
+                self.metrics = metrics or self.neuron.open_metrics(self.run_file)
+                parts.callback(self.metrics.close)
+                self._build(observer, parts)
+                self._parts = parts.pop_all()
 
     def assign(self, hotkey: str) -> list[int]:
         """The rows that this miner trains next: fresh ones, different for everybody.
@@ -172,32 +169,13 @@ class Validator:
     def run(self) -> None:
         """Validate until Ctrl-C or SIGTERM."""
         with script() if self._script else contextlib.nullcontext():
-            assert self.neuron is not None
             self.neuron.go_on()
-            asyncio.run(self._main(self.neuron))
+            asyncio.run(self._main())
 
     def close(self) -> None:
-        """Keep the scores, and let go of everything."""
-        if self._closed:
-            return
-        self._closed = True
-        if self.neuron is not None:
-            self.neuron.stopping.set()
-            if hasattr(self, "checkpoints"):
-                self._save()
-        if hasattr(self, "_compute"):
-            self._compute.shutdown(wait=True, cancel_futures=True)
-            self._io.shutdown(wait=False, cancel_futures=True)
-        if self.observer is not None:
-            self.observer.close()
-        if self.peer is not None:
-            self.peer.close()
-        self._children.end()
-        if self._metrics is not None:
-            self._metrics.close()
-        if self.neuron is not None:
-            self.neuron.close()
-            logger.info("stopped")
+        """Save the scores, and let go of everything."""
+        self.neuron.stopping.set()
+        self._parts.close()
 
     def __enter__(self) -> Self:
         return self
@@ -207,51 +185,38 @@ class Validator:
 
     # --- start ---------------------------------------------------------------------------
 
-    def _build(self, neuron: Neuron) -> None:
-        settings, run = self.settings, self.run_file
-        torch.set_num_threads(
-            settings.neuron.threads or (1 if settings.embedded else torch.get_num_threads())
-        )
-        self.metrics = self._metrics = self._metrics or open_metrics(
-            neuron.folder / "metrics.jsonl",
-            wandb=settings.wandb,
-            name=f"validator-{neuron.hotkey[:8]}",
-            config={"run": run.model_dump(mode="json"), "hotkey": neuron.hotkey},
-        )
-        self.dataset = load_rows(run.data)
+    def _build(self, observer: ObserverFactory, parts: contextlib.ExitStack) -> None:
+        settings, run, neuron = self.settings, self.run_file, self.neuron
+        self.task = load_task(run, threads=neuron.threads)
+        self.dataset, self.run_id = self.task.dataset, self.task.run_id
         self._training_rows, self._held_out_rows = split_held_out(
             len(self.dataset), run.data.held_out
         )
         self._chance = random.Random(settings.validator.seed)
-        self.model = model.load_model(run.model.name, revision=run.model.revision)
-        self.tokenizer = model.load_tokenizer(run.model.name, revision=run.model.revision)
-        model.check_fit(self.model, self.tokenizer, run.model.sequence_length)
-        self.run_id = RunId.of(
-            run, schema_hash=model.schema_hash(self.model), data_hash=self.dataset.hash
-        )
         self.table = ScoreTable()
         self.checkpoints = neuron.checkpoints(SCORES_FOLDER)
         if settings.neuron.resume:
             self._restore()
         neuron.go_on()
-        self.peer = Peer(
-            ip=settings.dht_ip,
-            client_only=True,
-            identity=neuron.identity(str(self.run_id)),
-            admitted=neuron.registered,
+        self.observer = observer(
+            Context(neuron, self.task, public_ip=lambda: "", on_round=lambda _: None)
         )
-        self._children.watch("the DHT's process", self.peer.process)
-        self.neighbours = Neighbours(self.peer)
+        parts.callback(self.observer.close)
         self._worked_at: dict[str, float] = {}
         neuron.go_on()
-        self.observer = Observer(self.model, peer=self.peer, run=run, run_id=str(self.run_id))
-        self._children.watch("the averager's process", self.observer.process)
-        neuron.go_on()
-        device = model.choose_device(settings.neuron.device)
-        self.replayer = Replayer(self.model, encode=self._tensors, run=run, device=device)
-        self.states: dict[int, SwarmState] = {0: self.observer.initial_state()}
-        self._compute = ThreadPoolExecutor(1, thread_name_prefix="replay")
+        self.replayer = Replayer(
+            self.task.model,
+            encode=self.task.tensors,
+            run=run,
+            device=model.choose_device(settings.neuron.device),
+            step_from=self.observer.local_step,
+        )
+        self.states: dict[int, GlobalState] = {0: self.observer.initial_state()}
+        self._measured_start = False
         self._io = ThreadPoolExecutor(4, thread_name_prefix="chain")
+        parts.callback(self._io.shutdown, wait=False, cancel_futures=True)
+        self._compute = ThreadPoolExecutor(1, thread_name_prefix="replay")
+        parts.callback(self._compute.shutdown, wait=True, cancel_futures=True)
         self._samples: list[Sample] = []
         self._last_epoch: dict[str, int] = {}
         self._began = time.monotonic()
@@ -265,30 +230,20 @@ class Validator:
         self._miners: dict[str, LiveMiner] = {}
         self._complaints: dict[str, str] = {}
         neuron.keep_committed(f"run {self.run_id}".encode())
-        self._meet()
-        neuron.keep_in_sync(self._meet)
+        self._sync()
+        neuron.keep_in_sync(self._sync)
+        parts.callback(self._save)
         logger.info("run %s: %d rows to give out", self.run_id, len(self._training_rows))
 
-    def _tensors(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        length = self.run_file.model.sequence_length
-        encoded = model.encode(self.tokenizer, texts, max_length=length)
-        return {key: encoded[key] for key in ("input_ids", "attention_mask")}
-
-    def _meet(self) -> None:
-        assert self.peer is not None
-        assert self.neuron is not None
-        self.peer.admit(self.neuron.registered)
-        look = self.neighbours.meet(self.neuron.peer_addresses())
-        if look is not None and self.observer is not None:
-            since = time.monotonic() - WORKING_SECONDS
-            working = sum(at > since for at in list(self._worked_at.values()))
-            self.neighbours.compare(working=working, reporting=self.observer.peers)
+    def _sync(self) -> None:
+        since = time.monotonic() - WORKING_SECONDS
+        self.observer.sync(working=sum(at > since for at in list(self._worked_at.values())))
 
     # --- the loops -----------------------------------------------------------------------
 
-    async def _main(self, neuron: Neuron) -> None:
+    async def _main(self) -> None:
         """All loops at once, until the neuron is told to stop."""
-        async with Dendrite(neuron.chain.wallet) as dendrite:
+        async with Dendrite(self.neuron.chain.wallet) as dendrite:
             loops = [
                 asyncio.create_task(self._again(self._find_miners, dendrite, self._alive_seconds)),
                 asyncio.create_task(self._again(self._watch_swarm, None, 0.5)),
@@ -303,9 +258,9 @@ class Validator:
                 ),
             ]
             try:
-                while not neuron.stopping.is_set():
-                    neuron.check_registered()
-                    self._children.check()
+                while not self.neuron.stopping.is_set():
+                    self.neuron.check_registered()
+                    self.observer.check()
                     await asyncio.wait(loops, timeout=0.2, return_when=asyncio.FIRST_EXCEPTION)
                     for loop in loops:
                         if loop.done():
@@ -333,7 +288,6 @@ class Validator:
 
     async def _find_miners(self, dendrite: Dendrite) -> None:
         """Ask every served axon whether it is alive; feed those that are, drop the others."""
-        assert self.neuron is not None
         endpoints = [
             endpoint
             for neuron in self.neuron.metagraph
@@ -435,7 +389,7 @@ class Validator:
     def _take(self, hotkey: str, request: Train, answer: Train, *, seconds: float) -> None:
         """Count an answer, and perhaps keep it for a replay."""
         rows = request.dataset_indices[: min(answer.samples, len(request.dataset_indices))]
-        mask = self._tensors(self.dataset.texts(rows))["attention_mask"] if rows else None
+        mask = self.task.tensors(self.dataset.texts(rows))["attention_mask"] if rows else None
         tokens = min(answer.tokens, int(mask.sum()) if mask is not None else 0)
         if answer.samples:
             self._worked_at[hotkey] = time.monotonic()
@@ -460,7 +414,6 @@ class Validator:
 
     def _is_timely(self, answer: Train) -> bool:
         """Whether the epoch that an answer names can be true: a replay needs that one."""
-        assert self.observer is not None
         now = max(self.observer.epoch, *self.states)
         return answer.epoch is not None and now - STALE_EPOCHS <= answer.epoch <= now + 1
 
@@ -483,9 +436,8 @@ class Validator:
 
     async def _watch_swarm(self, _: None) -> None:
         """Download the swarm's state when an epoch begins, and measure it."""
-        assert self.observer is not None
-        if 0 in self.states and not hasattr(self, "_measured"):
-            self._measured = -1
+        if not self._measured_start:
+            self._measured_start = True
             await self._measure(self.states[0])
         if self.observer.epoch <= max(self.states):
             return
@@ -499,7 +451,7 @@ class Validator:
                 del self.states[old]
         await self._measure(state)
 
-    async def _measure(self, state: SwarmState) -> None:
+    async def _measure(self, state: GlobalState) -> None:
         texts = self.dataset.texts(list(self._held_out_rows)[:HELD_OUT_ROWS])
         if not texts:
             return
@@ -539,8 +491,7 @@ class Validator:
         if count == EVASIONS:
             self._judge(sample, Curves((), ()))
 
-    def _replay(self, state: SwarmState, texts: list[str], sample: Sample) -> Curves | None:
-        assert self.neuron is not None
+    def _replay(self, state: GlobalState, texts: list[str], sample: Sample) -> Curves | None:
         return self.replayer.curves(
             state,
             texts,

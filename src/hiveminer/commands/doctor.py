@@ -33,8 +33,8 @@ from hiveminer.chain import Chain, open_chain, open_wallet
 from hiveminer.config.run import BUILTIN, Run, RunId, is_local, load_run
 from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import ChainError, HiveminerError, OperatorError
-from hiveminer.neuron import port_is_free
 from hiveminer.runtime import addresses
+from hiveminer.runtime.addresses import port_is_free
 
 TOTAL_SECONDS = 28.0
 """All checks together; what is left over then is cut off and counts as failed."""

@@ -1,4 +1,4 @@
-"""The address that others reach this machine at: checked, and asked for where not given.
+"""Addresses and ports: what this machine listens on, and where others reach it.
 
 A machine behind a router does not know its own public address. Two services on the
 internet are asked, and are believed only if they agree; otherwise the operator is asked,
@@ -9,8 +9,9 @@ on this machine can tell.
 from __future__ import annotations
 
 import ipaddress
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -21,6 +22,9 @@ from hiveminer.errors import OperatorError
 
 SERVICES = ("https://api.ipify.org", "https://checkip.amazonaws.com")
 """Each answers a GET with the caller's address as text."""
+
+EVERY_ADDRESS = ("0.0.0.0", "::")
+"""To listen on these is to listen everywhere; nobody can be called at them."""
 
 SERVICE_SECONDS = 5.0
 MAX_ANSWER_BYTES = 256
@@ -107,3 +111,23 @@ def _ask(url: str, timeout_seconds: float) -> str | None:
         return str(ipaddress.ip_address(body.decode("ascii").strip()))
     except (httpx.HTTPError, ValueError):  # ValueError: no address, or not ASCII
         return None
+
+
+def ports_to_try(first: int, *, free: bool, count: int = 64) -> Iterator[int]:
+    """The port itself; where any free one will do, the ones after it as well."""
+    if first == 0 or not free:
+        yield first
+        return
+    yield from range(first, min(first + count, 65536))
+
+
+def port_is_free(ip: str, port: int) -> bool:
+    """Whether a TCP listener could have this port now."""
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((ip, port))
+        except OSError:
+            return False
+    return True

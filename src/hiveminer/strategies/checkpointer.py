@@ -18,7 +18,7 @@ from typing import Any
 from hiveminer.__version__ import __version__
 from hiveminer.errors import SwarmError
 from hiveminer.runtime import events
-from hiveminer.strategies.hivemind.optimizer import Swarm
+from hiveminer.strategies.base import Strategy
 from hiveminer.training.checkpoint import Checkpoints, of_run
 from hiveminer.training.trainer import TrainResult
 
@@ -59,7 +59,7 @@ class Trained:
 class Progress:
     """A miner's counts, and its checkpoints.
 
-    swarm: the optimizer, before it has met anybody. run_id: another run's checkpoints are
+    strategy: before it has joined the others. run_id: another run's checkpoints are
     refused. every_seconds: two checkpoints are this far apart at least.
 
     All but `keep_last` and `close` is called in the thread that trains.
@@ -67,14 +67,14 @@ class Progress:
 
     def __init__(
         self,
-        swarm: Swarm,
+        strategy: Strategy,
         checkpoints: Checkpoints,
         *,
         run_id: str,
         every_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self.swarm = swarm
+        self.strategy = strategy
         self.checkpoints = checkpoints
         self.run_id = run_id
         self.every_seconds = every_seconds
@@ -94,7 +94,7 @@ class Progress:
     @property
     def _place(self) -> tuple[int, int]:
         """Changes whenever there is something new to keep."""
-        return self.swarm.epoch, self.trained.all_rows
+        return self.strategy.epoch, self.trained.all_rows
 
     def resume(self) -> bool:
         """Go on from the newest sound checkpoint of this run; whether there was one."""
@@ -103,7 +103,7 @@ class Progress:
             return False
         try:
             trained = read_trained(found.metadata)
-            self.swarm.resume(found.tensors, found.metadata["swarm"])
+            self.strategy.load_state_dict(found.tensors, found.metadata["swarm"])
         except (ValueError, KeyError, TypeError) as error:
             events.tell(logger, "checkpoint", f"{found.name} is not used: {error!s:.200}")
             return False
@@ -169,7 +169,7 @@ class Progress:
     def _keep(self, *, timeout_seconds: float, must: bool = False) -> str | None:
         """What is being written, in words; None when nothing is."""
         try:
-            tensors, said = self.swarm.snapshot(timeout_seconds=timeout_seconds)
+            tensors, said = self.strategy.state_dict(timeout_seconds=timeout_seconds)
         except (SwarmError, RuntimeError, MemoryError) as error:
             # PyTorch says so when memory runs out.
             events.tell(logger, "checkpoint", f"no checkpoint was taken: {error!s:.200}")

@@ -6,6 +6,7 @@ A replay changes nothing but its own copy of the model.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,9 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hiveminer.config.run import Run
-from hiveminer.strategies.hivemind.observer import SwarmState
-from hiveminer.training.optimizer import build_optimizer, parameter_groups
-from hiveminer.training.trainer import Encode, LocalStep, Trainer
+from hiveminer.strategies.base import GlobalState, local_step
+from hiveminer.training.trainer import Encode, Step, Trainer
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Curves:
 class Replayer:
     """A copy of the model that is set to a state, used, and set to the next.
 
-    One call at a time.
+    One call at a time. step_from: a miner's steps, begun from a state; the default is the
+    run's own optimizer.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class Replayer:
         encode: Encode,
         run: Run,
         device: torch.device | None = None,
+        step_from: Callable[[nn.Module, GlobalState], Step] | None = None,
     ):
-        self.run = run
+        self.max_grad_norm = run.optimizer.max_grad_norm
+        self.step_from = step_from or functools.partial(local_step, section=run.optimizer)
         self.model = copy.deepcopy(model)
         self.encode = encode
         self.device = device or torch.device("cpu")
@@ -50,7 +53,7 @@ class Replayer:
 
     def curves(
         self,
-        state: SwarmState,
+        state: GlobalState,
         texts: Sequence[str],
         *,
         batch_size: int,
@@ -77,22 +80,20 @@ class Replayer:
             return None
         return Curves(tuple(trained.losses), tuple(untrained.losses))
 
-    def loss(self, state: SwarmState, texts: Sequence[str], *, batch_size: int = 8) -> float | None:
+    def loss(
+        self, state: GlobalState, texts: Sequence[str], *, batch_size: int = 8
+    ) -> float | None:
         """Mean loss of the rows under the state's weights, nats a token."""
         return self._at(state).measure(texts, batch_size=batch_size).loss
 
-    def _at(self, state: SwarmState) -> Trainer:
+    def _at(self, state: GlobalState) -> Trainer:
         with torch.no_grad():
             for name, value in self.model.named_parameters():
                 value.copy_(state.weights[name])
-        section = self.run.optimizer
-        groups = parameter_groups(self.model.parameters(), weight_decay=section.weight_decay)
-        optimizer = build_optimizer(groups, section)
-        optimizer.load_state_dict(copy.deepcopy(state.optimizer))
         return Trainer(
             self.model,
             encode=self.encode,
-            optimizer=LocalStep(optimizer),
+            optimizer=self.step_from(self.model, state),
             device=self.device,
-            max_grad_norm=section.max_grad_norm,
+            max_grad_norm=self.max_grad_norm,
         )

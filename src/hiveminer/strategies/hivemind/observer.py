@@ -6,41 +6,34 @@ group, and serves nobody.
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from hiveminer.config.run import Run
+from hiveminer.strategies.base import Context, GlobalState, Observer, local_step
 from hiveminer.strategies.hivemind.averager import CHUNK_SECONDS, SwarmAverager, averager_prefix
 from hiveminer.strategies.hivemind.bounds import Bounds
 from hiveminer.strategies.hivemind.tracker import SampleTracker
-from hiveminer.swarm.peer import Peer
+from hiveminer.swarm import Peer
+from hiveminer.swarm.membership import Membership
 from hiveminer.training.optimizer import build_optimizer, build_scheduler, parameter_groups
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SwarmState:
-    """A copy of the swarm's state: `epoch`, the weights by name, the optimizer's own."""
-
-    epoch: int
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Any]
+from hiveminer.training.trainer import Step
 
 
-class Observer:
+class HivemindObserver(Observer):
     """Downloads the swarm's state into copies, and leaves no trace in the swarm.
 
-    The model given is used as the place to load into. Build it in the main thread: it
-    starts a process of hivemind's.
+    The model given is what a state is loaded into. Build it in the main thread: it forks a
+    process.
     """
 
-    def __init__(self, model: nn.Module, *, peer: Peer, run: Run, run_id: str):
+    def __init__(self, model: nn.Module, *, membership: Membership, run: Run, run_id: str):
         self.model = model
         self.run = run
+        self.membership = membership
+        self._closed = False
+        peer = membership.peer
         self._tracker = SampleTracker(
             dht=peer.dht,
             prefix=run_id,
@@ -63,11 +56,7 @@ class Observer:
             client_mode=True,
             start=True,
         )
-
-    @property
-    def process(self) -> int:
-        """The number of hivemind's process."""
-        return int(self._averager.pid)
+        membership.watch("the averager's process", int(self._averager.pid))
 
     @property
     def epoch(self) -> int:
@@ -76,34 +65,65 @@ class Observer:
 
     @property
     def peers(self) -> int:
-        """Live peers of the run."""
         return int(self._tracker.global_progress.num_peers)
 
-    def initial_state(self) -> SwarmState:
-        """The state before anything was downloaded: the run's published start."""
+    def initial_state(self) -> GlobalState:
+        """The state before anything was downloaded."""
         return self._copy()
 
-    def fetch(self, *, timeout_seconds: float = 30.0) -> SwarmState | None:
-        """Download the newest state that a peer offers; None when nobody gave a sound one."""
+    def fetch(self, *, timeout_seconds: float = 30.0) -> GlobalState | None:
         self._averager.load_state_from_peers(timeout=timeout_seconds)
         return self._copy() if self._averager.loaded else None
 
+    def local_step(self, model: nn.Module, state: GlobalState) -> Step:
+        return local_step(model, state, section=self.run.optimizer)
+
+    def sync(self, *, working: int) -> None:
+        if self.membership.sync() is not None:
+            self.membership.neighbours.compare(working=working, reporting=self.peers)
+
+    def check(self) -> None:
+        self.membership.check()
+
     def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         # The stock shutdown writes a goodbye into the DHT; an observer was never there.
         self._tracker.shutdown_triggered.set()
         self._tracker.should_report_progress.set()
         self._tracker.global_state_updated.set()
         self._tracker.shutdown_complete.wait(5)
         self._averager.shutdown()
+        self.membership.close()
 
-    def _copy(self) -> SwarmState:
+    def _copy(self) -> GlobalState:
         named = self.model.named_parameters()
         weights = {name: value.detach().clone() for name, value in named}
-        return SwarmState(
+        return GlobalState(
             epoch=int(self._averager.local_epoch),
             weights=weights,
             optimizer=_clone(self._averager.optimizer.state_dict()),
         )
+
+
+def open_hivemind_observer(context: Context) -> Observer:
+    """Start a peer that nobody can call, and the observer on it. Raises OperatorError."""
+    host, task = context.host, context.task
+    run_id = str(task.run_id)
+    peer = Peer(
+        ip=host.settings.dht_ip,
+        client_only=True,
+        identity=host.identity(run_id),
+        admitted=host.registered,
+    )
+    membership = Membership(peer, registered=lambda: host.registered, addresses=host.peer_addresses)
+    try:
+        host.go_on()
+        return HivemindObserver(task.model, membership=membership, run=task.run, run_id=run_id)
+    except BaseException:
+        membership.close()
+        raise
 
 
 def _clone(value: Any) -> Any:

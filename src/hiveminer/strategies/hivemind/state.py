@@ -2,7 +2,7 @@
 
 The weights of this moment, those that the epoch began with (the averaging buffers, which
 joiners are given), the inner optimizer's state, the learning rate's place in its schedule,
-the epoch, and the rows trained in it. Training on after `put_back` gives the same numbers,
+the epoch, and the rows trained in it. Training on after `load_state_dict` gives the same numbers,
 bit for bit, as never having stopped.
 
 Parameters go by their number in the optimizer: its groups follow from the model, and the
@@ -13,19 +13,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hiveminer.strategies.hivemind.optimizer import SwarmOptimizer
+from hiveminer.strategies.hivemind.optimizer import SwarmOptimizer
 
 MOST = 2**53
 """No count in a snapshot is larger."""
 
 
-def take(optimizer: SwarmOptimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def state_dict(optimizer: SwarmOptimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Copies on the CPU, 16 bytes a parameter at most, and facts that JSON holds.
 
     `weights.3`, `moments.3.exp_avg` (its every tensor of the inner optimizer) and `start.3`,
@@ -54,7 +53,7 @@ def take(optimizer: SwarmOptimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
-def put_back(
+def load_state_dict(
     optimizer: SwarmOptimizer, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
     """Make the optimizer what it was when this was taken, and tell the swarm so.

@@ -1,0 +1,313 @@
+"""The strategy `hivemind`: local steps, and all peers' weights averaged at the end of an epoch.
+
+Each step updates this machine's weights with AdamW; once the swarm together has trained
+`epoch_samples` rows, an epoch ends and the peers average their weights. What is changed
+against the stock optimizer is in `averager.py` and `tracker.py`.
+
+A peer without work calls `idle()` now and then: as long as the others count on it, it
+takes part in the averaging. When work comes after a longer rest, `catch_up` loads what the
+swarm has learned meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hivemind.averaging.control import AveragingStage
+from torch import Tensor, nn
+
+from hiveminer.config.run import Run
+from hiveminer.errors import SwarmError
+from hiveminer.runtime.events import tell
+from hiveminer.strategies.base import Context, RoundResult, Strategy
+from hiveminer.strategies.hivemind import state
+from hiveminer.strategies.hivemind.averager import CHUNK_SECONDS, SHUN_SECONDS, compression
+from hiveminer.strategies.hivemind.bounds import Bounds
+from hiveminer.strategies.hivemind.failure_detector import Watch
+from hiveminer.strategies.hivemind.optimizer import SwarmOptimizer
+from hiveminer.strategies.hivemind.tracker import REPORT_SECONDS
+from hiveminer.swarm.membership import Membership, announced_ip, start_peer
+from hiveminer.training.optimizer import build_optimizer, build_scheduler, parameter_groups
+
+logger = logging.getLogger(__name__)
+
+LOAD_SECONDS = 60.0
+LOAD_BYTES = 1_250_000.0
+"""A state is given up after LOAD_SECONDS, and a second more for each LOAD_BYTES of it."""
+
+RECENT_SECONDS = 30.0
+"""A peer that trained this recently compares who answers with who reports: then all have work."""
+
+
+class HivemindStrategy(Strategy):
+    """A model that trains with a swarm.
+
+    Build it in the main thread, after the DHT and before any server: it forks a process.
+
+    on_round: called after each epoch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        membership: Membership,
+        run: Run,
+        run_id: str,
+        on_round: Callable[[RoundResult], None] = lambda _: None,
+    ):
+        self.model = model
+        self.membership = membership
+        self.on_round = on_round
+        peer = membership.peer
+        section = run.swarm
+        self.optimizer = SwarmOptimizer(
+            dht=peer.dht,
+            run_id=run_id,
+            params=parameter_groups(model.parameters(), weight_decay=run.optimizer.weight_decay),
+            optimizer=lambda groups: build_optimizer(groups, run.optimizer),
+            scheduler=lambda optimizer: build_scheduler(optimizer, run.optimizer),
+            target_batch_size=section.epoch_samples,
+            use_local_updates=True,
+            # With local updates the next step waits for the round anyway.
+            delay_state_averaging=False,
+            matchmaking_time=section.matchmaking_seconds,
+            averaging_timeout=section.averaging_timeout_seconds,
+            next_chunk_timeout=CHUNK_SECONDS,
+            state_averaging_compression=compression(section),
+            averager_opts={
+                "request_timeout": min(1.5, section.matchmaking_seconds / 2),
+                "bounds": Bounds.of(run),
+            },
+            tracker_opts={
+                "min_refresh_period": 0.2,
+                "max_refresh_period": 1.0,
+                "default_refresh_period": 1.0,
+                "metadata_expiration": REPORT_SECONDS,
+                "private_key": peer.private_key,
+            },
+        )
+        size = self.optimizer.state_averager.state_bytes
+        self.optimizer.load_state_timeout = LOAD_SECONDS + size / LOAD_BYTES
+        self._target = 2
+        self.optimizer.state_averager.set_target_group_size(self._target)
+        self._trained_in: int | None = None
+        self._deserted = False
+        self._gone: set[str] = set()
+        self._lock = threading.Lock()
+        self._watch = Watch(
+            peer=peer,
+            tracker=self.optimizer.tracker,
+            rounding=self._is_rounding,
+            gone=self._follow_live_peers,
+            deserted=self._give_up_looking,
+        )
+        self._stepped_at = -RECENT_SECONDS
+        self._closed = False
+        membership.watch("the averager's process", int(self.optimizer.state_averager.pid))
+
+    @property
+    def epoch(self) -> int:
+        return int(self.optimizer.local_epoch)
+
+    @property
+    def peers(self) -> int:
+        return max(1, int(self.optimizer.tracker.global_progress.num_peers))
+
+    def step(self, *, batch_size: int) -> bool:
+        """False when this peer had fallen behind, and has loaded the swarm's state instead."""
+        with self._lock:
+            self._trained_in = self.epoch
+            try:
+                return self._step(batch_size)
+            finally:
+                self._stepped_at = time.monotonic()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def idle(self) -> None:
+        """Join a round that is due, while the others still count on this peer.
+
+        They do for as long as it reports rows: in the epoch it last trained in, and the
+        next.
+        """
+        if self._trained_in is None or self.epoch > self._trained_in + 1:
+            return
+        with self._lock:
+            self.zero_grad()
+            self._step(0)
+
+    def catch_up(self) -> bool:
+        with self._lock:
+            tracker = self.optimizer.tracker
+            if tracker.global_epoch <= self.epoch:
+                return True
+            self.optimizer.load_state_from_peers()
+            return bool(self.optimizer.state_averager.loaded)
+
+    def recover(self) -> bool:
+        with self._lock:
+            averager = self.optimizer.state_averager
+            if averager.is_sound():
+                return True
+            averager.go_back()
+            self.zero_grad()
+            if self.peers > 1:
+                self.optimizer.load_state_from_peers()
+            return False
+
+    def state_dict(
+        self, *, timeout_seconds: float = 60.0
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if not self._lock.acquire(timeout=timeout_seconds):
+            raise SwarmError(f"the running step did not end in {timeout_seconds:.0f} s")
+        try:
+            return state.state_dict(self.optimizer)
+        finally:
+            self._lock.release()
+
+    def load_state_dict(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        with self._lock:
+            state.load_state_dict(self.optimizer, tensors, metadata)
+            if metadata["rows"]:  # they are reported again, so the others count on this peer
+                self._trained_in = self.epoch
+
+    def move_to(self, device: torch.device) -> None:
+        self.model.to(device)
+        for values in self.optimizer.opt.state.values():
+            for key, value in values.items():
+                if isinstance(value, Tensor):  # the step count too: the optimizer is fused
+                    values[key] = value.to(device)
+
+    def join(self) -> None:
+        self.membership.join()
+        self.catch_up()
+
+    def sync(self) -> None:
+        look = self.membership.sync()
+        # Only a peer with work has to report; when this one has some, so do the others.
+        if look is not None and time.monotonic() - self._stepped_at < RECENT_SECONDS:
+            self.membership.neighbours.compare(working=len(look.answered), reporting=self.peers - 1)
+
+    def check(self) -> None:
+        self.membership.check()
+
+    def interrupt(self) -> None:
+        for control in (self.optimizer.scheduled_state, self.optimizer.state_averager.last_control):
+            if control is not None and not control.done():
+                control.cancel()
+
+    def close(self) -> None:
+        """Tell the peers, and stop the processes."""
+        if self._closed:
+            return
+        self._closed = True
+        self._watch.close()
+        try:
+            self.optimizer.shutdown()
+        except Exception as error:  # noqa: BLE001 - a dead process must not keep the rest up
+            logger.warning("the swarm's optimizer did not shut down cleanly: %r", error)
+        self.membership.close()
+
+    def _step(self, batch_size: int) -> bool:
+        self._follow_live_peers()
+        rows = self.optimizer.local_progress.samples_accumulated + batch_size
+        self.optimizer.state_averager.weigh(float(rows), self.optimizer.scheduled_state)
+        epoch, reloads = self.epoch, self.optimizer.reloads
+        began = time.monotonic()
+        self._deserted = False
+        with self._watch.over():
+            self.optimizer.step(batch_size=batch_size)
+        if self._deserted:
+            self.optimizer.load_state_from_peers()
+        kept = self.optimizer.reloads == reloads
+        if not kept:
+            loaded = self.optimizer.state_averager.loaded
+            outcome = "was loaded" if loaded else "could not be had"
+            cause = f"this peer fell behind the swarm: {batch_size} rows were thrown away"
+            tell(logger, "catch_up", f"{cause}, and the swarm's state {outcome}")
+        elif self.epoch != epoch:
+            self._take_what_was_lost()
+            self._tell_round(time.monotonic() - began)
+        return kept
+
+    def _take_what_was_lost(self) -> None:
+        """A part of the average did not arrive; the others have it, as the epoch's start."""
+        averager = self.optimizer.state_averager
+        if averager.is_whole:
+            return
+        tell(logger, "diverged", f"epoch {self.epoch}: a part of the average was lost on the way")
+        self.optimizer.load_state_from_peers()
+
+    def _follow_live_peers(self) -> None:
+        """A group of all live peers of our epoch is complete; who sent poison is none.
+
+        Before each step, and during one by the watch, in its thread, when somebody is gone.
+        """
+        for peer in self.optimizer.state_averager.shunned():
+            self.optimizer.tracker.leave_out(peer, shun_seconds=SHUN_SECONDS)
+        gone = self.optimizer.tracker.reports.gone
+        if gone != self._gone:  # one is lost, or back
+            self.optimizer.state_averager.leave_out(gone)
+            self._gone = gone
+        target = max(2, 1 + len(self.optimizer.tracker.companions))
+        if target != self._target:
+            self.optimizer.state_averager.set_target_group_size(target)
+            self._target = target
+
+    def _is_rounding(self) -> bool:
+        control = self.optimizer.state_averager.last_control
+        return control is not None and control.triggered and not control.done()
+
+    def _give_up_looking(self) -> None:
+        """Told by the watch, in its thread: nobody will come to our round."""
+        control = self.optimizer.state_averager.last_control
+        if control is None or control.done():
+            return
+        if control.stage == AveragingStage.LOOKING_FOR_GROUP:
+            self._deserted = self.optimizer.tracker.is_left_behind
+            control.cancel()
+
+    def _tell_round(self, seconds: float) -> None:
+        size, expected = self.optimizer.state_averager.group_size, self._target
+        if size < expected and self.peers > 1:
+            came = (
+                f"{size} of {expected} peers came to the round" if size > 1 else "the round failed"
+            )
+            tell(logger, "no_group", f"epoch {self.epoch}: {came}, {seconds:.1f} s")
+        self.on_round(RoundResult(epoch=self.epoch, group_size=size, seconds=seconds))
+
+
+def open_hivemind(context: Context) -> Strategy:
+    """Start a peer and the strategy on it, for a miner. Raises OperatorError."""
+    host, task = context.host, context.task
+    settings, run_id = host.settings, str(task.run_id)
+    announced = announced_ip(settings, context.public_ip)
+    host.check_address("--dht.external_ip", announced or settings.dht_ip)
+    peer = start_peer(
+        settings, identity=host.identity(run_id), admitted=host.registered, announce_ip=announced
+    )
+    membership = Membership(
+        peer,
+        registered=lambda: host.registered,
+        addresses=host.peer_addresses,
+        commit=host.keep_committed,
+    )
+    try:
+        host.go_on()
+        return HivemindStrategy(
+            task.model,
+            membership=membership,
+            run=task.run,
+            run_id=run_id,
+            on_round=context.on_round,
+        )
+    except BaseException:
+        membership.close()
+        raise

@@ -1,0 +1,110 @@
+"""A neuron's membership of the swarm: its peer, connected with the registered ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection
+
+from hiveminer.config.settings import Settings
+from hiveminer.errors import OperatorError
+from hiveminer.runtime.addresses import EVERY_ADDRESS, port_is_free, ports_to_try
+from hiveminer.runtime.events import tell
+from hiveminer.swarm.discovery import Neighbours
+from hiveminer.swarm.identity import Identity
+from hiveminer.swarm.peer import Look, Peer, PortTaken
+from hiveminer.swarm.processes import Children
+
+logger = logging.getLogger(__name__)
+
+Names = Callable[[], Collection[str]]
+
+
+class Membership:
+    """A started peer, whom it may talk to, and the child processes it needs.
+
+    registered: the hotkeys to admit now. addresses: those of the other peers. commit: puts
+    this peer's own where others look for it. The defaults are a peer's outside any chain.
+    """
+
+    def __init__(
+        self,
+        peer: Peer,
+        *,
+        registered: Names = tuple,
+        addresses: Names = tuple,
+        commit: Callable[[bytes], None] = lambda _: None,
+    ):
+        self.peer = peer
+        self.neighbours = Neighbours(peer)
+        self._commit = commit
+        self._registered = registered
+        self._addresses = addresses
+        self._children = Children()
+        self._children.watch("the DHT's process", peer.process)
+
+    def watch(self, name: str, process: int) -> None:
+        """Watch another child process, by its pid."""
+        self._children.watch(name, process)
+
+    def join(self) -> None:
+        """Publish this peer's address, and meet the others."""
+        self._commit(self.peer.commitment.encode())
+        self.sync()
+
+    def sync(self) -> Look | None:
+        """Admit the registered hotkeys, and dial the peers if it is time to."""
+        self.peer.admit(self._registered())
+        return self.neighbours.meet(self._addresses())
+
+    def check(self) -> None:
+        """Raise SwarmError when a process has ended."""
+        self._children.check()
+
+    def close(self) -> None:
+        """Stop the peer, and whatever is left of its processes."""
+        self.peer.close()
+        self._children.end()
+
+
+def announced_ip(settings: Settings, public_ip: Callable[[], str]) -> str | None:
+    """What peers are told of where this machine is; None where it is what it listens on."""
+    if settings.dht.external_ip is None and settings.dht_ip in EVERY_ADDRESS:
+        return public_ip()
+    return settings.dht.external_ip
+
+
+def start_peer(
+    settings: Settings,
+    *,
+    identity: Identity,
+    admitted: Collection[str],
+    announce_ip: str | None = None,
+) -> Peer:
+    """The DHT node, on the port asked for, or the next free one where none was.
+
+    announce_ip: as `announced_ip` gives it.
+    """
+    free = settings.embedded and not settings.given("dht.port")
+    ip = settings.dht_ip
+    for port in ports_to_try(settings.dht.port, free=free):
+        try:
+            if port and not port_is_free(ip, port):
+                raise PortTaken(f"--dht.port {port}: in use on {ip}; choose another")
+            peer = Peer(
+                ip=ip,
+                port=port,
+                announce_ip=announce_ip,
+                announce_port=settings.dht.external_port,
+                identity=identity,
+                admitted=admitted,
+                quic=not settings.embedded,
+            )
+        except PortTaken as error:
+            if free:
+                continue
+            tell(logger, "peer_start", str(error).partition(";")[0], level=logging.ERROR)
+            raise
+        if port not in (settings.dht.port, 0):
+            logger.info("port %d is in use: the swarm's peer takes %d", settings.dht.port, port)
+        return peer
+    raise OperatorError(f"no free port from {settings.dht.port} on; choose with --dht.port")

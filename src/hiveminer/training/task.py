@@ -1,0 +1,55 @@
+"""The task that a run sets: its model, tokenizer and data, loaded once, and the run id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+
+from hiveminer.config.run import Run, RunId
+from hiveminer.training import model as models
+from hiveminer.training.data import Rows, load_rows
+
+
+@dataclass(frozen=True)
+class Task:
+    """What everybody who trains together has in common.
+
+    model: a causal language model on the CPU. dataset: rows of text by number.
+    """
+
+    run: Run
+    run_id: RunId
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    dataset: Rows
+
+    def encode(self, examples: models.Examples) -> BatchEncoding:
+        """`input_ids` and `attention_mask`, each [rows, longest row], truncated to the run's
+        sequence length."""
+        length = self.run.model.sequence_length
+        return models.encode(self.tokenizer, examples, max_length=length)
+
+    def tensors(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """`encode` as a trainer wants it."""
+        encoded = self.encode(texts)
+        return {key: encoded[key] for key in ("input_ids", "attention_mask")}
+
+
+def load_task(run: Run, *, threads: int | None = None) -> Task:
+    """Load a run's model, tokenizer and data.
+
+    threads: CPU threads of PyTorch from now on; None leaves them as they are.
+    Raises OperatorError for what cannot be used.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    dataset = load_rows(run.data)
+    model = models.load_model(run.model.name, revision=run.model.revision)
+    tokenizer = models.load_tokenizer(run.model.name, revision=run.model.revision)
+    models.check_fit(model, tokenizer, run.model.sequence_length)
+    run_id = RunId.of(run, schema_hash=models.schema_hash(model), data_hash=dataset.hash)
+    return Task(run, run_id, model, tokenizer, dataset)
