@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import importlib
+import signal
 import subprocess
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import hiveminer
 from hiveminer import cli
+from hiveminer.config import settings
 from hiveminer.config.settings import (
     DemoSettings,
     MinerSettings,
@@ -20,47 +22,67 @@ from hiveminer.errors import NotRegistered
 
 ROOT = Path(__file__).resolve().parent.parent
 
-Main = Callable[[ProgramSettings], int | None]
-
-
-def _stand_in(patch: pytest.MonkeyPatch, name: str, main: Main) -> None:
-    module = types.ModuleType(f"hiveminer.{name}")
-    patch.setattr(module, "main", main, raising=False)
-    patch.setitem(sys.modules, module.__name__, module)
-    patch.setattr(hiveminer, name, module, raising=False)
-
 
 @pytest.mark.parametrize(
-    ("name", "words", "kind"),
+    ("name", "words", "module", "kind"),
     [
-        ("miner", ["--netuid", "7"], MinerSettings),
-        ("validator", ["--validator.rows", "7"], ValidatorSettings),
-        ("demo", ["--miners", "7"], DemoSettings),
+        ("miner", ["--netuid", "7"], "hiveminer.miner", MinerSettings),
+        ("validator", ["--validator.rows", "7"], "hiveminer.validator", ValidatorSettings),
+        ("demo", ["--miners", "7"], "hiveminer.commands.demo", DemoSettings),
+        ("status", ["--json", "--netuid", "7"], "hiveminer.commands.status", MinerSettings),
     ],
 )
 def test_a_command_hands_its_settings_on(
-    monkeypatch: pytest.MonkeyPatch, name: str, words: list[str], kind: type[ProgramSettings]
+    name: str, words: list[str], module: str, kind: type[ProgramSettings]
 ) -> None:
-    seen: list[ProgramSettings] = []
+    seen: list[object] = []
 
-    def main(settings: ProgramSettings) -> int:
-        seen.append(settings)
-        return 5
+    def load(name: str) -> object:
+        seen.append(name)
+        return types.SimpleNamespace(main=lambda settings, **_options: seen.append(settings) or 5)
 
-    _stand_in(monkeypatch, name, main)
-    assert cli.main([name, *words]) == 5
-    assert [type(settings) for settings in seen] == [kind]
+    assert cli.main([name, *words], load=load) == 5
+    assert seen[0] == module
+    assert type(seen[1]) is kind
 
 
-def test_a_commands_mistake_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def main(settings: ProgramSettings) -> None:
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_can_be_loaded(name: str) -> None:
+    command = cli.COMMANDS[name]
+    assert callable(importlib.import_module(command.module).main)
+    assert issubclass(getattr(settings, command.settings), ProgramSettings)
+
+
+def test_a_commands_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def load(_name: str) -> object:
         raise NotRegistered("this hotkey is not registered")
 
-    _stand_in(monkeypatch, "miner", main)
-    assert cli.main(["miner"]) == 3
+    assert cli.main(["miner"], load=load) == 3
     assert capsys.readouterr().err == "hiveminer: this hotkey is not registered\n"
+
+
+def test_ctrl_c_during_an_import_is_one_line(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, time, importlib\n"
+        "from hiveminer import cli\n"
+        "def load(name):\n"
+        "    print('importing', flush=True)\n"
+        "    try:\n"
+        "        time.sleep(60)\n"
+        "    except BaseException as error:\n"  # as some extension modules do
+        "        raise ImportError('cannot be imported') from error\n"
+        "sys.exit(cli.main(['miner'], load=load))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == "hiveminer: interrupted\n"
 
 
 @pytest.mark.parametrize(
@@ -102,13 +124,6 @@ def test_the_program_says_its_version_without_loading_torch() -> None:
     )
     assert result.stdout == f"hiveminer {hiveminer.__version__}\n"
     assert " torch" not in result.stderr
-
-
-@pytest.mark.parametrize("name", ["demo", "test", "check", "bench", "setup"])
-def test_scripts_can_be_run(name: str) -> None:
-    script = ROOT / "scripts" / name
-    assert script.stat().st_mode & 0o111
-    subprocess.run(["bash", "-n", str(script)], check=True)
 
 
 def test_bench_lists_names_and_refuses_an_unknown_one() -> None:

@@ -1,126 +1,134 @@
-"""The program `hiveminer`: from flags to objects, and nothing else.
+"""The program `hiveminer`: from flags to the command that they are for.
 
-What a command needs is imported when it runs, so that `--help` answers at once.
+Nothing is imported before a Ctrl-C ends in one line, and what a command needs only when it
+runs, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from hiveminer.__version__ import __version__
-from hiveminer.config import flags
-from hiveminer.config.settings import DemoSettings, MinerSettings, ValidatorSettings, parse
-from hiveminer.errors import OperatorError
-from hiveminer.runtime.dependencies import explained
-from hiveminer.runtime.program import run_program
-
-__all__ = ["main", "run_program"]
+if TYPE_CHECKING:
+    from hiveminer.config.settings import ProgramSettings
 
 
-def _demo(argv: Sequence[str]) -> int | None:
-    """Start a validator and miners on this machine, and show how they learn."""
-    settings = parse(argv, cls=DemoSettings, prog="hiveminer demo", description=_sentence(_demo))
-    from hiveminer.commands import demo
+class Command(NamedTuple):
+    """Where a command's `main(settings)` is, the class of its settings, and its sentence."""
 
-    return demo.main(settings)
-
-
-def _miner(argv: Sequence[str]) -> int | None:
-    """Train what validators send, together with the other miners."""
-    settings = parse(argv, cls=MinerSettings, prog="hiveminer miner", description=_sentence(_miner))
-    from hiveminer import miner
-
-    return miner.main(settings)
+    module: str
+    settings: str
+    sentence: str
+    has_json: bool = False
 
 
-def _validator(argv: Sequence[str]) -> int | None:
-    """Give miners rows to train on, judge their answers, and set weights."""
-    settings = parse(
-        argv, cls=ValidatorSettings, prog="hiveminer validator", description=_sentence(_validator)
-    )
-    from hiveminer import validator
-
-    return validator.main(settings)
-
-
-def _doctor(argv: Sequence[str]) -> int | None:
-    """Look at this machine with a miner's flags, and say what is wrong (--json for machines)."""
-    words, as_json = _without_json(argv)
-    settings = parse(
-        words, cls=MinerSettings, prog="hiveminer doctor", description=_sentence(_doctor)
-    )
-    from hiveminer.commands import doctor
-
-    return doctor.main(settings, as_json_text=as_json)
-
-
-def _status(argv: Sequence[str]) -> int | None:
-    """Show the subnet's neurons, with a miner's flags (--json for machines)."""
-    words, as_json = _without_json(argv)
-    settings = parse(
-        words, cls=MinerSettings, prog="hiveminer status", description=_sentence(_status)
-    )
-    from hiveminer.commands import status
-
-    return status.main(settings, as_json_text=as_json)
-
-
-def _without_json(argv: Sequence[str]) -> tuple[list[str], bool]:
-    return [word for word in argv if word != "--json"], "--json" in argv
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int | None]] = {
-    "demo": _demo,
-    "miner": _miner,
-    "validator": _validator,
-    "doctor": _doctor,
-    "status": _status,
+COMMANDS = {
+    "demo": Command(
+        "hiveminer.commands.demo",
+        "DemoSettings",
+        "Start a validator and miners on this machine, and show how they learn.",
+    ),
+    "miner": Command(
+        "hiveminer.miner",
+        "MinerSettings",
+        "Train what validators send, together with the other miners.",
+    ),
+    "validator": Command(
+        "hiveminer.validator",
+        "ValidatorSettings",
+        "Give miners rows to train on, judge their answers, and set weights.",
+    ),
+    "doctor": Command(
+        "hiveminer.commands.doctor",
+        "MinerSettings",
+        "Check this machine with a miner's flags, and say what is wrong (--json for machines).",
+        has_json=True,
+    ),
+    "status": Command(
+        "hiveminer.commands.status",
+        "MinerSettings",
+        "Show the subnet's neurons, with a miner's flags (--json for machines).",
+        has_json=True,
+    ),
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; `argv` are the words after `hiveminer`. Returns the exit code."""
+def main(
+    argv: Sequence[str] | None = None, *, load: Callable[[str], Any] = importlib.import_module
+) -> int:
+    """Run one command; `argv` are the words after `hiveminer`. Returns the exit code.
+
+    load: imports a command's module.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
-    return run_program(lambda: _run(words))
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # and not ignored, as in a shell's background
+        signal.signal(signal.SIGINT, _interrupted)
+    try:
+        from hiveminer.runtime.program import run_program
+
+        return run_program(lambda: _run(words, load))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def _run(words: Sequence[str]) -> int | None:
-    command, *rest = words or ["--help"]
-    if command in COMMANDS:
-        try:
-            return COMMANDS[command](rest)
-        except ImportError as error:
-            said = explained(error)
-            if said is None:
-                raise
-            raise OperatorError(said) from error
-    if command in ("-h", "--help", "help"):
+def _interrupted(_number: int, _frame: FrameType | None) -> NoReturn:
+    """Ctrl-C before a command has taken the signal over: an exception in the middle of an import
+    would end in whatever the library makes of it."""
+    os.write(2, b"hiveminer: interrupted\n")
+    os._exit(130)
+
+
+def _run(words: Sequence[str], load: Callable[[str], Any]) -> int | None:
+    from hiveminer.config.flags import did_you_mean
+    from hiveminer.errors import OperatorError
+    from hiveminer.runtime.dependencies import explained
+
+    name, *rest = words or ["--help"]
+    if name in ("-h", "--help", "help"):
         print(_overview())
-    elif command == "--version":
+        return 0
+    if name == "--version":
+        from hiveminer.__version__ import __version__
+
         print(f"hiveminer {__version__}")
-    else:
-        hint = flags.did_you_mean(command, COMMANDS)
-        raise OperatorError(
-            f"{command!r} is not a command{hint or ': there are ' + ', '.join(COMMANDS)}"
-        )
-    return 0
+        return 0
+    if name not in COMMANDS:
+        hint = did_you_mean(name, COMMANDS) or f": there are {', '.join(COMMANDS)}"
+        raise OperatorError(f"{name!r} is not a command{hint}")
+    command = COMMANDS[name]
+    options: dict[str, Any] = {}
+    if command.has_json:
+        options["as_json_text"] = "--json" in rest
+        rest = [word for word in rest if word != "--json"]
+    settings = _settings(command, name, rest)
+    try:
+        code: int | None = load(command.module).main(settings, **options)
+    except ImportError as error:
+        reason = explained(error)
+        if reason is None:
+            raise
+        raise OperatorError(reason) from error
+    return code
+
+
+def _settings(command: Command, name: str, words: Sequence[str]) -> ProgramSettings:
+    from hiveminer.config import settings
+
+    tree: type[ProgramSettings] = getattr(settings, command.settings)
+    return settings.parse(words, cls=tree, prog=f"hiveminer {name}", description=command.sentence)
 
 
 def _overview() -> str:
-    lines = [f"  {name:<11}{_sentence(command)}" for name, command in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: hiveminer COMMAND [--flag value ...]",
-            "",
-            "Train a language model together with other miners, on Bittensor.",
-            "",
-            *lines,
-            "",
-            "hiveminer COMMAND --help lists the command's flags; hiveminer --version the version.",
-        ]
+    commands = "\n".join(f"  {name:<11}{each.sentence}" for name, each in COMMANDS.items())
+    return (
+        "usage: hiveminer COMMAND [--flag value ...]\n\n"
+        "Train a language model together with other miners, on Bittensor.\n\n"
+        f"{commands}\n\n"
+        "hiveminer COMMAND --help lists the command's flags; hiveminer --version the version."
     )
-
-
-def _sentence(command: Callable[..., object]) -> str:
-    return (command.__doc__ or "").strip()

@@ -1,14 +1,15 @@
 """Every setting of every program, once: default, unit, bounds and a sentence.
 
-Settings describe this machine and this operator; what all miners of a run must share stands
-in `run.toml` (`run.py`). Flags carry Bittensor's dotted names and go over the environment
-(`HIVEMINER_AXON__PORT`), which goes over a TOML file (`--config`), which goes over the
-defaults. None stands for "chosen by the program", and the sentence says how.
+Settings describe this machine and this operator; what all miners of a run must share is in
+`run.toml` (`run.py`). Flags have Bittensor's dotted names and take precedence over the
+environment (`HIVEMINER_AXON__PORT`), the environment over a TOML file (`--config`), the file
+over the defaults. None means "chosen by the program", and the sentence says how.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import re
 import sys
@@ -17,10 +18,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from hiveminer.__version__ import __version__
-from hiveminer.config import flags
+from hiveminer.config import files, flags
+from hiveminer.config.peers import checked_peer
 
 NETWORKS = ("embedded", "finney", "test", "local")
 
@@ -53,17 +60,8 @@ def _check_device(text: str) -> str:
     return text
 
 
-def _check_peer(text: str) -> str:
-    if not re.fullmatch(r"/\S+/p2p/\w+", text):
-        raise ValueError("must be an address such as /ip4/192.0.2.1/tcp/8009/p2p/12D3Koo...")
-    return text
-
-
-def _expand(path: Path) -> Path:
-    try:
-        return path.expanduser()
-    except RuntimeError:  # "~" without a home folder
-        raise ValueError("there is no home folder: give a path without ~") from None
+def _expand(value: object) -> object:
+    return files.expanded(value) if isinstance(value, str | Path) else value
 
 
 def _split(value: object) -> object:
@@ -78,9 +76,15 @@ Ip = Annotated[str, AfterValidator(_check_ip)]
 Name = Annotated[str, AfterValidator(_check_name)]
 Network = Annotated[str, AfterValidator(_check_network)]
 Device = Annotated[str, AfterValidator(_check_device)]
-Peer = Annotated[str, AfterValidator(_check_peer)]
-Peers = Annotated[list[Peer], BeforeValidator(_split)]
-Folder = Annotated[Path, AfterValidator(_expand)]
+Peer = Annotated[str, AfterValidator(checked_peer)]
+Peers = Annotated[list[Peer], BeforeValidator(_split), NoDecode]
+Folder = Annotated[Path, BeforeValidator(_expand)]
+
+
+def number(default: float | None, least: float, most: float, sentence: str) -> Any:
+    """A number and its bounds, which `--help` states."""
+    bounds = f"from {least:.12g} to {most:.12g}" if math.isfinite(most) else f"{least:g} or more"
+    return Field(default, ge=least, le=most, description=f"{sentence}; {bounds}")
 
 
 # --- groups ----------------------------------------------------------------------------------
@@ -124,9 +128,7 @@ class SubtensorSettings(Group):
     path: Folder = Field(
         Path("~/.hiveminer/embedded"), description="folder of the embedded network"
     )
-    block_seconds: float = Field(
-        1.0, ge=0.05, le=60.0, description="seconds a block, on the embedded network only"
-    )
+    block_seconds: float = number(1.0, 0.05, 60.0, "seconds a block, on the embedded network only")
 
 
 class AxonSettings(Group):
@@ -137,27 +139,20 @@ class AxonSettings(Group):
         description="address to listen on; if not given: 127.0.0.1 on the embedded network, "
         "0.0.0.0 on a real one",
     )
-    port: int = Field(
+    port: int = number(
         8091,
-        ge=0,
-        le=65535,
-        description="TCP port to listen on; 0: any free one; if not given and in use on the "
+        0,
+        65535,
+        "TCP port to listen on; 0: any free one; if not given and in use on the "
         "embedded network: the next free one",
     )
     external_ip: Ip | None = Field(
         None, description="address to put on the chain, if it is not the one listened on"
     )
-    external_port: int | None = Field(
-        None, ge=1, le=65535, description="port to put on the chain, if it is another"
-    )
-    max_waiting: int = Field(
-        64, ge=1, le=4096, description="requests that may wait; more are turned away"
-    )
-    metrics_port: int | None = Field(
-        None,
-        ge=0,
-        le=65535,
-        description="port of /metrics on 127.0.0.1, for Prometheus; if not given: none",
+    external_port: int | None = number(None, 1, 65535, "port to put on the chain, if it is another")
+    max_waiting: int = number(64, 1, 4096, "requests that may wait; more are turned away")
+    metrics_port: int | None = number(
+        None, 0, 65535, "port of /metrics on 127.0.0.1, for Prometheus; if not given: none"
     )
 
 
@@ -169,18 +164,18 @@ class DhtSettings(Group):
         description="address to listen on; if not given: 127.0.0.1 on the embedded network, "
         "0.0.0.0 on a real one",
     )
-    port: int = Field(
+    port: int = number(
         8009,
-        ge=0,
-        le=65535,
-        description="port to listen on; 0: any free one; if not given and in use on the "
+        0,
+        65535,
+        "port to listen on; 0: any free one; if not given and in use on the "
         "embedded network: the next free one",
     )
     external_ip: Ip | None = Field(
         None, description="address to announce to peers, if it is not the one listened on"
     )
-    external_port: int | None = Field(
-        None, ge=1, le=65535, description="port to announce to peers, if it is another"
+    external_port: int | None = number(
+        None, 1, 65535, "port to announce to peers, if it is another"
     )
     initial_peers: Peers = Field(
         default=[],
@@ -198,7 +193,7 @@ class BlacklistSettings(Group):
     force_validator_permit: bool = Field(
         True, description="train only for hotkeys with a validator permit"
     )
-    min_stake: float = Field(0.0, ge=0.0, description="least stake of a caller of Train, in TAO")
+    min_stake: float = number(0.0, 0.0, math.inf, "least stake of a caller of Train, in TAO")
 
 
 class NeuronSettings(Group):
@@ -213,21 +208,21 @@ class NeuronSettings(Group):
     path: Folder = Field(
         Path("~/.hiveminer"), description="folder of what must outlive a restart, and of metrics"
     )
-    threads: int | None = Field(
+    threads: int | None = number(
         None,
-        ge=1,
-        le=1024,
-        description="CPU threads of PyTorch; if not given: 1 on the embedded network, where "
+        1,
+        1024,
+        "CPU threads of PyTorch; if not given: 1 on the embedded network, where "
         "several neurons share the machine, and PyTorch's own choice on a real one",
     )
     resume: bool = Field(
         True, description="go on from the newest checkpoint; --no-neuron.resume starts anew"
     )
-    checkpoint_seconds: float = Field(
+    checkpoint_seconds: float = number(
         60.0,
-        ge=1.0,
-        le=86400.0,
-        description="seconds between two checkpoints at least; a miner writes one when an epoch "
+        1.0,
+        86400.0,
+        "seconds between two checkpoints at least; a miner writes one when an epoch "
         "begins, and within an epoch that is ten times as long",
     )
 
@@ -255,27 +250,18 @@ class WandbSettings(Group):
 class WorkSettings(Group):
     """What is asked of miners, and how it is judged."""
 
-    rows: int = Field(64, ge=1, le=4096, description="rows in a Train request")
-    batch_size: int = Field(4, ge=1, le=1024, description="rows in a logical batch")
-    gradient_accumulation_steps: int = Field(
-        1, ge=1, le=256, description="batches in an optimizer step"
-    )
-    timeout_seconds: float = Field(
-        60.0, gt=0.0, le=3600.0, description="seconds a miner has for one request"
-    )
-    sample_rate: float = Field(
-        0.25, ge=0.0, le=1.0, description="share of the answers that is replayed here"
-    )
-    weights_seconds: float | None = Field(
+    rows: int = number(64, 1, 4096, "rows in a Train request")
+    batch_size: int = number(4, 1, 1024, "rows in a logical batch")
+    gradient_accumulation_steps: int = number(1, 1, 256, "batches in an optimizer step")
+    timeout_seconds: float = number(60.0, 0.1, 3600.0, "seconds a miner has for one request")
+    sample_rate: float = number(0.25, 0.0, 1.0, "share of the answers that is replayed here")
+    weights_seconds: float | None = number(
         None,
-        ge=1.0,
-        le=86400.0,
-        description="seconds between weights; if not given: 10 on the embedded network, 1200 on "
-        "a real one",
+        1.0,
+        86400.0,
+        "seconds between weights; if not given: 10 on the embedded network, 1200 on a real one",
     )
-    seed: int | None = Field(
-        None, ge=0, le=2**31, description="seed of the choice of rows; if not given: by chance"
-    )
+    seed: int | None = number(None, 0, 2**31, "seed of the choice of rows; if not given: by chance")
 
 
 # --- programs --------------------------------------------------------------------------------
@@ -286,6 +272,8 @@ class ProgramSettings(BaseSettings):
     `parse` reads flags, environment and file as well."""
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    config: Folder | None = Field(None, description="TOML file of settings")
 
     @classmethod
     def settings_customise_sources(
@@ -312,7 +300,7 @@ class ProgramSettings(BaseSettings):
 class Settings(ProgramSettings):
     """What every neuron has."""
 
-    netuid: int = Field(1, ge=0, le=65535, description="number of the subnet")
+    netuid: int = number(1, 0, 65535, "number of the subnet")
     wallet: WalletSettings = Field(default_factory=WalletSettings)
     subtensor: SubtensorSettings = Field(default_factory=SubtensorSettings)
     dht: DhtSettings = Field(default_factory=DhtSettings)
@@ -361,8 +349,8 @@ class ValidatorSettings(Settings):
 class DemoSettings(ProgramSettings):
     """What the demo has: few things, since it is to work without any."""
 
-    miners: int = Field(3, ge=1, le=64, description="miners to start beside the validator")
-    seconds: float = Field(90.0, ge=10.0, le=86400.0, description="seconds of training")
+    miners: int = number(3, 1, 64, "miners to start beside the validator")
+    seconds: float = number(90.0, 10.0, 86400.0, "seconds of training")
     out: Folder = Field(Path("demo-out"), description="folder for numbers, logs and the plot")
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
 

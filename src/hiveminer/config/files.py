@@ -1,0 +1,32 @@
+"""Paths and TOML files as people write them: `~`, an empty name, a byte-order mark."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+
+def expanded(path: str | Path) -> Path:
+    """The path with `~` replaced. Raises ValueError, with what to do, if it names nothing."""
+    text = str(path)
+    if not text.strip():
+        raise ValueError("must be a path, not empty")
+    if "\0" in text:
+        raise ValueError("must be a path, without null characters")
+    if not text.startswith("~"):
+        return Path(text)
+    try:
+        found = Path(text).expanduser()
+    except RuntimeError:
+        found = Path()
+    own = text.split("/")[0] == "~"
+    if not found.is_absolute() or (own and os.environ.get("HOME") == ""):
+        raise ValueError("there is no home folder for ~: give the path in full")
+    return found
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's table. Raises OSError; ValueError when it is not TOML or not UTF-8."""
+    return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without the mark
