@@ -26,7 +26,8 @@ from hiveminer.errors import SwarmError
 from hiveminer.runtime.events import tell
 from hiveminer.strategies.base import Context, RoundResult, Strategy
 from hiveminer.strategies.hivemind import state
-from hiveminer.strategies.hivemind.averager import CHUNK_SECONDS, SHUN_SECONDS, compression
+from hiveminer.strategies.hivemind.admission import SHUN_SECONDS
+from hiveminer.strategies.hivemind.averager import CHUNK_SECONDS, compression
 from hiveminer.strategies.hivemind.bounds import Bounds
 from hiveminer.strategies.hivemind.failure_detector import Watch
 from hiveminer.strategies.hivemind.optimizer import SwarmOptimizer

@@ -1,0 +1,271 @@
+"""Downloading a peer's state: what is taken, within which limits, and who vouches for it.
+
+Each peer vouches for its own state with the epoch and a sketch of the weights. A donor's state
+is compared with what the other peers vouch for while it comes in, and checked again before it
+is loaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
+
+import torch
+from hivemind.averaging import DecentralizedAverager
+from hivemind.averaging.allreduce import AllreduceException
+from hivemind.compression import deserialize_torch_tensor
+from hivemind.optim.state_averager import dump_optimizer_state
+from hivemind.p2p import PeerID
+from hivemind.proto import averaging_pb2
+from hivemind.utils.serializer import MSGPackSerializer
+from hivemind.utils.streaming import combine_from_streaming
+from torch import Tensor
+
+from hiveminer.runtime.events import tell
+from hiveminer.strategies.hivemind.sketch import Sketch, Vouch, contradiction, read_vouch
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+OPEN_SECONDS = 10.0
+"""Timeout for the first bytes of a donor's state."""
+
+SLOWEST_BYTES = 125_000.0
+"""Bytes per second; a slower donor is given up for the next one."""
+
+MAX_METADATA_BYTES = 16 * 2**20
+
+VOUCH_SECONDS = 3.0
+MAX_VOUCH_BYTES = 1024
+VOUCH_ATTEMPTS = 5
+MAX_VOUCHES = 16
+"""Peers that are asked to vouch for a state."""
+
+
+class StateDownload(DecentralizedAverager):  # type: ignore[misc]
+    """The part of the averager that downloads a state, in the program's own process.
+
+    Sits between `TrainingStateAverager` and its base in the method resolution order.
+    """
+
+    loaded_epoch: int | None = None
+    state_bytes: int = 0
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        # The optimizer exists, and the process is not forked yet.
+        self.state_bytes = sum(tensor.nbytes for tensor in self._state_tensors())
+        super().__init__(*args, **kwargs)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the last download was sound, and not behind what this peer already had."""
+        return self.loaded_epoch is not None and self.loaded_epoch >= self.local_epoch
+
+    def _state_tensors(self) -> list[Tensor]:
+        """What a joiner is sent, in order."""
+        moments = dump_optimizer_state(self.optimizer)[1]
+        return [*self.main_parameters, *self.extra_tensors, *moments]
+
+    def load_state_from_peers(
+        self, wait: bool = True, timeout: float | None = None
+    ) -> tuple[Any, Any] | None:
+        """As in the base class, but with a deadline, and refused unless it is sound."""
+        self.loaded_epoch = None
+        try:
+            download = super().load_state_from_peers(wait=False, timeout=timeout)
+            state = self._wait_for(download, timeout)
+        except Exception as error:  # noqa: BLE001 - whatever a peer's bytes may cause
+            tell(logger, "state_download", f"no state came within {timeout} s ({error!r})")
+            return None
+        if state is None:
+            tell(logger, "state_download", "no peer gave its state")
+            return None
+        problem = self._problem_with(state)
+        if problem:
+            tell(logger, "state_download", f"a peer's state is refused: {problem}")
+            return None
+        self.loaded_epoch = state[0]["epoch"]
+        return state  # type: ignore[no-any-return]
+
+    def _wait_for(self, future: Any, timeout: float | None) -> Any:
+        """The future's result; fails early when the averager's process has ended."""
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        while True:
+            try:
+                return future.result(timeout=min(0.5, max(0.0, deadline - time.monotonic())))
+            except TimeoutError:
+                if future.done():  # just now, or with an error of this kind
+                    return future.result(timeout=0)
+                if time.monotonic() >= deadline:
+                    raise
+                if not self.is_alive():
+                    raise ConnectionError("the averager's process has ended") from None
+
+    def _problem_with(self, state: tuple[Any, Any]) -> str | None:
+        metadata, tensors = state
+        if not isinstance(metadata, dict) or not isinstance(metadata.get("epoch"), int):
+            return "its epoch is missing"
+        if not isinstance(metadata.get("optimizer_metadata"), list):
+            return "the description of its optimizer is missing"
+        shapes = [tuple(tensor.shape) for tensor in self._state_tensors()]
+        if [tuple(tensor.shape) for tensor in tensors] != shapes:
+            return "its tensors have other shapes than ours"
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            return "it holds numbers that are not finite"
+        return None
+
+
+class StateInspector:
+    """Checks donors' states as they come in, in hivemind's averager process.
+
+    dht, donors_key: where the donors declare themselves. own_id: is not asked.
+    stub_of: how to call a peer's averager.
+    weights: the number of weight tensors; all_bytes: the size of a whole state.
+    """
+
+    def __init__(
+        self,
+        dht: Any,
+        *,
+        donors_key: str,
+        own_id: PeerID,
+        stub_of: Callable[[PeerID], Any],
+        weights: int,
+        all_bytes: int,
+    ):
+        self._dht = dht
+        self._donors_key = donors_key
+        self._own_id = own_id
+        self._stub_of = stub_of
+        self._weights = weights
+        self._all_bytes = all_bytes
+        self._vouches: dict[str, Vouch] = {}
+
+    async def prepare(self) -> None:
+        """Ask the peers what they vouch for; to be called before a download."""
+        self._vouches = await self._ask_for_vouches()
+
+    async def inspected(
+        self, stream: Any, donor: PeerID
+    ) -> AsyncIterator[averaging_pb2.DownloadData]:
+        """A donor's state as it comes in.
+
+        Raises AllreduceException when there is none, or it is too slow, too large, not finite,
+        or not what the other peers hold.
+        """
+        state = IncomingState(weights=self._weights, all_bytes=self._all_bytes)
+        loop = asyncio.get_running_loop()
+        try:
+            async with contextlib.aclosing(stream) as messages:
+                while not state.is_complete and (message := await next_of(messages)) is not None:
+                    await loop.run_in_executor(None, state.add, message)
+                    yield message
+            await loop.run_in_executor(None, state.end_tensor)
+            if state.epoch is None:
+                raise AllreduceException("it has none to hand out")
+            others = await self._vouches_for(state.epoch, but=str(donor))
+            problem = contradiction(state.epoch, state.sketch.numbers, others)
+            if problem is not None:
+                raise AllreduceException(problem)
+        except AllreduceException as error:
+            tell(logger, "state_download", f"the state of peer {donor} is refused: {error}")
+            raise
+
+    async def _vouches_for(self, epoch: int, *, but: str) -> list[Vouch]:
+        """What the peers but the donor vouch for.
+
+        Asked again while none of them is in this epoch: it may have begun during the download.
+        """
+        for _ in range(VOUCH_ATTEMPTS):
+            others = [vouch for peer, vouch in self._vouches.items() if peer != but]
+            if not others or any(other == epoch for other, _ in others):
+                break
+            await asyncio.sleep(1.0)
+            self._vouches = await self._ask_for_vouches()
+        return others
+
+    async def _ask_for_vouches(self) -> dict[str, Vouch]:
+        try:
+            record = await asyncio.wait_for(
+                self._dht.get(self._donors_key, latest=True, return_future=True), VOUCH_SECONDS
+            )
+            peers = [PeerID(name) for name in (record.value if record else {})]
+        except Exception as error:  # noqa: BLE001 - then nobody vouches
+            logger.debug("the donors could not be read: %r", error)
+            return {}
+        peers = [peer for peer in peers if peer != self._own_id]
+        asked = random.sample(peers, min(len(peers), MAX_VOUCHES))
+        vouches = await asyncio.gather(*map(self._vouch_of, asked))
+        return {str(peer): vouch for peer, vouch in zip(asked, vouches, strict=True) if vouch}
+
+    async def _vouch_of(self, peer: PeerID) -> Vouch | None:
+        try:
+            call = self._stub_of(peer).rpc_vouch(averaging_pb2.DownloadRequest())
+            answer = await asyncio.wait_for(call, VOUCH_SECONDS)
+            if len(answer.metadata) > MAX_VOUCH_BYTES:
+                return None
+            return read_vouch(MSGPackSerializer.loads(answer.metadata))
+        except Exception as error:  # noqa: BLE001 - dead, a stranger, or too old to know it
+            logger.debug("peer %s does not vouch: %r", peer, error)
+            return None
+
+
+class IncomingState:
+    """A state that is being received: its size, its speed, and what is in it."""
+
+    def __init__(self, *, weights: int, all_bytes: int):
+        self.sketch = Sketch()
+        self.epoch: int | None = None
+        self._weights = weights
+        self._all_bytes = all_bytes
+        self._bytes = 0
+        self._tensors = 0
+        self._parts: list[Any] = []
+        self._began = time.monotonic()
+
+    @property
+    def is_complete(self) -> bool:
+        return self._bytes == self._all_bytes
+
+    def add(self, message: averaging_pb2.DownloadData) -> None:
+        """Take one message; raises AllreduceException when it is refused."""
+        self._bytes += len(message.tensor_part.buffer)
+        if self._bytes > self._all_bytes or len(message.metadata) > MAX_METADATA_BYTES:
+            raise AllreduceException("it is larger than a state can be")
+        allowed = OPEN_SECONDS + self._bytes / SLOWEST_BYTES
+        if time.monotonic() - self._began > allowed:
+            raise AllreduceException(f"it is too slow, {self._bytes} bytes in {allowed:.0f} s")
+        if message.metadata:
+            metadata = MSGPackSerializer.loads(message.metadata)
+            epoch = metadata.get("epoch") if isinstance(metadata, dict) else None
+            self.epoch = epoch if isinstance(epoch, int) else None
+        if message.tensor_part.dtype and self._parts:
+            self.end_tensor()
+        self._parts.append(message.tensor_part)
+
+    def end_tensor(self) -> None:
+        """The last part of a tensor has come."""
+        if not self._parts:
+            return
+        tensor = deserialize_torch_tensor(combine_from_streaming(self._parts))
+        self._parts = []
+        if not bool(torch.isfinite(tensor).all()):
+            raise AllreduceException("it holds numbers that are not finite")
+        if self._tensors < self._weights:
+            self.sketch.add(tensor)
+        self._tensors += 1
+
+
+async def next_of(messages: AsyncIterator[T]) -> T | None:
+    """The next message; None at the end."""
+    try:
+        return await messages.__anext__()
+    except StopAsyncIteration:
+        return None
