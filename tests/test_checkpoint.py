@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
 import random
-import resource
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
@@ -20,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tiny import no_file_longer_than
 from torch import Tensor
 
 from hiveminer.errors import SwarmError
@@ -372,17 +371,6 @@ def test_each_refusal_is_one_line_of_the_event(
 
 
 # --- a disk that fails ------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def no_file_longer_than(size: int) -> Iterator[None]:
-    """Writing more fails in the middle, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [0, 100, 1500])

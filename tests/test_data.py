@@ -1,12 +1,16 @@
-"""Rows: the rule they are cut by, their hash, and every kind of source."""
+"""Tests of the data: how rows are cut, their hash, and what is refused."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -14,14 +18,18 @@ import torch
 import torch.multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import cut_the_network
+from tiny import cut_the_network, no_file_longer_than
 
 from hiveminer.config.run import DataSection
 from hiveminer.errors import OperatorError, TrainingError
+from hiveminer.training import data
 from hiveminer.training.data import (
-    KEPT_SHARDS,
+    CACHED_SHARDS,
     ROW_BYTES,
+    RecordRows,
     Rows,
+    StoredRows,
+    StreamedRows,
     builtin_rows,
     cut_rows,
     load_rows,
@@ -50,7 +58,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     cut_the_network(monkeypatch)
 
 
-def load(path: Path, **section: Any) -> Rows:
+def load(path: Path | str, **section: Any) -> Rows:
     return load_rows(DataSection(name=str(path), **section))
 
 
@@ -75,6 +83,13 @@ def one_line(error: pytest.ExceptionInfo[OperatorError]) -> str:
     assert "\n" not in said
     assert len(said) < 500
     return said
+
+
+def refused(path: Path | str, words: str, **section: Any) -> str:
+    """The one line in which a path is refused."""
+    with pytest.raises(OperatorError, match=words) as caught:
+        load(path, **section)
+    return one_line(caught)
 
 
 def line(letter: str, size: int) -> str:
@@ -235,51 +250,348 @@ def test_another_column_can_be_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_missing_column_is_told_in_one_line(tmp_path: Path, streaming: bool) -> None:
+def test_a_missing_column_is_refused_in_one_line(tmp_path: Path, streaming: bool) -> None:
     path = write_lines(tmp_path / "a.jsonl", TEXTS)
-    with pytest.raises(OperatorError, match=r"no column 'body'; it has text, number") as caught:
-        load(path, column="body", streaming=streaming, rows=25)
-    assert "data.column" in one_line(caught)
-
-
-def test_a_record_that_is_no_text_is_a_training_error(tmp_path: Path) -> None:
-    rows = load(write_lines(tmp_path / "a.jsonl", TEXTS), column="number")
-    with pytest.raises(TrainingError, match="'number' is no text but int"):
-        rows.texts([3])
-    holes = load(write_parquet(tmp_path / "a.parquet", ["a", None]))
-    assert holes.texts([0]) == ["a"]
-    with pytest.raises(TrainingError, match="no text but NoneType"):
-        holes.texts([0, 1])
+    words = r"no column 'body'; it has text, number .data\.column"
+    refused(path, words, column="body", streaming=streaming, rows=25)
 
 
 def test_mixed_kinds_are_refused(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "b.txt").write_text("text\n")
-    with pytest.raises(OperatorError, match=r"files of one kind.* found json, text") as caught:
-        load(tmp_path)
-    one_line(caught)
+    refused(tmp_path, r"files of more than one kind \(a\.jsonl, b\.txt\)")
 
 
-def test_what_is_no_data_is_told_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(OperatorError, match="no such file or folder") as caught:
-        load(tmp_path / "absent.jsonl")
-    assert "absent.jsonl" in one_line(caught)
-    with pytest.raises(OperatorError, match="found none of them"):
-        load(tmp_path)
+def test_what_is_not_data_is_refused(tmp_path: Path) -> None:
+    assert "absent.jsonl" in refused(tmp_path / "absent.jsonl", "no such file or folder")
+    refused(tmp_path, r"no file in it ends in \.txt")
+    (tmp_path / ".hidden.txt").write_text("hidden\n")
+    refused(tmp_path, r"no file in it ends in \.txt")
     (tmp_path / "a.csv").write_text("text\na\n")
-    with pytest.raises(OperatorError, match="found none of them"):
-        load(tmp_path / "a.csv")
+    refused(tmp_path, r"it holds a\.csv")
+    refused(tmp_path / "a.csv", "its name ends in none of")
+    refused(tmp_path / "a.csv" / "b.txt", "no such file|cannot be read")
+    os.mkfifo(tmp_path / "pipe.txt")
+    refused(tmp_path / "pipe.txt", "not a regular file")
+    refused(tmp_path, r"pipe\.txt: not a regular file")
+    with pytest.raises(OperatorError, match=r"data\.name is empty"):
+        load_rows(DataSection(name=""))
 
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("a.jsonl", b"{broken"), ("a.parquet", b"PAR1 no parquet"), ("a.parquet", b"")],
+    [("a.parquet", b"PAR1 no parquet"), ("a.parquet", b"")],
 )
-def test_a_broken_file_is_told_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+def test_a_broken_file_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(OperatorError, match="cannot be read") as caught:
-        load(tmp_path / name)
-    one_line(caught)
+    refused(tmp_path / name, "cannot be read")
+
+
+LATIN = "café\n".encode("latin-1")
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"one\ntwo\n" + LATIN, "line 3: not UTF-8 .byte 0xe9"),
+        ("a.txt", "one\n".encode("utf-16"), "line 1: UTF-16"),
+        ("a.txt", "one\ntwo\n".encode("utf-16-le"), "line 1: a NUL byte"),
+        ("a.txt", b"one\ntw\0o\n", "line 2: a NUL byte"),
+        ("a.txt", b"\xed\xa0\xbd\n", "line 1: not UTF-8"),
+        ("a.txt", POINTER, "a Git LFS pointer"),
+        ("a.parquet", POINTER, "a Git LFS pointer"),
+        ("a.jsonl", POINTER, "a Git LFS pointer"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "' + LATIN + b'"}\n', "line 2: not UTF-8"),
+        ("a.json", b'[{"text": "one"},\n{"text": "caf\xe9"}]', "line 2: not UTF-8"),
+        ("a.jsonl", '{"text": "one"}\n'.encode("utf-16"), "line 1: UTF-16"),
+        ("a.jsonl", b"{broken", "line 1: not JSON"),
+        ("a.jsonl", b'{"text": "one"}\n\n{"text": "tw', "line 3: not JSON: Unterminated"),
+        ("a.jsonl", b'{"text": "one"}\n{"text": "two"} 3\n', "line 2: not JSON: Extra data"),
+        ("a.json", b'[{"text": "one"},\n{"text": }]', "line 2: not JSON"),
+        ("a.json", b'[{"text": "one"}]\n[]', "more follows after the array"),
+        ("a.jsonl", b'{"text": "a", "text": "b"}\n', "line 1: not JSON: key 'text' twice"),
+        ("a.json", b'[{"text": "a", "text": "b"}]', "key 'text' twice"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', r"line 2: .*half a character, .ud83d"),
+        ("a.jsonl", b'{"text": "a"}\n[1]\n', "line 2: a list, expected an object"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 1}\n', "line 2: column 'text' is int, expected"),
+        ("a.json", b'[{"text": "a"}, {"text": ["b"]}]', "row 1: column 'text' is a list"),
+        ("a.jsonl", b'{"text": {"en": "a"}}\n', "line 1: column 'text' is an object"),
+        ("a.jsonl", b'{"text": true}\n', "line 1: column 'text' is bool"),
+        ("a.jsonl", b'{"body": "a"}\n{"body": "b"}\n', "no column 'text'; it has body"),
+        ("a.json", b'{"data": [{"text": "a"}]}', "no column 'text'; it has data"),
+        ("a.jsonl", b'{"text": null}\n{"text": ""}\n', "column 'text' holds no text"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON: nested too deeply"),
+        ("a.jsonl", b"\n \n", "it holds no row"),
+        ("a.txt", b"", "it holds no row"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_file_and_line(
+    tmp_path: Path, name: str, content: bytes, words: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert name in refused(tmp_path / name, words)
+    refused(tmp_path, words)
+
+
+def test_one_file_of_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"hello\n" * 100)
+    (tmp_path / "b.txt").write_bytes(LATIN)
+    assert "b.txt: line 1: not UTF-8" in refused(tmp_path, "not UTF-8")
+    write_lines(tmp_path / "records" / "a.jsonl", TEXTS)
+    write_lines(tmp_path / "records" / "b.jsonl", TEXTS, column="body")
+    assert "b.jsonl" in refused(tmp_path / "records", "no column 'text'; it has body, number")
+
+
+TEXT_TYPES = [
+    pyarrow.string(),
+    pyarrow.large_string(),
+    pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+]
+OTHER_TYPES = [
+    ("int64", [1, 2]),
+    ("bool", [True, False]),
+    ("binary", [b"one", b"two"]),
+    ("list", [["a"], ["b"]]),
+    ("struct", [{"text": "a"}, {"text": "b"}]),
+    ("null", [None, None]),
+]
+
+
+@pytest.mark.parametrize("kind", TEXT_TYPES, ids=str)
+def test_a_parquet_column_of_text_is_read_whatever_its_encoding(
+    tmp_path: Path, kind: pyarrow.DataType
+) -> None:
+    values = pyarrow.array(["one", None, "two", "one"], pyarrow.string()).cast(kind)
+    table = pyarrow.table({"other": [1, 2, 3, 4], "text": values, "a.b": values})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    assert all_texts(load(tmp_path)) == ["one", "", "two", "one"]
+    assert all_texts(load(tmp_path, column="a.b")) == ["one", "", "two", "one"]
+
+
+@pytest.mark.parametrize(("kind", "values"), OTHER_TYPES)
+def test_a_parquet_column_that_is_not_text_is_refused(
+    tmp_path: Path, kind: str, values: list[Any]
+) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
+    refused(tmp_path, f"a.parquet: column 'text' is {kind}.*, expected text")
+
+
+def test_parquet_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    values = pyarrow.array([b"one", b"caf\xe9"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
+    refused(tmp_path, "a.parquet: .*UTF8")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"text": "one"}\n{"text": "two\\u2028"}\n',
+        b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two\xe2\x80\xa8"}',
+        b'{"text": "one"}\r{"text": "two\\u2028"}\r',
+        b'[{"text": "one"}, {"text": "two\\u2028"}]',
+        b'\xef\xbb\xbf[\n  {"text": "one"},\n  {"text": "two\\u2028", "text2": 1}\n]\n',
+        b'{\n  "text": "one"\n}\n{\n  "text": "two\\u2028"\n}\n',
+    ],
+)
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.NDJSON"])
+def test_json_is_read_by_line_as_an_array_and_pretty_printed(
+    tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert all_texts(load(tmp_path / name)) == ["one", "two\u2028"]
+
+
+@pytest.mark.parametrize("text", ["2024-01-01", "17", "true", "null", "1e5", "NaN", "a\0b", " "])
+def test_text_that_looks_like_another_type_stays_text(tmp_path: Path, text: str) -> None:
+    assert all_texts(load(write_lines(tmp_path / "a.jsonl", [text, text]))) == [text, text]
+
+
+def test_rows_without_text_keep_their_numbers_and_are_reported_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": null}\n{"other": 1}\n{"text": ""}\n{"text": "x"}\n')
+    with caplog.at_level(logging.WARNING):
+        rows = load(path)
+    assert all_texts(rows) == ["one", "", "", "", "x"]
+    assert len(caplog.messages) == 1
+    assert "3 of 5 rows have no text" in caplog.messages[0]
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n")
+    assert all_texts(load(tmp_path / "a.txt")) == ["one\n"]
+
+
+def test_line_ends_stay_as_they_are(tmp_path: Path) -> None:
+    text = "one\r\ntwo\rthree\u2028four\x0bfive\n"
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert all_texts(load(tmp_path / "a.txt")) == [text]
+
+
+# --- names ------------------------------------------------------------------------------------
+
+
+NAMES = ["a[1]", "a*", "a?", "[!a]", "{a,b}", "a%20b", "a::b", "**", "a b\n", "ü", "hf:", "a#b?c=d"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
+def test_a_path_means_itself(tmp_path: Path, name: str, kind: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    for place in (folder / f"{name}.{kind}", folder / f"a1.{kind}", tmp_path / f"ab.{kind}"):
+        text = "MINE\n" if place.stem == name else "OTHER\n"
+        if kind == "txt":
+            place.write_text(text)
+        elif kind == "jsonl":
+            write_lines(place, [text])
+        else:
+            write_parquet(place, [text])
+    assert all_texts(load(folder / f"{name}.{kind}")) == ["MINE\n"]
+    assert sorted(all_texts(load(folder))) == ["MINE\n", "OTHER\n"]
+
+
+def test_a_file_name_that_is_not_utf_8_is_a_name_like_any(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9.txt")
+    (tmp_path / name).write_text("text\n")
+    assert all_texts(load(tmp_path)) == ["text\n"]
+    (tmp_path / name).write_bytes(LATIN)
+    refused(tmp_path, r"caf.udce9\.txt: line 1: not UTF-8").encode()
+
+
+def test_hidden_files_are_ignored_and_others_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.txt", "._a.txt", ".ipynb_checkpoints/a-checkpoint.txt", ".git/b.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{name}\n")
+    with caplog.at_level(logging.WARNING):
+        assert all_texts(load(tmp_path)) == ["a.txt\n"]
+    assert caplog.messages == []
+    for name in ("README.md", "dataset_infos.json", "more.jsonl.gz", "other.csv"):
+        (tmp_path / name).write_text("{}")
+    with caplog.at_level(logging.WARNING):
+        assert all_texts(load(tmp_path)) == ["a.txt\n"]
+    words = "not read: README.md, dataset_infos.json, more.jsonl.gz and 1 more"
+    assert [message.partition(": ")[2] for message in caplog.messages] == [words]
+
+
+def test_links_are_followed_and_never_in_circles(tmp_path: Path) -> None:
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    here.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "b.txt").write_text("linked\n")
+    (here / "a.txt").symlink_to(elsewhere / "b.txt")
+    (here / "folder").symlink_to(elsewhere)
+    assert all_texts(load(here)) == ["linked\n", "linked\n"]
+    (here / "c.txt").symlink_to("nowhere")
+    refused(here, r"c\.txt: not a regular file, or a broken link")
+    (here / "c.txt").unlink()
+    (here / "circle").symlink_to(here)
+    refused(here, "circle: a link to a folder that it is in")
+
+
+SPLIT_NAMES = [
+    ("{}.txt", "train", "validation", "test"),
+    ("{}.txt", "train", "valid", "test"),
+    ("{}.txt", "training", "dev", "eval"),
+    ("data/{}-00000-of-00002.txt", "train", "val", "testing"),
+    ("{}/part-0.txt", "train", "validation", "test"),
+    ("wiki.{}.raw.TXT", "train", "valid", "test"),
+    ("{}00.txt", "Train", "Dev", "Test"),
+]
+
+
+@pytest.mark.parametrize("names", SPLIT_NAMES, ids=lambda names: names[0].format(names[2]))
+def test_the_files_of_a_split_are_chosen_by_their_names(
+    tmp_path: Path, names: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    form, *words = names
+    for split, word in zip(("train", "validation", "test"), words, strict=True):
+        path = tmp_path / form.format(word)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{split}\n")
+    assert all_texts(load(tmp_path)) == ["train\n"]
+    assert form.format(words[1]) in caplog.text, "what is left out is named"
+    for split in ("validation", "test"):
+        assert all_texts(load(tmp_path, split=split)) == [f"{split}\n"]
+    assert sorted(all_texts(load(tmp_path, split="all"))) == ["test\n", "train\n", "validation\n"]
+
+
+def test_a_split_that_cannot_be_told_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "test.txt").write_text("test\n")
+    refused(tmp_path, r"no file of the split 'train'; it holds test\.txt")
+    (tmp_path / "more.txt").write_text("more\n")
+    refused(tmp_path, r"test\.txt names a split and more\.txt none")
+    assert len(load(tmp_path, split="all")) == 2
+    assert len(load(tmp_path / "test.txt")) == 1, "a file that is named is read"
+    (tmp_path / "test.txt").unlink()
+    refused(tmp_path, "no file of the split 'test'", split="test")
+    for path in (tmp_path, tmp_path / "more.txt"):
+        refused(path, r"data\.split 'train\[:10%\]'", split="train[:10%]")
+
+
+# --- storage and hashes -----------------------------------------------------------------------
+
+
+def test_hashes_are_those_of_earlier_versions(tmp_path: Path) -> None:
+    """A data set keeps its hash, so that a run keeps its id and its checkpoints."""
+    (tmp_path / "t" / "sub").mkdir(parents=True)
+    (tmp_path / "t" / "a.txt").write_bytes("one\r\ntwo\u2028three\n".encode())
+    (tmp_path / "t" / "sub" / "b.txt").write_text("é\n", encoding="utf-8")
+    (tmp_path / "r.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "b.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "two" / "a.jsonl").write_text('{"text": "b"}\n')
+    for name, content_hash in {
+        "t": "847a74ec566ce70d0171f07965f69d215494efb7ff843771c2ac3d81d30d8d50",
+        "t/a.txt": "bfc8522505f878ae05a6e6ed41e1c6dc77e62b4054c00e24ed0f2133bfc75256",
+        "r.jsonl": "e8cb42d277295f152d203073939bbe22410e9141b9d6ae79c3d0dee988bdb1c7",
+        "two": "eaf831b19c7ab0294ad7db27eab2028f634e70465ad23f959e4a15e218edc2a9",
+    }.items():
+        assert load(tmp_path / name).hash == content_hash
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
+def test_no_cache_stands_in_for_other_content(tmp_path: Path, kind: str) -> None:
+    """Of the same name, length and time; and what is loaded stays what it was."""
+    path = tmp_path / f"a.{kind}"
+    write = {"jsonl": write_lines, "parquet": write_parquet}.get(
+        kind, lambda path, texts: path.write_text(texts[0])
+    )
+    write(path, ["one\n"])
+    time_ns, size = path.stat().st_mtime_ns, path.stat().st_size
+    first = load(path)
+    write(path, ["two\n"])
+    os.utime(path, ns=(time_ns, time_ns))
+    assert path.stat().st_size == size
+    second = load(path)
+    assert (all_texts(first), all_texts(second)) == (["one\n"], ["two\n"])
+    assert first.hash != second.hash
+
+
+def test_many_rows_go_to_a_temporary_file(tmp_path: Path) -> None:
+    texts = [f"é{number}" * (number % 50) for number in range(1000)]
+    rows = StoredRows(texts, hashlib.sha256(), memory_bytes=1000)
+    assert rows.texts([999, 0, 500]) == [texts[999], texts[0], texts[500]]
+    assert rows.empty == 20
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_for_the_rows_is_one_line() -> None:
+    with no_file_longer_than(10_000), pytest.raises(OperatorError, match="no room") as caught:
+        StoredRows(["word " * 1000] * 100, hashlib.sha256(), memory_bytes=1000)
+    assert "TMPDIR" in one_line(caught)
+
+
+def test_a_huge_row_is_cut_to_what_can_be_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "ROW_CHARACTERS", 1000)
+    rows = load(write_lines(tmp_path / "a.jsonl", ["short", "é" * 5000]))
+    assert all_texts(rows) == ["short", "é" * 1000]
 
 
 def test_data_without_a_row_is_refused(tmp_path: Path) -> None:
@@ -309,17 +621,17 @@ def test_a_hub_name_that_is_none_is_told_in_one_line(name: str) -> None:
     assert name in one_line(caught)
 
 
-@pytest.mark.parametrize("kind", ["memory", "records", "stream"])
+@pytest.mark.parametrize("kind", ["text", "records", "stream"])
 @pytest.mark.parametrize("wrong", [[25], [-1], [0, 1, 99, 2], [2**47]])
 def test_a_number_that_is_no_rows_is_a_training_error(
     tmp_path: Path, kind: str, wrong: list[int]
 ) -> None:
-    if kind == "memory":
+    if kind == "text":
         path = tmp_path / "a.txt"
         path.write_text("".join(line(chr(65 + i), ROW_BYTES) for i in range(25)))
     else:
         path = write_lines(tmp_path / "a.jsonl", TEXTS)
-    rows = load(path, streaming=kind == "stream", rows=25)
+    rows = streamed(shard_rows=10) if kind == "stream" else load(path)
     assert len(rows) == 25
     with pytest.raises(TrainingError, match="out of range: the data has 25 rows"):
         rows.texts(wrong)
@@ -337,25 +649,24 @@ class Counted:
         return self.stream.skip(count)
 
 
-def streamed(path: Path, **section: Any) -> Any:
+def streamed(*, count: int = 25, shard_rows: int, texts: Sequence[str | None] = TEXTS) -> Any:
     """Typed as anything, since a test looks at its insides."""
-    return load(path, streaming=True, **section)
+    records = datasets.Dataset.from_dict({"text": list(texts)}).to_iterable_dataset()
+    return StreamedRows(
+        records, column="text", count=count, shard_rows=shard_rows, content_hash="hash"
+    )
 
 
-def test_row_n_of_a_stream_is_record_n(tmp_path: Path) -> None:
-    write_lines(tmp_path / "a.jsonl", TEXTS[:11])
-    write_lines(tmp_path / "b.jsonl", TEXTS[11:])
-    rows = streamed(tmp_path, rows=25, shard_rows=4)
+def test_row_n_of_a_stream_is_record_n() -> None:
+    rows = streamed(shard_rows=4)
     assert len(rows) == 25
     for order in ([24, 0, 13, 3, 4, 0], [11, 10], list(reversed(range(25)))):
         assert rows.texts(order) == [TEXTS[index] for index in order]
-    whole = load(tmp_path)
-    assert all_texts(rows) == all_texts(whole)
-    assert rows.hash == whole.hash
+    assert streamed(shard_rows=2, texts=["a", None]).texts([0, 1]) == ["a", ""]
 
 
-def test_a_row_beyond_the_end_of_a_stream_is_a_training_error(tmp_path: Path) -> None:
-    rows = streamed(write_lines(tmp_path / "a.jsonl", TEXTS), rows=40, shard_rows=10)
+def test_a_row_beyond_the_end_of_a_stream_is_a_training_error() -> None:
+    rows = streamed(count=40, shard_rows=10)
     assert rows.texts([24]) == [TEXTS[24]]
     for index in (25, 29, 30, 39):
         with pytest.raises(TrainingError, match=f"row {index} is beyond the end of the stream"):
@@ -364,21 +675,40 @@ def test_a_row_beyond_the_end_of_a_stream_is_a_training_error(tmp_path: Path) ->
         rows.texts([40])
 
 
-def test_a_streams_shards_are_read_once_while_they_are_kept(tmp_path: Path) -> None:
-    rows = streamed(write_lines(tmp_path / "a.jsonl", TEXTS), rows=25, shard_rows=2)
+def test_local_files_count_as_many_rows_as_a_stream_is_said_to_have(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", TEXTS)
+    assert all_texts(load(path, streaming=True, rows=10)) == TEXTS[:10]
+    assert load(path, streaming=True, rows=10).hash == load(path).hash
+    refused(path, "data.rows is 40, and it has 25 rows", streaming=True, rows=40)
+
+
+def test_records_of_the_hub_have_one_type_and_no_nulls() -> None:
+    rows = RecordRows(datasets.Dataset.from_dict({"text": ["a", None, "", "b"]}), "text", "hash")
+    assert all_texts(rows) == ["a", "", "", "b"]
+    assert rows.empty == 2
+    section = DataSection(name="somebody/something")
+    for values, words in (([1, 2], "int64"), ([["a"]], "list"), ([b"a"], "binary")):
+        dataset = datasets.Dataset.from_dict({"text": values})
+        for each in (dataset, dataset.to_iterable_dataset()):
+            with pytest.raises(OperatorError, match=f"column 'text' is {words}"):
+                data._check_column(section, each, list(each.take(1)))
+
+
+def test_a_streams_shards_are_read_once_while_they_are_cached() -> None:
+    rows = streamed(shard_rows=2)
     rows._stream = counted = Counted(rows._stream)
     rows.texts([0, 1, 3, 2, 0])
     assert counted.reads == 2
     rows.texts([1, 2])
-    assert counted.reads == 2, "shards that are kept were read again"
-    rows.texts([2 * shard for shard in range(2, 2 + KEPT_SHARDS)])
-    assert counted.reads == 2 + KEPT_SHARDS
+    assert counted.reads == 2, "cached shards were read again"
+    rows.texts([2 * shard for shard in range(2, 2 + CACHED_SHARDS)])
+    assert counted.reads == 2 + CACHED_SHARDS
     rows.texts([0])
-    assert counted.reads == 3 + KEPT_SHARDS, "the oldest shard was kept for ever"
+    assert counted.reads == 3 + CACHED_SHARDS, "the oldest shard was cached for ever"
 
 
-def test_more_shards_than_are_kept_may_be_asked_for_at_once(tmp_path: Path) -> None:
-    rows = streamed(write_lines(tmp_path / "a.jsonl", TEXTS), rows=25, shard_rows=1)
+def test_more_shards_than_are_cached_may_be_asked_for_at_once() -> None:
+    rows = streamed(shard_rows=1)
     assert rows.texts(range(25)) == TEXTS
 
 

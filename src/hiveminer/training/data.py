@@ -1,11 +1,13 @@
-"""The rows: `datasets` and plain text, behind one door.
+"""The rows: local files, hub data sets and the built-in text behind one interface.
 
-A row has a number, and the number means the same text to everybody in the run. So each
+A row has a number, and the number means the same text to everyone in the run. So each
 source has a content hash, and a streaming source is cut into numbered shards.
 
 Plain text (`.txt`, and the built-in data) is cut into rows by one rule: a row is a block
 of consecutive whole lines of one file, as many as fit into `ROW_BYTES` bytes of UTF-8; a
 longer line is a row of its own; blocks that hold nothing but white space are left out.
+A record is a row; one whose text is null, missing or empty keeps its number and trains
+nothing.
 """
 
 from __future__ import annotations
@@ -14,13 +16,30 @@ import hashlib
 import json
 import logging
 import sysconfig
+import tempfile
+import threading
+import weakref
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow.compute
+
 from hiveminer.config.run import BUILTIN, DataSection, is_local
 from hiveminer.errors import OperatorError, TrainingError
+from hiveminer.training.readers import (
+    check_type,
+    find_files,
+    first_line,
+    left_out_words,
+    read_json,
+    read_parquet,
+    read_text,
+    refuse,
+    refuse_column,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +51,14 @@ NOT_LIBRARY = frozenset(
 )
 """Folders of the standard library that are left out: some systems ship without them."""
 
-KEPT_SHARDS = 8
+CACHED_SHARDS = 8
 """Shards of a streaming source that stay in memory."""
+
+MEMORY_BYTES = 256 * 2**20
+"""Local rows longer than this in all go to a temporary file."""
+
+ROW_CHARACTERS = 2**21
+"""A row is cut to this length, which is what the longest sequence length can train."""
 
 
 class Rows(Protocol):
@@ -48,27 +73,58 @@ class Rows(Protocol):
     def texts(self, indices: Sequence[int]) -> list[str]:
         """The rows of these numbers, in this order.
 
-        Raises TrainingError for a number that is no row's, or a row that holds no text.
+        Raises TrainingError for a number out of range, or a row that cannot be read.
         """
 
 
-class TextRows:
-    """Rows that are held in memory."""
+class StoredRows:
+    """Rows that were read once, in memory or in a temporary file without a name.
 
-    def __init__(self, rows: Sequence[str], content_hash: str):
-        self._rows = rows
-        self._hash = content_hash
+    So the rows cannot change while a program runs, and no cache outlives it.
+
+    digest: of the content; complete once `texts` is exhausted. Raises OperatorError when
+    there is no room.
+    """
+
+    def __init__(self, texts: Iterable[str], digest: Any, *, memory_bytes: int = MEMORY_BYTES):
+        self._file = tempfile.SpooledTemporaryFile(max_size=memory_bytes)  # noqa: SIM115
+        weakref.finalize(self, self._file.close)
+        self._ends = array("Q", [0])
+        self._lock = threading.Lock()
+        self.empty = 0
+        """Rows without text."""
+        for text in texts:
+            data = text[:ROW_CHARACTERS].encode("utf-8")
+            try:
+                self._file.write(data)
+            except OSError as error:
+                raise OperatorError(
+                    f"no room for the data's rows in {tempfile.gettempdir()}: {error.strerror}; "
+                    "free some, or name another folder in TMPDIR"
+                ) from None
+            self._ends.append(self._ends[-1] + len(data))
+            self.empty += not data
+        self._hash = str(digest.hexdigest())
 
     @property
     def hash(self) -> str:
         return self._hash
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._ends) - 1
 
     def texts(self, indices: Sequence[int]) -> list[str]:
         check_range(indices, len(self))
-        return [self._rows[index] for index in indices]
+        return [self._read(self._ends[index], self._ends[index + 1]) for index in indices]
+
+    def _read(self, start: int, end: int) -> str:
+        with self._lock:
+            self._file.seek(start)
+            return self._file.read(end - start).decode("utf-8")
+
+    def shorten(self, count: int) -> None:
+        """Keep the first `count` rows."""
+        del self._ends[count + 1 :]
 
 
 class RecordRows:
@@ -78,6 +134,8 @@ class RecordRows:
         self._texts = dataset.select_columns([column])
         self._column = column
         self._hash = content_hash
+        lengths = pyarrow.compute.binary_length(dataset.with_format("arrow")[:][column])
+        self.empty = len(lengths) - (pyarrow.compute.sum(lengths.cast("bool")).as_py() or 0)
 
     @property
     def hash(self) -> str:
@@ -98,12 +156,12 @@ class StreamedRows:
     and a few stay in memory: ask for rows of one shard together.
     """
 
-    def __init__(self, stream: Any, *, column: str, count: int, shard_rows: int, hash_of: str):
+    def __init__(self, stream: Any, *, column: str, count: int, shard_rows: int, content_hash: str):
         self._stream = stream
         self._column = column
         self._count = count
         self._shard_rows = shard_rows
-        self._hash = hash_of
+        self._hash = content_hash
         self._shards: OrderedDict[int, list[str]] = OrderedDict()
 
     @property
@@ -115,8 +173,8 @@ class StreamedRows:
 
     def texts(self, indices: Sequence[int]) -> list[str]:
         check_range(indices, len(self))
-        wanted = sorted({index // self._shard_rows for index in indices})
-        shards = {number: self._shard(number) for number in wanted}
+        numbers = sorted({index // self._shard_rows for index in indices})
+        shards = {number: self._shard(number) for number in numbers}
         rows = []
         for index in indices:
             shard = shards[index // self._shard_rows]
@@ -134,19 +192,22 @@ class StreamedRows:
         try:
             records = list(self._stream.skip(start).take(self._shard_rows))
         except Exception as error:
-            raise TrainingError(f"shard {number} cannot be read: {_first_line(error)}") from error
+            raise TrainingError(f"shard {number} cannot be read: {first_line(error)}") from error
         shard = [_text(record.get(self._column), self._column) for record in records]
         self._shards[number] = shard
-        while len(self._shards) > KEPT_SHARDS:
+        while len(self._shards) > CACHED_SHARDS:
             self._shards.popitem(last=False)
         return shard
 
 
 def load_rows(section: DataSection) -> Rows:
-    """The rows that a run names.
+    """The rows that a run names. Reports what is left out and how many rows are empty.
 
-    Raises OperatorError when there is no such data, or its hash is not the run's.
+    Raises OperatorError when there is no such data, it cannot be used as it is, or its hash
+    is not the run's.
     """
+    if not section.name:
+        raise OperatorError(f"data.name is empty: give {BUILTIN!r}, a file, a folder or a hub name")
     if section.name == BUILTIN:
         rows: Rows = builtin_rows()
     elif is_local(section.name):
@@ -160,31 +221,42 @@ def load_rows(section: DataSection) -> Rows:
             f"data {section.name}: its hash is {rows.hash}, the run wants {section.hash}; "
             "get the run's own data, or another run.toml"
         )
+    empty = getattr(rows, "empty", 0)
+    if empty == len(rows):
+        raise OperatorError(f"data {section.name}: column {section.column!r} holds no text")
+    if empty:
+        logger.warning(
+            "data %s: %d of %d rows have no text; they keep their numbers and train nothing",
+            section.name, empty, len(rows),
+        )  # fmt: skip
     return rows
 
 
 def split_held_out(count: int, share: float) -> tuple[range, range]:
-    """(rows to train on, rows to measure on): the last `share` of them are held out."""
+    """(rows to train on, rows to evaluate on): the last `share` of them are held out."""
     held_out = min(count - 1, round(count * share)) if share > 0 else 0
     return range(count - held_out), range(count - held_out, count)
 
 
 def check_range(indices: Sequence[int], count: int) -> None:
-    """Raise TrainingError unless every number is a row's."""
+    """Raise TrainingError for a number out of range."""
     for index in indices:
         if not 0 <= index < count:
             raise TrainingError(f"row {index} is out of range: the data has {count} rows")
 
 
+# Text --------------------------------------------------------------------------------------
+
+
 def builtin_rows(folder: Path | None = None) -> Rows:
     """The running Python's own standard library as text.
 
-    Its `.py` files in the order of their names (as bytes), without tests and without what
-    was installed beside them, each cut into rows. Another version of Python holds other
-    text: the hash tells.
+    Its `.py` files in the order of their names (as bytes), without tests, without what was
+    installed beside them and without files that are not UTF-8, each cut into rows. Another
+    version of Python holds other text: the hash tells.
     """
     root = folder or Path(sysconfig.get_paths()["stdlib"])
-    return _rows_of_files(root, _library_files(root))
+    return _text_rows(root, _library_texts(root))
 
 
 def cut_rows(text: str) -> Iterator[str]:
@@ -192,7 +264,7 @@ def cut_rows(text: str) -> Iterator[str]:
     block: list[str] = []
     size = 0
     for line in text.splitlines(keepends=True):
-        length = len(line.encode("utf-8", errors="replace"))
+        length = len(line.encode("utf-8"))
         if block and size + length > ROW_BYTES:
             yield from _block(block)
             block, size = [], 0
@@ -207,75 +279,70 @@ def _block(lines: list[str]) -> Iterator[str]:
         yield text
 
 
-def _library_files(root: Path) -> list[Path]:
+def _library_texts(root: Path) -> Iterator[tuple[Path, str]]:
     files = (
         path
         for path in root.rglob("*.py")
         if not NOT_LIBRARY.intersection(path.relative_to(root).parts) and path.is_file()
     )
-    return sorted(files, key=lambda path: path.relative_to(root).as_posix().encode())
-
-
-def _rows_of_files(root: Path, files: Iterable[Path]) -> Rows:
-    digest = hashlib.sha256(f"text rows of {ROW_BYTES} bytes\n".encode())
-    rows: list[str] = []
-    for path in files:
+    for path in sorted(files, key=lambda path: path.relative_to(root).as_posix().encode()):
         try:
-            text = path.read_bytes().decode("utf-8")
+            yield path, path.read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             logger.debug("%s is left out: %s", path, error)
-            continue
-        name = path.relative_to(root).as_posix()
-        digest.update(f"{len(name)} {name} {len(text)}\n".encode())
-        digest.update(text.encode())
-        rows.extend(cut_rows(text))
-    return TextRows(rows, digest.hexdigest())
 
 
-def _local_rows(section: DataSection) -> Rows:
-    path = Path(section.name).expanduser()
-    if not path.exists():
-        raise OperatorError(f"data {section.name}: no such file or folder")
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    kinds = {_kind(file) for file in files} - {None}
-    if len(kinds) != 1:
-        found = ", ".join(sorted(str(kind) for kind in kinds)) or "none of them"
-        raise OperatorError(
-            f"data {section.name}: wants files of one kind, .txt, .jsonl, .json or .parquet; "
-            f"found {found}"
-        )
-    kind = kinds.pop()
-    files = [file for file in files if _kind(file) == kind]
-    if kind == "text":
-        return _rows_of_files(path if path.is_dir() else path.parent, files)
-    return _local_records(section, str(kind), files)
+def _text_rows(root: Path, texts: Iterable[tuple[Path, str]]) -> StoredRows:
+    digest = hashlib.sha256(f"text rows of {ROW_BYTES} bytes\n".encode())
+
+    def rows() -> Iterator[str]:
+        for path, text in texts:
+            name = path.relative_to(root).as_posix()
+            head = f"{len(name)} {name} {len(text)}\n"
+            digest.update(head.encode("utf-8", "surrogateescape"))
+            digest.update(text.encode())
+            yield from cut_rows(text)
+
+    return StoredRows(rows(), digest)
 
 
-def _kind(path: Path) -> str | None:
-    suffixes = {
-        ".txt": "text",
-        ".jsonl": "json",
-        ".ndjson": "json",
-        ".json": "json",
-        ".parquet": "parquet",
-    }
-    return suffixes.get(path.suffix.lower())
+# Local files -------------------------------------------------------------------------------
 
 
-def _local_records(section: DataSection, kind: str, files: list[Path]) -> Rows:
-    import datasets
-
-    content_hash = _files_hash(files, section.column)
+def _local_rows(section: DataSection) -> StoredRows:
     try:
-        dataset = datasets.load_dataset(
-            kind,
-            data_files=[str(file) for file in files],
-            split="train",
-            streaming=section.streaming,
-        )
-    except Exception as error:
-        raise OperatorError(f"data {section.name}: cannot be read: {_first_line(error)}") from error
-    return _records(section, dataset, content_hash)
+        path = Path(section.name).expanduser()
+    except RuntimeError as error:
+        raise OperatorError(f"data {section.name}: {error}") from None
+    kind, files, left_out = find_files(path, split=section.split)
+    if left_out:
+        logger.warning("%s", left_out_words(path, left_out))
+    if kind == "text":
+        root = path if path.is_dir() else path.parent
+        rows = _text_rows(root, ((file, read_text(file)) for file in files))
+    else:
+        digest = hashlib.sha256(f"records, column {section.column}\n".encode())
+        rows = StoredRows(_records(files, kind, section.column, digest), digest)
+    if section.streaming and section.rows:
+        if section.rows > len(rows):
+            refuse(path, f"data.rows is {section.rows}, and it has {len(rows)} rows")
+        rows.shorten(section.rows)
+    return rows
+
+
+def _records(files: Iterable[Path], kind: str, column: str, digest: Any) -> Iterator[str]:
+    read = read_json if kind == "json" else read_parquet
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+                stream.seek(0)
+                yield from read(file, stream, column)
+        except OSError as error:
+            refuse(file, f"cannot be read: {error.strerror or error}")
+
+
+# The hub -----------------------------------------------------------------------------------
 
 
 def _hub_rows(section: DataSection) -> Rows:
@@ -289,26 +356,18 @@ def _hub_rows(section: DataSection) -> Rows:
             revision=section.revision or None,
             streaming=section.streaming,
         )
+        # The hub's content is fixed by its revision. Reading all of it to hash it would be a
+        # second download for a streaming source, so the first rows stand for the rest.
+        sample = list(dataset.take(16)) if section.streaming else dataset[: min(16, len(dataset))]
     except Exception as error:
         raise OperatorError(
-            f"data {section.name}: cannot be loaded ({_first_line(error)}); give {BUILTIN!r}, a "
+            f"data {section.name}: cannot be loaded ({_first_cause(error)}); give {BUILTIN!r}, a "
             "local file or folder, or a hub name this machine can reach"
         ) from error
-    # The hub's content is fixed by its revision. Reading all of it to hash it would be a
-    # second download for a streaming source, so the first rows stand for the rest.
-    said = [section.name, section.config, section.split, section.revision, section.column]
-    sample = list(dataset.take(16)) if section.streaming else dataset[: min(16, len(dataset))]
-    text = json.dumps([said, section.rows, sample], sort_keys=True, default=str)
-    return _records(section, dataset, hashlib.sha256(text.encode()).hexdigest())
-
-
-def _records(section: DataSection, dataset: Any, content_hash: str) -> Rows:
-    columns = dataset.column_names
-    if columns is not None and section.column not in columns:
-        raise OperatorError(
-            f"data {section.name}: no column {section.column!r}; it has {', '.join(columns)} "
-            "(data.column in run.toml)"
-        )
+    source = [section.name, section.config, section.split, section.revision, section.column]
+    text = json.dumps([source, section.rows, sample], sort_keys=True, default=str)
+    content_hash = hashlib.sha256(text.encode()).hexdigest()
+    _check_column(section, dataset, sample)
     if not section.streaming:
         return RecordRows(dataset, section.column, content_hash)
     return StreamedRows(
@@ -316,23 +375,35 @@ def _records(section: DataSection, dataset: Any, content_hash: str) -> Rows:
         column=section.column,
         count=section.rows,
         shard_rows=section.shard_rows,
-        hash_of=content_hash,
+        content_hash=content_hash,
     )
 
 
-def _files_hash(files: Iterable[Path], column: str) -> str:
-    digest = hashlib.sha256(f"records, column {column}\n".encode())
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()
+def _check_column(section: DataSection, dataset: Any, sample: Any) -> None:
+    """Refuse a hub data set whose column is missing or is not text."""
+    path, column = Path(section.name), section.column
+    if dataset.features is not None:
+        if column not in dataset.features:
+            refuse_column(path, column, list(dataset.features))
+        check_type(path, column, dataset.features.arrow_schema.field(column).type)
+        return
+    for record in sample:
+        if column not in record:
+            refuse_column(path, column, list(record))
+        if not isinstance(record[column], str | None):
+            refuse(path, f"column {column!r} is {type(record[column]).__name__}, expected text")
+
+
+def _first_cause(error: BaseException) -> str:
+    """The first line of what an error goes back to; `datasets` wraps a reader's own reason."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error)
 
 
 def _text(value: object, column: str) -> str:
+    if value is None:
+        return ""
     if not isinstance(value, str):
-        raise TrainingError(f"a row's {column!r} is no text but {type(value).__name__}")
-    return value
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise TrainingError(f"column {column!r} is {type(value).__name__}, expected text")
+    return value[:ROW_CHARACTERS]

@@ -1,0 +1,375 @@
+"""Reads the text of local files: plain text, JSON and Parquet, each row or a clear refusal.
+
+A path means itself: no globbing, no cache, no guessing of types. Every row is read and
+checked before the first request, so that what a run trains on is what its hash stands for.
+An error names the file, the line or row, and what to do. docs/miner.md has the rules.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import pyarrow
+import pyarrow.parquet
+
+from hiveminer.errors import OperatorError
+
+KINDS = {
+    ".txt": "text",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+"""What a file is, by the end of its name."""
+
+ABOUT_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "state.json"})
+"""Files that `datasets` writes beside data; they hold no rows."""
+
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Words in the name of a file or folder that say which split it belongs to."""
+
+EVERY_SPLIT = "all"
+"""`data.split` for all files, whatever their names say."""
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that Git LFS has not fetched yet."""
+
+NAMES_SHOWN, NAME_LETTERS = 3, 80
+
+
+def shown(path: Path) -> str:
+    """A path for one line of text, whatever its name holds."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in str(path)
+    )
+
+
+def refuse(path: Path, reason: str) -> NoReturn:
+    raise OperatorError(f"data {shown(path)}: {reason}")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+# Files -------------------------------------------------------------------------------------
+
+
+def find_files(path: Path, *, split: str) -> tuple[str, list[Path], list[Path]]:
+    """The kind of the files to read, these files in order, and the files that are left out.
+
+    A folder is searched to its depth, links included, in the order of the names. Hidden
+    files and folders are ignored. Where names tell of splits, those of `split` are read.
+
+    Raises OperatorError when there is nothing to read, or more than one way to read it.
+    """
+    try:
+        if not path.exists():
+            refuse(path, "no such file or folder")
+        if not path.is_dir():
+            if "[" in split:
+                refuse(path, f"data.split {split!r}: only hub data sets can be sliced")
+            return _kind_of_file(path), [path], []
+        entries = sorted(_walk(path, ()))
+    except OSError as error:
+        refuse(path, f"cannot be read: {error.strerror or error}")
+    files = [entry for entry in entries if _kind(entry) is not None]
+    if not files:
+        kinds = ", ".join(KINDS)
+        names = f"; it holds {_names(path, entries)}" if entries else ""
+        refuse(path, f"no file in it ends in {kinds}{names}")
+    files = _of_split(path, files, split)
+    kinds_found = {_kind(file): file for file in reversed(files)}
+    if len(kinds_found) > 1:
+        names = _names(path, sorted(kinds_found.values()))
+        refuse(path, f"files of more than one kind ({names}): keep one kind in the folder")
+    chosen = set(files)
+    return str(_kind(files[0])), files, [entry for entry in entries if entry not in chosen]
+
+
+def _kind(path: Path) -> str | None:
+    return None if path.name in ABOUT_DATA else KINDS.get(path.suffix.lower())
+
+
+def _kind_of_file(path: Path) -> str:
+    kind = KINDS.get(path.suffix.lower())
+    if kind is None:
+        refuse(path, f"its name ends in none of {', '.join(KINDS)}: convert, unpack or rename it")
+    if not path.is_file():
+        refuse(path, "not a regular file")
+    return kind
+
+
+def _walk(folder: Path, above: Sequence[Path]) -> Iterator[Path]:
+    real = folder.resolve()
+    if real in above:
+        refuse(folder, "a link to a folder that it is in: remove it")
+    for entry in folder.iterdir():
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(entry, (*above, real))
+        elif _kind(entry) is None or entry.is_file():
+            yield entry
+        else:
+            refuse(entry, "not a regular file, or a broken link")
+
+
+def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
+    if split == EVERY_SPLIT:
+        return files
+    wanted = SPLITS.get(split.lower())
+    if wanted is None:
+        refuse(folder, f"data.split {split!r}: files have train, validation, test or all")
+    splits = {file: _split(file.relative_to(folder)) for file in files}
+    named = [file for file in files if splits[file] is not None]
+    if not named and wanted == "train":
+        return files
+    unnamed = [file for file in files if splits[file] is None]
+    if named and unnamed:
+        refuse(
+            folder,
+            f"{_names(folder, named[:1])} names a split and {_names(folder, unnamed[:1])} none: "
+            f"rename or move one of them, or set data.split to {EVERY_SPLIT!r} to read all",
+        )
+    chosen = [file for file in named if splits[file] == wanted]
+    if not chosen:
+        refuse(
+            folder,
+            f"no file of the split {split!r}; it holds {_names(folder, files)} (data.split)",
+        )
+    return chosen
+
+
+def _split(path: Path) -> str | None:
+    """The split that a relative path tells of: its nearest folder of that name, or the first
+    word of the file's name that says one."""
+    for folder in reversed(path.parts[:-1]):
+        if folder.lower() in SPLITS:
+            return SPLITS[folder.lower()]
+    words = re.split(r"[^a-z0-9]+", path.stem.lower())
+    return next((SPLITS[w] for word in words if (w := word.rstrip("0123456789")) in SPLITS), None)
+
+
+def _names(folder: Path, files: Sequence[Path]) -> str:
+    names = [shown(file.relative_to(folder))[:NAME_LETTERS] for file in files[:NAMES_SHOWN]]
+    more = len(files) - len(names)
+    return ", ".join(names) + (f" and {more} more" if more else "")
+
+
+def left_out_words(path: Path, files: Sequence[Path]) -> str:
+    """Names the files of a folder that are not read."""
+    return f"data {shown(path)}: not read: {_names(path, files)}"
+
+
+# Plain text --------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    """A file's text, without its byte-order mark; line ends stay as they are."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        refuse(path, f"cannot be read: {error.strerror or error}")
+    check_start(path, data)
+    text = _decode(path, data.removeprefix(codecs.BOM_UTF8), line=1)
+    if (place := text.find("\0")) >= 0:
+        line = text.count("\n", 0, place) + 1
+        refuse(path, f"line {line}: a NUL byte; give text in UTF-8")
+    return text
+
+
+def check_start(path: Path, data: bytes) -> None:
+    """Refuse a file that begins like something else than data in UTF-8."""
+    if data.startswith(LFS_POINTER):
+        refuse(path, "a Git LFS pointer, not the file itself: run git lfs pull")
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        refuse(path, "line 1: UTF-16, not UTF-8; convert it with iconv -f utf-16 -t utf-8")
+
+
+def _decode(path: Path, data: bytes, *, line: int) -> str:
+    """line: the number of the data's first line."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line += data.count(b"\n", 0, error.start)
+        byte = data[error.start]
+        refuse(path, f"line {line}: not UTF-8 (byte 0x{byte:02x}); convert it with iconv")
+
+
+# JSON --------------------------------------------------------------------------------------
+
+
+class _Records:
+    """Takes one column out of a file's records, and checks it."""
+
+    def __init__(self, path: Path, column: str):
+        self.path = path
+        self.column = column
+        self.names: dict[str, None] = {}
+        """Keys of the records, in the order in which they were first seen; only a few."""
+        self.count = 0
+        self.found = False
+
+    def text(self, record: object, place: str) -> str:
+        """The record's text, empty where it has none. place: words for an error."""
+        if not isinstance(record, dict):
+            refuse(self.path, f"{place}: {_type(record)}, expected an object")
+        self.count += 1
+        if self.column not in record:
+            if len(self.names) < 20:
+                self.names.update(dict.fromkeys(record))
+            return ""
+        self.found = True
+        value = record[self.column]
+        if value is None:
+            return ""
+        if not isinstance(value, str):
+            refuse(self.path, f"{place}: column {self.column!r} is {_type(value)}, expected text")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            letter = f"\\u{ord(value[error.start]):04x}"
+            refuse(self.path, f"{place}: column {self.column!r} holds half a character, {letter}")
+        return value
+
+    def check(self) -> None:
+        """After the last record: a file without the column is not data of this run."""
+        if self.count and not self.found:
+            refuse_column(self.path, self.column, list(self.names))
+
+
+def _type(value: object) -> str:
+    names = {"NoneType": "null", "dict": "an object", "list": "a list"}
+    return names.get(type(value).__name__, type(value).__name__)
+
+
+def refuse_column(path: Path, column: str, names: Sequence[str]) -> NoReturn:
+    listed = ", ".join(names[:20]) or "none"
+    listed = "".join(letter if letter.isprintable() else "?" for letter in listed)[:200]
+    refuse(path, f"no column {column!r}; it has {listed} (data.column in run.toml)")
+
+
+def read_json(path: Path, stream: BinaryIO, column: str) -> Iterator[str]:
+    """One column of a file of JSON objects: one per line, or an array, or pretty-printed."""
+    records = _Records(path, column)
+    start = stream.read(len(LFS_POINTER))
+    check_start(path, start)
+    begin = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
+    stream.seek(begin)
+    by_line = _begins_with_a_record(stream)
+    stream.seek(begin)
+    pairs = _lines(path, stream) if by_line else _values(path, stream.read())
+    for place, record in pairs:
+        yield records.text(record, place)
+    records.check()
+
+
+def _begins_with_a_record(stream: BinaryIO) -> bool:
+    """Whether the first line that is not blank is JSON, and no array: then each line is."""
+    first = next((line for line in stream if line.strip()), b"")
+    try:
+        return not isinstance(json.loads(first.decode("utf-8")), list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _lines(path: Path, stream: BinaryIO) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(stream, start=1):
+        if line.strip():
+            text = _decode(path, line, line=number)
+            try:
+                record = json.loads(text, object_pairs_hook=_unique)
+            except (ValueError, RecursionError) as error:
+                refuse(path, f"line {number}: not JSON: {_json_reason(error)}")
+            yield f"line {number}", record
+
+
+def _values(path: Path, data: bytes) -> Iterator[tuple[str, object]]:
+    """The elements of one array, or objects one after the other."""
+    text = _decode(path, data, line=1)
+    decoder = json.JSONDecoder(object_pairs_hook=_unique)
+    place = _skip_space(text, 0)
+    is_array = text.startswith("[", place)
+    number = 0
+    while place < len(text):
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            at = error.pos if isinstance(error, json.JSONDecodeError) else place
+            line = text.count("\n", 0, at) + 1
+            refuse(path, f"line {line}: not JSON: {_json_reason(error)}")
+        place = _skip_space(text, place)
+        if is_array:
+            if place < len(text):
+                refuse(path, "not JSON: more follows after the array")
+            yield from ((f"row {row}", record) for row, record in enumerate(value))
+            return
+        yield f"row {number}", value
+        number += 1
+
+
+def _skip_space(text: str, place: int) -> int:
+    match = re.compile(r"[ \t\r\n]*").match(text, place)
+    assert match is not None
+    return match.end()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"key {twice!r:.80} twice in one object")
+    return record
+
+
+def _json_reason(error: BaseException) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} (column {error.colno})"
+    return "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
+
+
+# Parquet -----------------------------------------------------------------------------------
+
+
+def read_parquet(path: Path, stream: BinaryIO, column: str) -> Iterator[str]:
+    """One column of a Parquet file, nulls as empty text."""
+    check_start(path, stream.read(len(LFS_POINTER)))
+    stream.seek(0)
+    try:
+        file = pyarrow.parquet.ParquetFile(stream)
+        schema = file.schema_arrow
+        if schema.names.count(column) != 1:
+            refuse_column(path, column, schema.names)
+        check_type(path, column, schema.field(column).type)
+        for batch in file.iter_batches(batch_size=256, columns=[column], use_threads=False):
+            values = batch.column(column)
+            values.validate(full=True)
+            for value in values.to_pylist():
+                yield value or ""
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        refuse(path, f"cannot be read: {first_line(error)}")
+
+
+def check_type(path: Path, column: str, kind: Any) -> None:
+    """Refuse an Arrow type that is not text."""
+    values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    is_text = (
+        pyarrow.types.is_string(values)
+        or pyarrow.types.is_large_string(values)
+        or str(values) == "string_view"
+    )
+    if not is_text:
+        refuse(path, f"column {column!r} is {str(kind)[:80]}, expected text")
