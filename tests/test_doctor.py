@@ -230,7 +230,7 @@ def test_memory_is_read_off_the_models_configuration(
 ) -> None:
     from tiny import tiny_model
 
-    from hiveminer.training import memory, model
+    from hiveminer.training import memory
 
     built = tiny_model("llama")
     built.save_pretrained(tmp_path / "model")
@@ -243,7 +243,7 @@ def test_memory_is_read_off_the_models_configuration(
         made = Doctor(miner_settings(tmp_path, neuron={"run": run, "device": "cpu"}))
         made.run_file()
         check = made.memory()
-        assert made._schema_hash == model.schema_hash(built)
+        assert made._fits == (check.verdict != "failed")
         return check
 
     needed = memory.memory_needed(built, sequence_length=64)
@@ -252,3 +252,20 @@ def test_memory_is_read_off_the_models_configuration(
     assert looked(least + 1).verdict == "warned"
     assert looked(least - 1).verdict == "failed"
     assert f"{needed.parameters / 1e6:.1f}M parameters" in looked(0).found
+
+
+def test_model_and_data_are_checked_as_the_programs_check_them(tmp_path: Path) -> None:
+    data, run = tmp_path / "a.txt", tmp_path / "run.toml"
+    run.write_text(f'[data]\nname = "{data}"\n[model]\nsequence_length = 64')
+
+    def checked(content: bytes) -> Check:
+        data.write_bytes(content)
+        made = Doctor(miner_settings(tmp_path, neuron={"run": run, "device": "cpu"}))
+        made.run_file()
+        made.memory()
+        return within(made.task, seconds=60)
+
+    assert checked(b"short\n" * 100).verdict == "warned", "rows of 480 bytes, and 64 are trained"
+    assert checked(b"short\n").verdict == "passed"
+    check = checked("café\n".encode("latin-1"))
+    assert (check.verdict, "a.txt: line 1: not UTF-8" in check.found) == ("failed", True)

@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import bittensor as bt
@@ -30,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hiveminer.chain import Chain, open_chain, open_wallet
-from hiveminer.config.run import BUILTIN, Run, RunId, is_local, load_run
+from hiveminer.config.run import Run, RunId, load_run
 from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import ChainError, HiveminerError, OperatorError
 from hiveminer.runtime import addresses
@@ -41,6 +40,9 @@ TOTAL_SECONDS = 28.0
 
 CHECK_SECONDS = 12.0
 """One check, at most."""
+
+LOAD_SECONDS = 300.0
+"""The check that loads model and data, at most; not counted in TOTAL_SECONDS."""
 
 CHAIN_SECONDS = 8.0
 PEER_SECONDS = 3.0
@@ -116,7 +118,7 @@ class Doctor:
         self._metagraph: bt.Metagraph | None = None
         self._run: Run | None = None
         self._run_id: RunId | None = None
-        self._schema_hash: str | None = None
+        self._fits = False
         self._ip: str | None = None
 
     def checks(self) -> list[tuple[str, Callable[[], Check]]]:
@@ -135,7 +137,7 @@ class Doctor:
             ("stake and permit", self.stake),
             ("address", self.address),
             ("axon on the chain", self.axon),
-            ("data", self.data),
+            ("model and data", self.task),
             ("bootstrap peers", self.peers),
             ("wandb", self.wandb),
             ("reachable from outside", self.outside),
@@ -146,8 +148,11 @@ class Doctor:
         deadline = time.monotonic() + TOTAL_SECONDS
         try:
             for name, look in self.checks():
-                left = min(CHECK_SECONDS, deadline - time.monotonic())
+                began = time.monotonic()
+                loads = look == self.task
+                left = LOAD_SECONDS if loads else min(CHECK_SECONDS, deadline - began)
                 found = within(look, seconds=left)
+                deadline += time.monotonic() - began if loads else 0.0
                 yield Check(name, found.verdict, found.found, found.cure)
         finally:
             if self._chain is not None:
@@ -187,10 +192,10 @@ class Doctor:
         if self._run is None:
             return failed("not known without the run", "put the run right first")
         from hiveminer.training.memory import memory_left, memory_needed
-        from hiveminer.training.model import choose_device, schema_hash
+        from hiveminer.training.model import choose_device, shape_of_model
 
-        built = without_weights(self._run)
-        self._schema_hash = schema_hash(built)
+        named = self._run.model
+        built = shape_of_model(named.name, revision=named.revision)
         device = choose_device(self.settings.neuron.device)
         free = memory_left(device)
         needed = memory_needed(built, sequence_length=self._run.model.sequence_length)
@@ -200,7 +205,8 @@ class Doctor:
             f"{device}, {gigabytes(free)} free; {needed.parameters / 1e6:.1f}M parameters take "
             f"{gigabytes(least)} at least, {gigabytes(usual)} with {USUAL_ROWS} rows at a time"
         )
-        if least > free:
+        self._fits = least <= free
+        if not self._fits:
             return failed(said, "use a device with more memory, or a smaller model in run.toml")
         if usual > free:
             return warned(said, "it trains, in smaller pieces and slower")
@@ -359,16 +365,29 @@ class Doctor:
 
     # Data and swarm --------------------------------------------------------------------
 
-    def data(self) -> Check:
+    def task(self) -> Check:
+        """Everything that a program loads at its start, checked as it does."""
         if self._run is None:
             return failed("not known without the run", "put the run right first")
-        from hiveminer.training.data import load_rows
+        if not self._fits:
+            return failed("not known without the memory to load it", "put the memory right first")
+        from hiveminer.training.model import REPORTED_SHARE
+        from hiveminer.training.task import load_task
 
-        rows = load_rows(self._run.data)
-        if self._schema_hash is not None:
-            self._run_id = RunId.of(self._run, schema_hash=self._schema_hash, data_hash=rows.hash)
+        task = load_task(self._run)
+        self._run_id = task.run_id
         compared = "as the run wants it" if self._run.data.hash else "the run names none"
-        return passed(f"{self._run.data.name}: {len(rows)} rows, hash {rows.hash[:8]} ({compared})")
+        found = (
+            f"model {self._run.model.name}; data {self._run.data.name}: {len(task.dataset)} rows, "
+            f"hash {task.dataset.hash[:8]} ({compared})"
+        )
+        if task.beyond >= REPORTED_SHARE:
+            return warned(
+                f"{found}; about {task.beyond:.0%} of it is beyond the sequence length and never "
+                "trained",
+                "cut its rows into shorter ones, or raise model.sequence_length in run.toml",
+            )
+        return passed(found)
 
     def peers(self) -> Check:
         """Do the known peers answer, and is the run that validators commit ours?"""
@@ -494,31 +513,6 @@ def within(look: Callable[[], Check], *, seconds: float) -> Check:
         return failed(found, cure or "try again in a minute")
     except Exception as error:  # noqa: BLE001 - one broken check must not hide the others
         return failed(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", "report it")
-
-
-def without_weights(run: Run) -> Any:
-    """The run's model as its configuration tells it: shapes and no numbers, but for the
-    built-in one."""
-    import torch
-
-    from hiveminer.training import model
-
-    name = run.model.name
-    if name == BUILTIN:
-        return model.load_model()
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    source = str(Path(name).expanduser()) if is_local(name) else name
-    try:
-        config = AutoConfig.from_pretrained(source, revision=run.model.revision or "main")
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0][:200]
-        raise OperatorError(
-            f"model {name}: cannot be read: {reason}; give a folder written by "
-            "save_pretrained, or a hub name this machine can reach"
-        ) from None
 
 
 def answers(peers: Iterable[str]) -> list[bool]:

@@ -1,15 +1,16 @@
-"""The model and its tokenizer: transformers, behind one door.
+"""The model and its tokenizer: built in, from a local folder, or from the hub.
 
-Three places a model can come from: built in, a local folder written by
-`save_pretrained`, or the hub. The built-in one is small enough for a laptop and has the
-same weights, bit for bit, on every machine: they are made from integers, since a seeded
-`normal_` is not the same on every processor.
+The built-in model is small enough for a laptop and has the same weights, bit for bit, on
+every machine: they are made from integers, since a seeded `normal_` is not the same on
+every processor. What comes from elsewhere is checked: code in a model's folder is never
+run, and a model that cannot be trained as it was named is refused (`model_checks`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BatchEncoding,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -31,46 +34,86 @@ from transformers.activations import NewGELUActivation
 
 from hiveminer.config.run import BUILTIN, is_local
 from hiveminer.errors import OperatorError
+from hiveminer.training import model_checks
+from hiveminer.training.data import Rows
+from hiveminer.training.readers import first_line
 
 logger = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 
+CHARACTERS_PER_TOKEN = 32
+"""A row is cut to this many characters per token of the sequence length before it is encoded:
+far more than ordinary text has, and a huge row costs no more than the part that is trained."""
+
+REPORTED_ROWS, REPORTED_SHARE = 256, 0.005
+"""Rows that are encoded to estimate how much of the data is never trained, and the share from
+which on that is reported."""
+
 Examples = Sequence[str] | Mapping[str, Sequence[str]]
 
 
 def load_model(name: str = BUILTIN, *, revision: str = "") -> PreTrainedModel:
-    """A causal language model on the CPU, in float32, ready to train.
+    """A causal language model on the CPU, in float32, without noise, ready to train.
 
-    Raises OperatorError when there is no such model or it cannot be read.
+    Raises OperatorError when there is no such model, it cannot be read, or it is not what a
+    run can train (`model_checks`).
     """
     if name == BUILTIN:
         return builtin_model()
-    source = _source(name, "model")
+    source, config = _source(name, "model"), load_config(name, revision=revision)
+    if is_local(name):
+        model_checks.check_dtypes(name, Path(source))
+    model_checks.configure_without_noise(config)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, revision=revision or "main", dtype=torch.float32
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            revision=revision or "main",
+            dtype=torch.float32,
+            trust_remote_code=False,
+            weights_only=True,
+            # Both so that what is wrong can be named.
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
     except Exception as error:
         raise _unreadable("model", name, error) from error
-    without_dropout(model)
+    model: PreTrainedModel
+    model, info = loaded
+    model_checks.check_weights(name, model, info)
+    model_checks.without_noise(model)
+    model_checks.check_passes(name, model)
     model.train()
     return model
 
 
-def without_dropout(model: torch.nn.Module) -> None:
-    """Turn all dropout off, in place.
+def load_config(name: str, *, revision: str = "") -> PreTrainedConfig:
+    """A model's configuration. Raises OperatorError as `load_model` does."""
+    source = _source(name, "model")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=False
+        )
+    except Exception as error:
+        raise _unreadable("model", name, error) from error
+    model_checks.check_config(name, config)
+    return config
 
-    A row is trained once, which leaves nothing to overfit to; and a miner's curve can only
-    be compared with a replay's where the same rows give the same loss.
-    """
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout", "resid_dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+
+def shape_of_model(name: str = BUILTIN, *, revision: str = "") -> PreTrainedModel:
+    """The model without its weights, on the meta device: names and shapes for little memory."""
+    if name == BUILTIN:
+        return builtin_model()
+    config = load_config(name, revision=revision)
+    try:
+        with torch.device("meta"):
+            auto: Any = AutoModelForCausalLM
+            model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
+            return model
+    except Exception as error:
+        raise _unreadable("model", name, error) from error
 
 
 def load_tokenizer(name: str = BUILTIN, *, revision: str = "") -> PreTrainedTokenizerBase:
@@ -83,14 +126,17 @@ def load_tokenizer(name: str = BUILTIN, *, revision: str = "") -> PreTrainedToke
         return builtin_tokenizer()
     source = _source(name, "tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision or "main", trust_remote_code=False
+        )
     except Exception as error:
         raise _unreadable("tokenizer", name, error) from error
+    model_checks.check_tokenizer(name, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token is None:
         raise OperatorError(f"tokenizer {name}: it has neither a padding nor an end token; add one")
-    tokenizer.padding_side = "right"
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
 
 
@@ -99,32 +145,40 @@ def encode(
 ) -> BatchEncoding:
     """Rows of text to tensors: `input_ids` and `attention_mask`, each [rows, longest row].
 
-    `examples` is a list of texts, or a mapping whose `text` is one. Rows are truncated to
-    `max_length` tokens and padded to the longest of them.
+    `examples` is a list of texts, or a mapping whose `text` is one. Rows are cut to
+    `CHARACTERS_PER_TOKEN` characters per token, truncated to `max_length` tokens, and padded
+    to the longest of them.
     """
     texts = examples["text"] if isinstance(examples, Mapping) else examples
+    longest = max_length * CHARACTERS_PER_TOKEN
     encoded: BatchEncoding = tokenizer(
-        list(texts), truncation=True, max_length=max_length, padding=True, return_tensors="pt"
-    )
+        [text[:longest] for text in texts],
+        truncation=True, max_length=max_length, padding=True, return_tensors="pt",
+    )  # fmt: skip
     return encoded
 
 
-def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Refuse a tokenizer or a sequence length that the model has no place for."""
-    embeddings = model.get_input_embeddings().weight
-    assert isinstance(embeddings, torch.Tensor)
-    vocabulary = embeddings.shape[0]
-    if len(tokenizer) > vocabulary:
-        raise OperatorError(
-            f"the tokenizer has {len(tokenizer)} tokens and the model a place for {vocabulary}: "
-            "they do not belong together"
-        )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and max_length > positions:
-        raise OperatorError(
-            f"model.sequence_length is {max_length}, the model's longest is {positions}: lower it "
-            "in run.toml"
-        )
+def share_beyond(tokenizer: PreTrainedTokenizerBase, rows: Rows, *, max_length: int) -> float:
+    """The share of the text that lies beyond the sequence length and is never trained, from 0
+    to 1, by characters; estimated from rows evenly spread over the data."""
+    step = -(-len(rows) // REPORTED_ROWS)
+    trained = total = 0.0
+    for text in rows.texts(range(0, len(rows), step)):
+        part = text[: max_length * CHARACTERS_PER_TOKEN]
+        tokens = len(tokenizer(part, verbose=False).input_ids)
+        trained += len(part) * min(1.0, max_length / max(1, tokens))
+        total += len(text)
+    return 1 - trained / total if total else 0.0
+
+
+def report_beyond(share: float, *, max_length: int) -> None:
+    """Say in the log what part of the data is never trained, and what to do about it."""
+    if share >= REPORTED_SHARE:
+        logger.warning(
+            "about %.0f%% of the data lies beyond the sequence length of %d tokens and is never "
+            "trained: cut its rows into shorter ones, or raise model.sequence_length in run.toml",
+            100 * share, max_length,
+        )  # fmt: skip
 
 
 def schema_hash(model: torch.nn.Module) -> str:
@@ -243,21 +297,26 @@ def parameter_count(parameters: Iterable[torch.Tensor]) -> int:
 
 
 def _source(name: str, what: str) -> str:
+    """What transformers takes: a checked folder's path, or a hub name."""
+    if not name:
+        raise OperatorError(f"{what} {name}: the name is empty; give {BUILTIN!r} or a folder")
     if not is_local(name):
         return name
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
-        raise OperatorError(
-            f"{what} {name}: no such folder; give {BUILTIN!r}, a folder written by "
-            "save_pretrained, or a hub name"
-        )
-    if not (folder / "config.json").is_file():
-        raise OperatorError(f"{what} {name}: the folder holds no config.json; save_pretrained it")
+    try:
+        folder = Path(name).expanduser()
+        model_checks.check_folder(name, folder, what=what)
+    except (OSError, RuntimeError) as error:
+        raise _unreadable(what, name, error) from error
     return str(folder)
 
 
 def _unreadable(what: str, name: str, error: Exception) -> OperatorError:
-    reason: Any = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    if "trust_remote_code" in str(error):
+        reason = "it needs code from its own folder, which is never run"
+    elif isinstance(error, pickle.UnpicklingError):
+        reason = "its weights are a pickle that holds more than tensors, which is never loaded"
+    else:
+        reason = first_line(error)
     return OperatorError(
         f"{what} {name}: cannot be loaded ({reason}); give {BUILTIN!r}, a folder written by "
         "save_pretrained, or a hub name this machine can reach"

@@ -12,13 +12,15 @@ from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from hiveminer.config.run import Run, RunId
 from hiveminer.training import model as models
 from hiveminer.training.data import Rows, load_rows
+from hiveminer.training.model_checks import check_fit
 
 
 @dataclass(frozen=True)
 class Task:
     """What everybody who trains together has in common.
 
-    model: a causal language model on the CPU. dataset: rows of text by number.
+    model: a causal language model on the CPU. dataset: rows of text by number. beyond: the
+    share of the text that the sequence length leaves out, about.
     """
 
     run: Run
@@ -26,6 +28,7 @@ class Task:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     dataset: Rows
+    beyond: float
 
     def encode(self, examples: models.Examples) -> BatchEncoding:
         """`input_ids` and `attention_mask`, each [rows, longest row], truncated to the run's
@@ -40,7 +43,7 @@ class Task:
 
 
 def load_task(run: Run, *, threads: int | None = None) -> Task:
-    """Load a run's model, tokenizer and data.
+    """Load a run's model, tokenizer and data, and report what of the data is never trained.
 
     threads: CPU threads of PyTorch from now on; None leaves them as they are.
     Raises OperatorError for what cannot be used.
@@ -50,6 +53,9 @@ def load_task(run: Run, *, threads: int | None = None) -> Task:
     dataset = load_rows(run.data)
     model = models.load_model(run.model.name, revision=run.model.revision)
     tokenizer = models.load_tokenizer(run.model.name, revision=run.model.revision)
-    models.check_fit(model, tokenizer, run.model.sequence_length)
+    length = run.model.sequence_length
+    check_fit(model, tokenizer, length)
+    beyond = models.share_beyond(tokenizer, dataset, max_length=length)
+    models.report_beyond(beyond, max_length=length)
     run_id = RunId.of(run, schema_hash=models.schema_hash(model), data_hash=dataset.hash)
-    return Task(run, run_id, model, tokenizer, dataset)
+    return Task(run, run_id, model, tokenizer, dataset, beyond)

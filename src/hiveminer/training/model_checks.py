@@ -1,0 +1,259 @@
+"""Checks that a model is what was named and can be trained by comparing losses.
+
+Replays compare a miner's losses with a validator's, and machines average weights: so the
+weights must come from the folder and not from chance, a pass must give the same loss each
+time, and no token may depend on a later one. What is not so is refused by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from hiveminer.errors import OperatorError
+from hiveminer.training.readers import LFS_POINTER
+
+NOISE = re.compile(r"drop|jitter|noise")
+"""In the names of numbers that are probabilities or amounts of noise."""
+
+PROBE_TOKENS = 16
+TOLERANCE = 1e-5
+"""Of the largest output, for passes that should give the same."""
+
+FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
+
+SHOWN = 3
+
+
+def refuse(name: str, reason: str) -> OperatorError:
+    return OperatorError(f"model {name}: {reason}")
+
+
+# Before loading ----------------------------------------------------------------------------
+
+
+def check_folder(name: str, folder: Path, *, what: str) -> None:
+    """Refuse a local folder that does not hold what transformers needs of it.
+
+    what: `model` or `tokenizer`.
+    """
+    if folder.is_file():
+        raise OperatorError(f"{what} {name}: a file; give the folder that it is in")
+    if not folder.is_dir():
+        raise OperatorError(
+            f"{what} {name}: no such folder; give 'builtin', a folder written by "
+            "save_pretrained, or a hub name"
+        )
+    if (folder / "adapter_config.json").exists():
+        raise OperatorError(
+            f"{what} {name}: an adapter without its base model; merge the two "
+            "(merge_and_unload) and save_pretrained the result"
+        )
+    if not (folder / "config.json").is_file():
+        raise OperatorError(f"{what} {name}: the folder holds no config.json; save_pretrained it")
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and _begins_with(path, LFS_POINTER):
+            raise OperatorError(
+                f"{what} {name}: {path.name} is a Git LFS pointer, not the file itself: run "
+                "git lfs pull in the folder"
+            )
+    if what == "tokenizer" and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise OperatorError(
+            f"tokenizer {name}: the folder holds no tokenizer; save_pretrained it there as well"
+        )
+
+
+def check_dtypes(name: str, folder: Path) -> None:
+    """Refuse weights that are not floating-point numbers."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise refuse(name, f"{path.name} cannot be read: {str(error)[:200]}") from None
+        for key, kind in kinds.items():
+            if kind not in FLOATING and key.endswith((".weight", ".bias")):
+                raise refuse(
+                    name,
+                    f"{key} in {path.name} is {kind}; give the model in a floating-point format",
+                )
+
+
+def check_config(name: str, config: PreTrainedConfig) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise refuse(name, "it is quantized, which cannot be trained; give the full model")
+
+
+def _begins_with(path: Path, start: bytes) -> bool:
+    with path.open("rb") as stream:
+        return stream.read(len(start)) == start
+
+
+# Noise -------------------------------------------------------------------------------------
+
+
+def configure_without_noise(config: PreTrainedConfig) -> None:
+    """Set every dropout, jitter and noise of a configuration to zero, in place."""
+    for key, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            configure_without_noise(value)
+        elif isinstance(value, float) and NOISE.search(key):
+            setattr(config, key, 0.0)
+
+
+def without_noise(model: nn.Module) -> None:
+    """Turn off all dropout, jitter and noise, in place.
+
+    A row is trained once, which leaves nothing to overfit to; and a miner's curve can only
+    be compared with a replay's if the same rows give the same loss.
+    """
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for key, value in list(vars(module).items()):
+            if isinstance(value, float) and NOISE.search(key):
+                setattr(module, key, 0.0)
+
+
+# After loading -----------------------------------------------------------------------------
+
+
+def check_weights(name: str, model: nn.Module, info: Mapping[str, Any]) -> None:
+    """Refuse a model whose weights are not those of its files. Tied weights count once.
+
+    info: transformers' `output_loading_info`.
+    """
+    mismatched = sorted(info["mismatched_keys"])
+    if mismatched:
+        key, there, here = mismatched[0]
+        raise refuse(
+            name,
+            f"{key} is {list(there)} in its weights and {list(here)} by its config.json; the two "
+            f"do not belong together ({len(mismatched)} such)",
+        )
+    if info["missing_keys"]:
+        raise refuse(
+            name,
+            f"its weights lack {_listed(info['missing_keys'])}; each machine would fill these at "
+            "random: give a complete causal language model",
+        )
+    kinds = {_kind(key) for key in model.state_dict()}
+    dropped = [key for key in info["unexpected_keys"] if _kind(key) in kinds]
+    if dropped:
+        raise refuse(
+            name,
+            f"its weights hold {_listed(dropped)}, for which its config.json has no place: it has "
+            "more layers than config.json says",
+        )
+    for key, value in model.named_parameters():
+        if not bool(torch.isfinite(value).all()):
+            raise refuse(name, f"{key} holds numbers that are not finite")
+
+
+def _listed(keys: Iterable[str]) -> str:
+    keys = sorted(keys)
+    more = len(keys) - SHOWN
+    return ", ".join(keys[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _kind(key: str) -> str:
+    """A parameter's name without the numbers of layers."""
+    return re.sub(r"\d+", "N", key)
+
+
+def check_passes(name: str, model: PreTrainedModel) -> None:
+    """Refuse a model that computes with noise, or whose tokens depend on later ones.
+
+    Runs a row of a few tokens five times.
+    """
+    ids, other = _probe(model)
+    try:
+        with torch.no_grad():
+            model.train()
+            first, *more = (_logits(model, ids) for _ in range(3))
+            model.train(False)
+            evaluated, changed = _logits(model, ids), _logits(model, other)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise refuse(name, f"it cannot compute a row: {reason}") from error
+    finally:
+        model.train()
+    if not bool(torch.isfinite(first).all()):
+        raise refuse(name, "what it computes is not finite")
+    if not all(torch.equal(first, again) for again in more):
+        raise refuse(
+            name,
+            "two passes over the same row differ: it computes with dropout or another noise that "
+            "cannot be turned off",
+        )
+    if not _close(first, evaluated):
+        raise refuse(name, "it computes differently in training and in evaluation")
+    if not _close(evaluated[:-1], changed[:-1]):
+        raise refuse(
+            name,
+            "it is not causal: changing the last token changes what it predicts before it; give a "
+            "decoder",
+        )
+
+
+def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """A row of tokens, and one that differs in the last."""
+    positions = getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS
+    vocabulary = embeddings(model).shape[0]
+    ids = torch.arange(3, 3 + 7 * min(PROBE_TOKENS, positions), 7) % vocabulary
+    other = ids.clone()
+    other[-1] = (other[-1] + vocabulary // 2) % vocabulary
+    return ids, other
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids[None]).logits[0]
+    return logits.float()
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() <= TOLERANCE * one.abs().max())
+
+
+def embeddings(model: PreTrainedModel) -> Tensor:
+    """The input embeddings' weight, [vocabulary, width]."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer without a vocabulary, which transformers makes where it finds none."""
+    if not tokenizer("hello world", add_special_tokens=False).input_ids:
+        raise OperatorError(f"tokenizer {name}: it has no vocabulary; save_pretrained it there")
+
+
+def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Refuse a tokenizer or a sequence length that the model has no place for."""
+    vocabulary = embeddings(model).shape[0]
+    highest: Iterator[int] = iter(tokenizer.get_vocab().values())
+    tokens = max(len(tokenizer), 1 + max(highest, default=0))
+    if tokens > vocabulary:
+        raise OperatorError(
+            f"the tokenizer has {tokens} tokens and the model a place for {vocabulary}: "
+            "they do not belong together"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and max_length > positions:
+        raise OperatorError(
+            f"model.sequence_length is {max_length}, the model's longest is {positions}: lower it "
+            "in run.toml"
+        )
