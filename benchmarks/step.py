@@ -125,8 +125,8 @@ class Bench:
         """Tokens that the trainer computes over real ones."""
         total = 0
         for start in range(0, len(self.rows), BATCH):
-            group = self.trainer._cut(self.rows.slice(start, start + BATCH), BATCH)
-            total += sum(batch.input_ids.numel() for batch in group.batches)
+            batch = self.trainer._cut(self.rows.slice(start, start + BATCH), BATCH)
+            total += sum(micro.input_ids.numel() for micro in batch.micro_batches)
         return total / self.rows.real_tokens
 
     def run_trainer(self) -> tuple[int, Seconds]:
@@ -307,7 +307,7 @@ def mfu(
         "tflops": round(operations / 1e12, 3),
         "mfu": round(operations / top, 4) if top else None,
         "bfloat16": trainer.bfloat16,
-        "micro_rows": min(rows, trainer.max_rows),
+        "micro_batch_size": min(rows, trainer.max_micro_batch_size),
         "length": length,
     }
 

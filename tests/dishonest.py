@@ -29,7 +29,9 @@ class ForwardOnly(Miner):
     def train(self, synapse: Train) -> TrainResult:
         group = synapse.batch_size * synapse.gradient_accumulation_steps
         texts = self.dataset.texts(synapse.dataset_indices)
-        result = self.trainer.measure(texts, batch_size=synapse.batch_size, group_rows=group)
+        result = self.trainer.evaluate(
+            texts, batch_size=synapse.batch_size, global_batch_size=group
+        )
         result.steps = synapse.epoch_steps = len(result.losses)
         return result
 

@@ -276,6 +276,9 @@ def test_what_is_not_data_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, r"pipe\.txt: not a regular file")
     with pytest.raises(OperatorError, match=r"data\.name is empty"):
         load_rows(DataSection(name=""))
+    for name in ("x" * 5000, "x" * 5000 + ".txt", "a\0b.txt"):
+        with pytest.raises(OperatorError):
+            load_rows(DataSection(name=name))
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ class Miner:
         return tuple(self.trainer.train(rows, batch_size=BATCH, **options).losses)
 
     def forward(self, rows: Sequence[str]) -> tuple[float, ...]:
-        return tuple(self.trainer.measure(rows, batch_size=BATCH).losses)
+        return tuple(self.trainer.evaluate(rows, batch_size=BATCH).losses)
 
     def state(self) -> GlobalState:
         return GlobalState(
@@ -207,7 +207,7 @@ def test_rows_that_cannot_be_trained_on_are_a_training_error(
 def test_the_loss_under_a_state(replayer: Replayer, state: GlobalState) -> None:
     rows = texts(9)
     loss = replayer.loss(state, rows)
-    assert loss == pytest.approx(miner_at(state).trainer.measure(rows, batch_size=3).loss)
+    assert loss == pytest.approx(miner_at(state).trainer.evaluate(rows, batch_size=3).loss)
     first = Miner(tiny_model("llama")).state()
     start = replayer.loss(first, rows)
     assert loss is not None

@@ -253,7 +253,7 @@ def loss_of(tensors: dict[str, torch.Tensor]) -> float:
         optimizer=LocalStep(torch.optim.SGD(model.parameters())),
     )
     texts = builtin_rows().texts(LAST_ROWS)
-    loss = trainer.measure(texts, batch_size=len(LAST_ROWS)).loss
+    loss = trainer.evaluate(texts, batch_size=len(LAST_ROWS)).loss
     assert loss is not None
     return loss
 

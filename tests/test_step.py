@@ -1,4 +1,4 @@
-"""A lean step: like-length batches, a thread that encodes ahead, and memory that is there."""
+"""Tests of a lean step: batches of similar length, encoding ahead, and memory."""
 
 from __future__ import annotations
 
@@ -144,13 +144,6 @@ def test_loss_and_gradients_are_those_of_the_rows_alone_however_they_are_cut(
     assert_close(optimizer.gradients[0], expected)
 
 
-def test_the_texts_are_of_the_lengths_that_matter() -> None:
-    assert tensors(TEXTS)["attention_mask"].sum(dim=1).tolist() == LENGTHS
-    assert {1, LONGEST} <= set(LENGTHS)
-    assert max(WORDS) > LONGEST
-    assert without_end(TEXTS)["attention_mask"].sum(dim=1).tolist()[0] == 0
-
-
 def of_lengths(lengths: Sequence[int]) -> EncodedRows:
     return EncodedRows([torch.zeros(length, dtype=torch.long) for length in lengths])
 
@@ -169,18 +162,20 @@ def every_cut(lengths: Sequence[int]) -> Iterator[list[Sequence[int]]]:
 def test_rows_are_cut_in_the_cheapest_way(seed: int) -> None:
     draw = random.Random(seed)
     lengths = sorted((draw.randrange(2, 60) for _ in range(9)), reverse=True)
-    for micro_rows, max_tokens, pass_tokens in [(9, None, 8), (3, None, 30), (9, 100, 0)]:
+    for micro_batch_size, max_tokens, pass_tokens in [(9, None, 8), (3, None, 30), (9, 100, 0)]:
         allowed = [
             parts
             for parts in every_cut(lengths)
             if all(
                 len(part) == 1
-                or (len(part) <= micro_rows and max(part) * len(part) <= (max_tokens or 10**9))
+                or (
+                    len(part) <= micro_batch_size and max(part) * len(part) <= (max_tokens or 10**9)
+                )
                 for part in parts
             )
         ]
         rows = of_lengths(draw.sample(lengths, 9))
-        cut = micro_batches(rows, micro_rows, max_tokens=max_tokens, pass_tokens=pass_tokens)
+        cut = micro_batches(rows, micro_batch_size, max_tokens=max_tokens, pass_tokens=pass_tokens)
         parts = [[len(row) for row in part.tokens] for part in cut]
         assert [length for part in parts for length in part] == lengths
         assert parts in [[list(part) for part in other] for other in allowed]
@@ -266,7 +261,7 @@ def test_no_thread_outlives_a_request(
     texts = options.pop("texts", [text(5, seed=n) for n in range(8)])
     if error is None:
         one.train(texts, batch_size=2, **options)
-        one.measure(texts, batch_size=2)
+        one.evaluate(texts, batch_size=2)
     else:
         with pytest.raises(error):
             one.train(texts, batch_size=2, **options)
@@ -330,7 +325,7 @@ def test_one_row_that_does_not_fit_is_tried_with_fewer_activations(
         one = Trainer(model, encode=tensors, optimizer=optimizer)
         found.append((one.train(TEXTS, batch_size=4), optimizer.gradients))
         assert one.checkpointing == (allocator is not None)
-    assert "computing activations twice" in caplog.text
+    assert "activations are recomputed" in caplog.text
     assert found[1][0].losses == pytest.approx(found[0][0].losses, rel=1e-5)
     for whole, spared in zip(found[0][1], found[1][1], strict=True):
         assert_close(whole, spared)
@@ -354,10 +349,10 @@ def test_measuring_takes_less_at_a_time_too() -> None:
     model = tiny_model("gpt2")
     one = Trainer(model, encode=tensors, optimizer=Kept(model))
     texts = [text(9, seed=n) for n in range(8)]
-    expected = one.measure(texts, batch_size=8)
+    expected = one.evaluate(texts, batch_size=8)
     model.register_forward_pre_hook(refuse, with_kwargs=True)
-    assert one.measure(texts, batch_size=8).loss == pytest.approx(expected.loss, rel=1e-6)
-    assert one.max_rows == 2
+    assert one.evaluate(texts, batch_size=8).loss == pytest.approx(expected.loss, rel=1e-6)
+    assert one.max_micro_batch_size == 2
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
@@ -368,17 +363,19 @@ def test_what_is_counted_is_what_the_tensors_hold(bfloat16: bool) -> None:
     one = Trainer(model, encode=tensors, optimizer=LocalStep(optimizer))
     one.train(TEXTS, batch_size=64)
     needed = memory_needed(model, sequence_length=LONGEST, bfloat16=bfloat16)
-    moments = [
+    optimizer_state = [
         value for state in optimizer.state.values() for key, value in state.items() if key != "step"
     ]
-    assert needed.moments == sum(value.numel() * value.element_size() for value in moments)
+    assert needed.optimizer_state == sum(
+        value.numel() * value.element_size() for value in optimizer_state
+    )
     assert needed.weights == needed.gradients == 4 * needed.parameters
     assert needed.casts == (2 * needed.parameters if bfloat16 else 0)
     assert needed.averaging == 20 * needed.parameters
     assert needed.snapshot == 16 * needed.parameters
 
 
-def test_memory_is_foretold_without_taking_it() -> None:
+def test_memory_is_estimated_without_taking_it() -> None:
     with torch.device("meta"):
         model = tiny_model("gpt2")
     needed = memory_needed(model, sequence_length=64)
@@ -390,7 +387,7 @@ SEVEN_BILLION = MemoryNeeded(
     parameters=7 * 10**9,
     weights=28 * 10**9,
     gradients=28 * 10**9,
-    moments=56 * 10**9,
+    optimizer_state=56 * 10**9,
     casts=0,
     averaging=140 * 10**9,
     snapshot=112 * 10**9,
@@ -415,7 +412,7 @@ def test_a_model_that_cannot_fit_the_device_is_refused_with_the_figure() -> None
     check_device(SEVEN_BILLION, device, left=lambda _: 113 * 10**9)
     with pytest.raises(OperatorError, match=r"105\.24 GiB .* cuda:1 has 74\.51 GiB left"):
         check_device(SEVEN_BILLION, device, left=lambda _: 80 * 10**9)
-    # On the machine's own memory, weights and moments are there already.
+    # On the machine's own memory, weights and optimizer_state are there already.
     check_device(SEVEN_BILLION, torch.device("cpu"), left=lambda _: 141 * 10**9)
     with pytest.raises(OperatorError, match="this machine has"):
         check_device(SEVEN_BILLION, torch.device("cpu"), left=lambda _: 140 * 10**9)
@@ -457,29 +454,6 @@ def test_the_builtin_model_comes_ready() -> None:
 
 
 # --- the benchmark ------------------------------------------------------------------------------
-
-
-def test_the_share_of_the_peak_is_counted_by_the_formula() -> None:
-    model = tiny_model("gpt2")  # width 16, 2 layers, the head tied to the embedding of 32 tokens
-    blocks = 2 * (4 * 16 + 16 * 48 + 48 + 16 * 16 + 16 + 2 * 16 * 64 + 64 + 16) + 2 * 16
-    assert bench.operations_a_token(model, 40) == 6 * (blocks + 32 * 16) + 12 * 2 * 16 * 40
-    llama = tiny_model("llama")
-    untied = sum(value.numel() for value in llama.parameters()) - 32 * 16
-    assert bench.operations_a_token(llama, 8) == 6 * untied + 12 * 2 * 16 * 8
-    found = bench.mfu(model, torch.device("cpu"), length=16, rows=2, steps=2)
-    assert found["tokens_per_second"] > 0
-    assert found["mfu"] is None, "no peak is known of a CPU"
-
-
-def test_a_section_takes_the_place_of_its_own_only(tmp_path: Path) -> None:
-    page = tmp_path / "RESULTS.md"
-    bench.write_section(page, "step", "one")
-    page.write_text(page.read_text() + "\n## axon\n\nfast\n")
-    bench.write_section(page, "step", "two")
-    found = page.read_text()
-    assert found == bench.INTRODUCTION + "\n## step\n\ntwo\n\n## axon\n\nfast\n"
-    bench.write_section(page, "other", "three")
-    assert page.read_text() == found + "\n## other\n\nthree\n"
 
 
 def test_the_ways_compared_train_the_same_tokens() -> None:

@@ -171,18 +171,6 @@ def test_loss_and_gradients_are_those_of_the_rows_one_by_one(
     assert (result.discarded, result.finished) == (0, True)
 
 
-def test_the_numbers_behind_the_test_above() -> None:
-    """That by_hand would notice a token too many or too few."""
-    model = tiny_model("llama")
-    rows = EncodedRows([torch.tensor(ids(row), dtype=torch.long) for row in ROWS])
-    assert (rows.targets, rows.real_tokens) == (TARGETS, TOKENS)
-    whole = by_hand(model, [ids(row) for row in ROWS])
-    without_ends = by_hand(model, [[n for n in ids(row) if n != END] for row in ROWS])
-    assert abs(whole - without_ends) > 0.01
-    padded = [ids(row) + [END] * (LONGEST - len(ids(row))) for row in ROWS]
-    assert abs(whole - by_hand(model, padded)) > 0.01
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rows_of_one_token_of_the_longest_and_beyond_through_a_real_tokenizer(
     architecture: str,
@@ -303,11 +291,11 @@ def trained(architecture: str, **options: Any) -> tuple[TrainResult, dict[str, T
     return result, weights(model)
 
 
-@pytest.mark.parametrize("max_rows", [1, 2, 5])
+@pytest.mark.parametrize("max_micro_batch_size", [1, 2, 5])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_micro_batch_changes_nothing(architecture: str, max_rows: int) -> None:
+def test_the_micro_batch_changes_nothing(architecture: str, max_micro_batch_size: int) -> None:
     whole, expected = trained(architecture)
-    result, got = trained(architecture, max_rows=max_rows)
+    result, got = trained(architecture, max_micro_batch_size=max_micro_batch_size)
     assert result.losses == pytest.approx(whole.losses, rel=1e-5)
     assert (result.steps, result.samples, result.tokens) == (2, len(ROWS), TOKENS)
     assert_close(got, expected)
@@ -352,8 +340,8 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(
         runs.append((result, weights(model), one.optimizer.gradients))
     (whole, expected, expected_gradients), (result, got, got_gradients) = runs
     assert memory.refused >= 1
-    assert one.max_rows == left
-    assert f"training {left} rows at a time" in caplog.text
+    assert one.max_micro_batch_size == left
+    assert f"the micro-batch size is {left}" in caplog.text
     assert result.losses == pytest.approx(whole.losses, rel=1e-5)
     assert (result.steps, result.samples, result.tokens) == (
         whole.steps, whole.samples, whole.tokens,
@@ -371,7 +359,7 @@ def test_what_fits_is_remembered() -> None:
     assert memory.refused == 3, "16, 8 and 4 rows were tried, in the first group only"
     one.train(["5 6 7"] * 32, batch_size=16)
     assert memory.refused == 3
-    assert one.max_rows == 2
+    assert one.max_micro_batch_size == 2
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
@@ -380,7 +368,7 @@ def test_a_row_that_does_not_fit_is_a_training_error(error: type[Exception]) -> 
     model = Watched(tiny_model("gpt2"), memory)
     before = weights(model)
     one = trainer(model)
-    with pytest.raises(TrainingError, match="one row alone does not fit"):
+    with pytest.raises(TrainingError, match="a single row does not fit"):
         one.train(["5 6 7"] * 4, batch_size=4)
     assert same(weights(model), before)
     assert gradients(model) == {}
@@ -544,7 +532,7 @@ def test_measuring_learns_nothing_and_sees_what_training_sees_first(architecture
     model = tiny_model(architecture)
     before = weights(model)
     one = trainer(model)
-    measured = one.measure(ROWS, batch_size=2, group_rows=4)
+    measured = one.evaluate(ROWS, batch_size=2, global_batch_size=4)
     assert same(weights(model), before)
     assert gradients(model) == {}
     assert one.optimizer.batch_sizes == []
@@ -560,20 +548,20 @@ def test_measuring_learns_nothing_and_sees_what_training_sees_first(architecture
 
 def test_measuring_goes_by_the_batch_without_groups() -> None:
     one = trainer(tiny_model("gpt2"))
-    assert len(one.measure(ROWS, batch_size=4).losses) == 3
-    assert one.measure(["5", ""], batch_size=4).loss is None
+    assert len(one.evaluate(ROWS, batch_size=4).losses) == 3
+    assert one.evaluate(["5", ""], batch_size=4).loss is None
 
 
 def test_measuring_leaves_a_model_that_evaluates_as_it_was() -> None:
     model = tiny_model("gpt2").eval()
-    trainer(model).measure(ROWS, batch_size=4)
+    trainer(model).evaluate(ROWS, batch_size=4)
     assert not model.training
 
 
 def test_a_group_without_a_target_has_no_loss_in_either_curve() -> None:
     texts = ["5 6 7", "", "9", "10 11 12"]
     one = trainer(tiny_model("gpt2"))
-    assert len(one.measure(texts, batch_size=1).losses) == 2
+    assert len(one.evaluate(texts, batch_size=1).losses) == 2
     assert len(one.train(texts, batch_size=1).losses) == 2
 
 

@@ -58,7 +58,8 @@ class DataSection(_Section):
     config: str = ""
     """The hub data set's configuration."""
     split: str = "train"
-    """The hub data set's split."""
+    """The split of a hub data set, or of a local folder whose files' names tell of splits;
+    `all` reads every file of a folder."""
     revision: str = ""
     """The hub data set's revision; empty for the newest."""
     streaming: bool = False
@@ -200,8 +201,15 @@ def is_local(name: str) -> bool:
         name.startswith((".", "/", "~"))
         or "\\" in name
         or Path(name).suffix.lower() in LOCAL_SUFFIXES
-        or Path(name).expanduser().exists()
+        or _exists(name)
     )
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, ValueError):  # no name that a file system takes
+        return False
 
 
 def load_run(path: Path | None) -> Run:

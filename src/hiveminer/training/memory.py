@@ -1,8 +1,8 @@
-"""How much memory training takes, told before it is taken.
+"""Estimates the memory that training takes, before it is taken.
 
-What is counted is the least: one row at a time, its activations computed twice. Whoever
-has not even that is refused at start; how many rows at a time fit beyond it, the trainer
-finds out by trying. docs/memory.md holds what was measured.
+Counted is the minimum: one row at a time, with activations recomputed. A model that does not
+fit even so is refused at start; the micro-batch size beyond that is found by trial.
+docs/memory.md has the measurements.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from hiveminer.errors import OperatorError
 FLOAT32, BFLOAT16 = 4, 2
 
 AVERAGING = 5 * FLOAT32
-"""Bytes a parameter: the averager's copy of the weights, one more while a round runs, and the
-weights and moments of the start, which its forked process keeps when ours move on (20;
-`scripts/bench swarm_memory` measured 21)."""
+"""Bytes per parameter: the averager's copy of the weights, another while a round runs, and the
+weights and optimizer state of the start, which its forked process keeps when ours move on
+(20; `scripts/bench swarm_memory` measured 21)."""
 
 SNAPSHOT = 4 * FLOAT32
-"""Bytes a parameter: the copy of weights, epoch's start and moments that a checkpoint is
-written from, while that takes."""
+"""Bytes per parameter: the copies of the weights, those that the epoch began with and the
+optimizer state, while a checkpoint is written."""
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -35,20 +35,20 @@ CGROUP = Path("/sys/fs/cgroup")
 class MemoryNeeded:
     """Bytes that a miner's training takes at least.
 
-    parameters: how many numbers the model has.
+    parameters: of the model, a count.
     weights, gradients: the model's, in its own precision.
-    moments: AdamW's two, of the same.
+    optimizer_state: AdamW's two, of the same.
     casts: bfloat16 copies of the weights that autocast keeps through a pass.
-    averaging: what hivemind's processes take, always in the machine's own memory.
+    averaging: what Hivemind's processes take, always in host memory.
     snapshot: what a checkpoint takes there while it is written.
-    activations: of one row of the run's sequence length, as they are kept when memory asks
-        for it: each layer's input, and the logits with their gradient.
+    activations: of one row of the run's sequence length when they are recomputed: each
+        layer's input, and the logits with their gradient.
     """
 
     parameters: int
     weights: int
     gradients: int
-    moments: int
+    optimizer_state: int
     casts: int
     averaging: int
     snapshot: int
@@ -56,19 +56,19 @@ class MemoryNeeded:
 
     @property
     def training(self) -> int:
-        """Bytes where the model trains: the device's memory."""
-        return self.weights + self.gradients + self.moments + self.casts + self.activations
+        """Bytes of the device's memory."""
+        return self.weights + self.gradients + self.optimizer_state + self.casts + self.activations
 
     @property
     def host(self) -> int:
-        """Bytes of the machine's own memory, wherever the model trains."""
+        """Bytes of host memory, on whatever device the model trains."""
         return self.averaging + self.snapshot
 
 
 def memory_needed(
     model: nn.Module, *, sequence_length: int, bfloat16: bool = False
 ) -> MemoryNeeded:
-    """What it takes to train the model; one on the `meta` device will do."""
+    """What it takes to train the model, which may be on the `meta` device."""
     trained = [value for value in model.parameters() if value.requires_grad]
     weights = sum(value.numel() * value.element_size() for value in model.parameters())
     gradients = sum(value.numel() * value.element_size() for value in trained)
@@ -79,7 +79,7 @@ def memory_needed(
         parameters=sum(value.numel() for value in model.parameters()),
         weights=weights,
         gradients=gradients,
-        moments=2 * gradients,
+        optimizer_state=2 * gradients,
         casts=BFLOAT16 * sum(value.numel() for value in trained) if bfloat16 else 0,
         averaging=AVERAGING * sum(value.numel() for value in trained),
         snapshot=SNAPSHOT * sum(value.numel() for value in trained),
@@ -88,7 +88,7 @@ def memory_needed(
 
 
 def memory_left(device: torch.device) -> int:
-    """Bytes that can still be had on the device; of a CPU and of MPS, the machine's own."""
+    """Bytes available on the device; for a CPU and MPS, of host memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min(psutil.virtual_memory().available, _container_left())
@@ -100,16 +100,16 @@ def check_machine(
     *,
     left: Callable[[torch.device], int] = memory_left,
 ) -> None:
-    """Refuse a model for which this machine has not the memory, before hivemind starts.
+    """Refuse a model that does not fit in this machine's memory, before Hivemind starts.
 
-    The model is loaded already. `device` is what the operator asked for: where it is the
-    CPU, training is counted too. Touches no other device.
+    The model is loaded already. `device` is what the operator asked for: on the CPU,
+    training is counted too. Touches no other device.
     """
     cpu = device == "cpu" or (device is None and not _has_accelerator())
     if cpu:
         wanted = needed.host + needed.training - needed.weights
-    else:  # weights and moments have moved away by the first checkpoint
-        wanted = max(needed.averaging + needed.moments, needed.host - needed.weights)
+    else:  # weights and optimizer state have moved by the first checkpoint
+        wanted = max(needed.averaging + needed.optimizer_state, needed.host - needed.weights)
     _refuse(needed, wanted, left(torch.device("cpu")), where="this machine")
 
 
@@ -121,7 +121,7 @@ def check_device(
 ) -> None:
     """Refuse a model that cannot train on the device; before the model moves there.
 
-    Other devices than CUDA's share the machine's memory, and hold weights and moments already.
+    Devices other than CUDA's share host memory, and hold weights and optimizer state already.
     """
     if device.type == "cuda":
         _refuse(needed, needed.training, left(device), where=str(device))
@@ -140,13 +140,13 @@ def _refuse(needed: MemoryNeeded, wanted: int, left: int, *, where: str) -> None
 
 
 def _has_accelerator() -> bool:
-    """Whether the best device is not the CPU; asked so that no CUDA context comes of it."""
+    """Whether the best device is not the CPU; creates no CUDA context."""
     compiled = torch.version.cuda is not None or torch.version.hip is not None
     return compiled or torch.backends.mps.is_available()
 
 
 def _container_left() -> int:
-    """What a container's own limit leaves (cgroup v2); psutil sees the whole machine."""
+    """Bytes left of a container's limit (cgroup v2); psutil sees the whole machine."""
     try:
         limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
         if limit == "max":

@@ -1,15 +1,15 @@
-"""Rows to a TrainResult. Knows no network: what `step` does is the optimizer's affair.
+"""Trains one request's rows. Knows nothing of the network: `step` is the optimizer's part.
 
-One optimizer step learns from a group of `batch_size * gradient_accumulation_steps` rows
-(the last group may hold fewer). Its loss is the mean over all real tokens of the group,
-whatever way the group is cut into micro-batches: each micro-batch adds its sum of token
-losses over the group's token count. So the device's memory decides the micro-batch, and
-the result does not change.
+One optimizer step learns from a global batch of `batch_size * gradient_accumulation_steps`
+rows (the last one may hold fewer). Its loss is the mean over all real tokens of the global
+batch, however that is cut into micro-batches: each adds its sum of token losses over the
+global batch's token count. So the device's memory decides the micro-batch size, and the
+result does not change.
 
-Within a group, rows of like length run together, cut where padding would cost more than
-another pass (`micro_batches`). Padding stands on the right, where a causal model's real
-tokens never look, so no attention mask is needed, and attention takes its fastest way.
-While a group trains, a thread encodes and collates the next.
+Rows of similar length run together, cut where padding would cost more than another pass
+(`micro_batches`). Padding is on the right, where a causal model's real tokens never attend,
+so no attention mask is needed and attention uses its fastest kernel. While one global batch
+trains, a thread encodes and collates the next.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from hiveminer.errors import TrainingError
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
-"""The label of a place that predicts nothing: a row's last token, and padding."""
+"""The label where nothing is predicted: at a row's last token, and at padding."""
 
 CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU, unless one row is longer. More are no faster there, and a
-system that hands out more memory than it has kills a program instead of refusing."""
+system that overcommits memory kills a program instead of refusing."""
 
 CPU_PASS_TOKENS = 32
 PASS_TOKENS = 4096
-"""What another pass through the model costs, in tokens of padding: on a CPU, and on a device
-that is fed by one."""
+"""What another pass through the model costs, in tokens of padding: on a CPU, and on an
+accelerator."""
 
 NO_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -48,14 +48,14 @@ NO_MEMORY = (
     "MPS backend out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-"""How PyTorch words a lack of memory where it raises a plain RuntimeError."""
+"""Messages of the plain RuntimeErrors that PyTorch raises when memory runs out."""
 
 
 class Step(Protocol):
-    """What a trainer needs of an optimizer: `torch.optim` and the swarm's both have it."""
+    """What a trainer needs of an optimizer."""
 
     def step(self, *, batch_size: int) -> bool:
-        """Apply the gradients of `batch_size` rows; False when they were thrown away."""
+        """Apply the gradients of `batch_size` rows; False if they were discarded."""
 
     def zero_grad(self) -> None:
         """Drop the gradients."""
@@ -77,12 +77,12 @@ class LocalStep:
 
 @dataclass
 class TrainResult:
-    """What a request came to.
+    """The result of one request.
 
-    loss: mean over the real tokens predicted, nats a token; None if nothing was trained.
-    losses: the same by optimizer step, each with the weights before that step.
+    loss: mean over the real tokens predicted, in nats per token; None if nothing was trained.
+    losses: the same per optimizer step, each with the weights before that step.
     steps, samples, tokens: optimizer steps taken, rows and real tokens in them.
-    discarded: rows whose step was thrown away; they count in nothing else.
+    discarded: rows whose step was discarded; they count in nothing else.
     finished: False when the deadline came first.
     """
 
@@ -97,7 +97,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Token numbers of rows, without padding: one int64 tensor a row."""
+    """Token ids of rows, without padding: one int64 tensor per row."""
 
     tokens: list[Tensor]
 
@@ -121,24 +121,24 @@ Encode = Callable[[Sequence[str]], dict[str, Tensor]]
 """Texts to `input_ids` and `attention_mask`, each [rows, longest]."""
 
 
-class Batch(NamedTuple):
-    """Rows to run together, each [rows, longest]: tokens, and the token to predict at each."""
+class MicroBatch(NamedTuple):
+    """Rows to run together, each [rows, longest]: token ids, and the token to predict at each."""
 
     input_ids: Tensor
     labels: Tensor
 
 
 @dataclass(frozen=True)
-class Group:
-    """The rows of an optimizer step, cut into batches of `micro_rows` rows at most."""
+class GlobalBatch:
+    """The rows of one optimizer step, cut into micro-batches of `micro_batch_size` at most."""
 
     rows: EncodedRows
-    micro_rows: int
-    batches: list[Batch]
+    micro_batch_size: int
+    micro_batches: list[MicroBatch]
 
 
 class _Late(Exception):
-    """The deadline came in the middle of a group."""
+    """The deadline passed in the middle of a global batch."""
 
 
 class Trainer:
@@ -146,13 +146,13 @@ class Trainer:
 
     model: a causal language model: `model(input_ids=).logits` is [rows, length,
         vocabulary], and no token's logits depend on a later token.
-    encode: texts to padded token tensors; called in a thread of its own, one call at a time.
-    optimizer: the Step that applies gradients.
+    encode: texts to padded tensors; called in a thread of its own, one call at a time.
+    optimizer: applies the gradients.
     device: where the model is.
     max_grad_norm: gradients are clipped to this norm; 0 for never.
-    max_rows: the largest micro-batch to try; halved for good when memory runs out.
-    bfloat16: compute in it where PyTorch's autocast does; the weights and the loss stay
-        in their own precision. None: on CUDA devices that have it.
+    max_micro_batch_size: the largest micro-batch size to try; halved for good when memory runs out.
+    bfloat16: use PyTorch's autocast; the weights and the loss stay in their own precision.
+        None: on CUDA devices that support it.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Trainer:
         optimizer: Step,
         device: torch.device | None = None,
         max_grad_norm: float = 1.0,
-        max_rows: int = 1024,
+        max_micro_batch_size: int = 1024,
         bfloat16: bool | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -172,10 +172,10 @@ class Trainer:
         self.optimizer = optimizer
         self.device = device or torch.device("cpu")
         self.max_grad_norm = max_grad_norm
-        self.max_rows = max_rows
+        self.max_micro_batch_size = max_micro_batch_size
         self.bfloat16 = has_bfloat16(self.device) if bfloat16 is None else bfloat16
         self.checkpointing = False
-        """Activations are computed again in the backward pass: one row alone did not fit."""
+        """Activations are recomputed in the backward pass: a single row did not fit without."""
         self.clock = clock
 
     def train(
@@ -190,13 +190,13 @@ class Trainer:
     ) -> TrainResult:
         """Train on the rows in the order given, each once.
 
-        Stops before a group that would outlast `timeout_seconds` (judged by the slowest
-        one so far), or when `stopped()`; a group that proves too long is given up between
-        two of its batches, and counts in nothing. `on_step(rows, loss)` is told of each
-        step.
+        Stops before a global batch that would outlast `timeout_seconds` (judged by the
+        slowest one so far), or when `stopped()`. One that takes too long is abandoned
+        between two micro-batches and counts in nothing. `on_step(rows, loss)` is called
+        after each step.
 
-        Raises TrainingError when no row holds a token to predict, or the loss is not a
-        finite number; then the weights have not been touched by that group.
+        Raises TrainingError when no row holds a token to predict, or the loss is not
+        finite; then that global batch has not changed the weights.
         """
         deadline = self.clock() + timeout_seconds
 
@@ -207,20 +207,22 @@ class Trainer:
         loss_sum = 0.0
         targets = 0
         slowest = 0.0
-        group_rows = batch_size * gradient_accumulation_steps
-        with contextlib.closing(self._groups(texts, group_rows, micro_rows=batch_size)) as groups:
-            for group in groups:
+        global_batch_size = batch_size * gradient_accumulation_steps
+        with contextlib.closing(
+            self._global_batches(texts, global_batch_size, micro_batch_size=batch_size)
+        ) as batches:
+            for batch in batches:
                 began = self.clock()
                 if stopped() or began + slowest > deadline:
                     result.finished = False
                     break
-                rows = group.rows
-                if not rows.targets:  # rows of one token: read, and nothing to learn from them
+                rows = batch.rows
+                if not rows.targets:  # rows of one token: nothing to learn from them
                     result.samples += len(rows)
                     result.tokens += rows.real_tokens
                     continue
                 try:
-                    group_loss, kept = self._learn(group, late)
+                    step_loss, kept = self._learn(batch, late)
                 except _Late:
                     self.optimizer.zero_grad()
                     result.finished = False
@@ -229,13 +231,13 @@ class Trainer:
                     result.steps += 1
                     result.samples += len(rows)
                     result.tokens += rows.real_tokens
-                    result.losses.append(group_loss)
-                    loss_sum += group_loss * rows.targets
+                    result.losses.append(step_loss)
+                    loss_sum += step_loss * rows.targets
                     targets += rows.targets
                 else:
                     result.discarded += len(rows)
                 if on_step is not None:
-                    on_step(len(rows), group_loss)
+                    on_step(len(rows), step_loss)
                 slowest = max(slowest, self.clock() - began)
         if result.finished and not result.steps and not result.discarded:
             raise TrainingError("the rows hold no token to learn from")
@@ -243,28 +245,30 @@ class Trainer:
             result.loss = loss_sum / targets
         return result
 
-    def measure(
-        self, texts: Sequence[str], *, batch_size: int, group_rows: int | None = None
+    def evaluate(
+        self, texts: Sequence[str], *, batch_size: int, global_batch_size: int | None = None
     ) -> TrainResult:
-        """The loss of the rows with the weights as they are; nothing is learnt.
+        """The loss of the rows with the weights as they are; nothing is learned.
 
-        `losses` holds one number for each `group_rows` rows (default: `batch_size`); a group
-        with no token to predict has none, as in `train`.
+        `losses` holds one number per `global_batch_size` rows (default: `batch_size`); where there
+        is no token to predict it has none, as in `train`.
         """
         sums: list[Tensor] = []
         counts: list[int] = []
         result = TrainResult()
         was_training = self.model.training
         self.model.eval()
-        groups = self._groups(texts, group_rows or batch_size, micro_rows=batch_size)
+        batches = self._global_batches(
+            texts, global_batch_size or batch_size, micro_batch_size=batch_size
+        )
         try:
-            with contextlib.closing(groups), torch.no_grad():
-                for group in groups:
-                    result.samples += len(group.rows)
-                    result.tokens += group.rows.real_tokens
-                    if group.rows.targets:
-                        sums.append(self._loss_sum(group, learn=False))
-                        counts.append(group.rows.targets)
+            with contextlib.closing(batches), torch.no_grad():
+                for batch in batches:
+                    result.samples += len(batch.rows)
+                    result.tokens += batch.rows.real_tokens
+                    if batch.rows.targets:
+                        sums.append(self._loss_sum(batch, learn=False))
+                        counts.append(batch.rows.targets)
         finally:
             self.model.train(was_training)
         if sums:
@@ -274,52 +278,54 @@ class Trainer:
         return result
 
     def encode_rows(self, texts: Sequence[str]) -> EncodedRows:
-        """Tokens of each row, padding taken off by the attention mask."""
+        """Token ids of each row, without the padding that the attention mask shows."""
         encoded = self.encode(texts)
         lengths = encoded["attention_mask"].sum(dim=1).tolist()
         return EncodedRows(
             [ids[:length] for ids, length in zip(encoded["input_ids"], lengths, strict=True)]
         )
 
-    def _groups(
-        self, texts: Sequence[str], group_rows: int, *, micro_rows: int
-    ) -> Generator[Group, None, None]:
-        """The groups in order; a thread, which ends with this generator, makes the next one."""
+    def _global_batches(
+        self, texts: Sequence[str], global_batch_size: int, *, micro_batch_size: int
+    ) -> Generator[GlobalBatch, None, None]:
+        """The global batches in order; a thread prepares the next and ends with this generator."""
 
-        def make(start: int) -> Group:
-            rows = self.encode_rows(texts[start : start + group_rows])
-            return self._cut(rows, min(micro_rows, self.max_rows))
+        def make(start: int) -> GlobalBatch:
+            rows = self.encode_rows(texts[start : start + global_batch_size])
+            return self._cut(rows, min(micro_batch_size, self.max_micro_batch_size))
 
         pool = ThreadPoolExecutor(1, thread_name_prefix="encode")
         try:
             following = pool.submit(make, 0) if texts else None
-            for start in range(group_rows, len(texts) + group_rows, group_rows):
+            for start in range(
+                global_batch_size, len(texts) + global_batch_size, global_batch_size
+            ):
                 assert following is not None
-                group = following.result()
+                batch = following.result()
                 following = pool.submit(make, start) if start < len(texts) else None
-                yield group
+                yield batch
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _cut(self, rows: EncodedRows, micro_rows: int) -> Group:
+    def _cut(self, rows: EncodedRows, micro_batch_size: int) -> GlobalBatch:
         on_cpu = self.device.type == "cpu"
-        parts = micro_batches(
+        cut = micro_batches(
             rows,
-            micro_rows,
+            micro_batch_size,
             max_tokens=CPU_TOKENS if on_cpu else None,
             pass_tokens=CPU_PASS_TOKENS if on_cpu else PASS_TOKENS,
         )
-        batches = [collate(part) for part in parts]
-        if self.device.type == "cuda":  # only pinned memory is copied beside the work
-            batches = [Batch(*(tensor.pin_memory() for tensor in batch)) for batch in batches]
-        return Group(rows, micro_rows, batches)
+        parts = [collate(part) for part in cut]
+        if self.device.type == "cuda":  # only pinned memory is copied asynchronously
+            parts = [MicroBatch(*(tensor.pin_memory() for tensor in part)) for part in parts]
+        return GlobalBatch(rows, micro_batch_size, parts)
 
-    def _learn(self, group: Group, late: Callable[[], bool]) -> tuple[float, bool]:
-        """One optimizer step: the group's mean loss, and whether the step was kept.
+    def _learn(self, batch: GlobalBatch, late: Callable[[], bool]) -> tuple[float, bool]:
+        """One optimizer step: its mean loss, and whether the step was kept.
 
-        Raises _Late between two batches once `late()`.
+        Raises _Late between two micro-batches once `late()`.
         """
-        numbers = [self._loss_sum(group, learn=True, late=late) / group.rows.targets]
+        numbers = [self._loss_sum(batch, learn=True, late=late) / batch.rows.targets]
         if self.max_grad_norm:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
             numbers.append(norm.to(numbers[0].device))
@@ -331,68 +337,70 @@ class Trainer:
         if problem is not None:
             self.optimizer.zero_grad()
             raise TrainingError(f"{problem}; the step was not taken")
-        kept = self.optimizer.step(batch_size=len(group.rows))
+        kept = self.optimizer.step(batch_size=len(batch.rows))
         self.optimizer.zero_grad()
         return loss, kept
 
     def _loss_sum(
-        self, group: Group, *, learn: bool, late: Callable[[], bool] = lambda: False
+        self, batch: GlobalBatch, *, learn: bool, late: Callable[[], bool] = lambda: False
     ) -> Tensor:
-        """Sum of the group's token losses, a scalar on the device; `learn`: with the gradients
-        of their mean. Takes less at a time while memory runs out."""
+        """Sum of the token losses, a scalar on the device; `learn`: with the gradients of their
+        mean. Reduces the micro-batch size while memory runs out."""
         while True:
-            if group.micro_rows > self.max_rows:  # found out after this group was made
-                group = self._cut(group.rows, self.max_rows)
+            if batch.micro_batch_size > self.max_micro_batch_size:  # found after this was prepared
+                batch = self._cut(batch.rows, self.max_micro_batch_size)
             if learn:
                 self.optimizer.zero_grad()
             try:
-                return self._pass(group, learn=learn, late=late)
+                return self._pass(batch, learn=learn, late=late)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            # Out of the except clause, which holds on to the tensors of the failed pass.
+            # Outside of the except clause, which keeps the failed pass's tensors alive.
             if learn:
                 self.optimizer.zero_grad()
-            self._take_less(group)
+            self._take_less(batch)
 
-    def _pass(self, group: Group, *, learn: bool, late: Callable[[], bool]) -> Tensor:
+    def _pass(self, batch: GlobalBatch, *, learn: bool, late: Callable[[], bool]) -> Tensor:
         sums: list[Tensor] = []
-        for batch in group.batches:
+        for micro in batch.micro_batches:
             if sums and late():
                 raise _Late
             with self._autocast():
                 logits = self.model(
-                    input_ids=batch.input_ids.to(self.device, non_blocking=True)
+                    input_ids=micro.input_ids.to(self.device, non_blocking=True)
                 ).logits
             # The labels are shifted, not the logits: those are large, and a slice is a copy.
             loss_sum = nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(),
-                batch.labels.to(self.device, non_blocking=True).flatten(),
+                micro.labels.to(self.device, non_blocking=True).flatten(),
                 ignore_index=IGNORED,
                 reduction="sum",
             )
             if learn:
-                torch.autograd.backward(loss_sum / group.rows.targets)
+                torch.autograd.backward(loss_sum / batch.rows.targets)
             sums.append(loss_sum.detach())
         return torch.stack(sums).sum()
 
-    def _take_less(self, group: Group) -> None:
-        """Halve the micro-batch for good; at one row, give up speed for memory, once."""
-        largest = max(len(batch.input_ids) for batch in group.batches)
+    def _take_less(self, batch: GlobalBatch) -> None:
+        """Halve the micro-batch size for good; at one row, trade speed for memory, once."""
+        largest = max(len(micro.input_ids) for micro in batch.micro_batches)
         if largest > 1:
-            self.max_rows = (largest + 1) // 2
-            logger.warning("out of memory: training %d rows at a time from now on", self.max_rows)
+            self.max_micro_batch_size = (largest + 1) // 2
+            logger.warning(
+                "out of memory: the micro-batch size is %d from now on", self.max_micro_batch_size
+            )
         elif not self.checkpointing and getattr(
             self.model, "supports_gradient_checkpointing", False
         ):
             self.checkpointing = True
             model: Any = self.model
-            # Renamed within the versions of transformers that we take.
+            # Renamed within the supported versions of transformers.
             enable = getattr(model, "activation_checkpointing_enable", None)
             (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-            logger.warning("out of memory: computing activations twice from now on, to keep fewer")
+            logger.warning("out of memory: activations are recomputed from now on, to keep fewer")
         else:
-            raise TrainingError("one row alone does not fit the device's memory")
+            raise TrainingError("a single row does not fit into the device's memory")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -403,23 +411,23 @@ class Trainer:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether to compute in bfloat16 there. A CPU stays with float32, also where it has the
-    instructions, so that losses there are those of a replay to float32's rounding."""
+    """Whether to compute in bfloat16 on the device. CPUs always use float32, even if they have
+    the instructions, so that their losses agree with a replay's to float32's rounding."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device, or this machine, had no memory left."""
+    """Whether the error means that the device or this machine ran out of memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
-def collate(rows: EncodedRows) -> Batch:
+def collate(rows: EncodedRows) -> MicroBatch:
     """Rows padded on the right to the longest of them.
 
-    A label is the row's next token; where there is none it is IGNORED, by place and not by
-    token: a row's own end-of-sequence token counts, also where padding is the same token.
+    A label is the row's next token; where there is none it is IGNORED, by position and not by
+    token: a row's own end-of-sequence token counts even if padding is the same token.
     """
     longest = max(1, max(len(row) for row in rows.tokens))
     shape = (len(rows), longest)
@@ -428,17 +436,17 @@ def collate(rows: EncodedRows) -> Batch:
     for number, row in enumerate(rows.tokens):
         input_ids[number, : len(row)] = row
         labels[number, : max(0, len(row) - 1)] = row[1:]
-    return Batch(input_ids, labels)
+    return MicroBatch(input_ids, labels)
 
 
 def micro_batches(
-    rows: EncodedRows, micro_rows: int, *, max_tokens: int | None = None, pass_tokens: int = 0
+    rows: EncodedRows, micro_batch_size: int, *, max_tokens: int | None = None, pass_tokens: int = 0
 ) -> list[EncodedRows]:
-    """Cut rows into micro-batches of like length, the longest first.
+    """Cut rows into micro-batches of similar length, the longest first.
 
     Of all ways to cut the rows in order of length, the one that computes the fewest tokens,
-    with padding, when each micro-batch costs `pass_tokens` more. None holds more than
-    `micro_rows` rows, nor, unless it is one row, more than `max_tokens` tokens. Rows
+    padding included, if each micro-batch costs `pass_tokens` more. None has more than
+    `micro_batch_size` rows or, unless it is a single row, more than `max_tokens` tokens. Rows
     without a token to predict are left out.
     """
     by_length = sorted((row for row in rows.tokens if len(row) > 1), key=len, reverse=True)
@@ -447,7 +455,9 @@ def micro_batches(
     cut = [count] * (count + 1)  # where the micro-batch that begins here ends
     for start in range(count - 1, -1, -1):
         longest = len(by_length[start])
-        most = micro_rows if max_tokens is None else min(micro_rows, max_tokens // longest)
+        most = (
+            micro_batch_size if max_tokens is None else min(micro_batch_size, max_tokens // longest)
+        )
         ends = range(start + 1, min(count, start + max(1, most)) + 1)
         # Between equals, the larger.
         cut[start] = min(ends, key=lambda end: (longest * (end - start) + cost[end], -end))

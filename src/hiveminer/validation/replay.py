@@ -65,8 +65,10 @@ class Replayer:
         Raises TrainingError where the rows cannot be trained on.
         """
         trainer = self._at(state)
-        group_rows = batch_size * gradient_accumulation_steps
-        untrained = trainer.measure(texts, batch_size=batch_size, group_rows=group_rows)
+        global_batch_size = batch_size * gradient_accumulation_steps
+        untrained = trainer.evaluate(
+            texts, batch_size=batch_size, global_batch_size=global_batch_size
+        )
         if stopped():
             return None
         trained = trainer.train(
@@ -84,7 +86,7 @@ class Replayer:
         self, state: GlobalState, texts: Sequence[str], *, batch_size: int = 8
     ) -> float | None:
         """Mean loss of the rows under the state's weights, nats a token."""
-        return self._at(state).measure(texts, batch_size=batch_size).loss
+        return self._at(state).evaluate(texts, batch_size=batch_size).loss
 
     def _at(self, state: GlobalState) -> Trainer:
         with torch.no_grad():
