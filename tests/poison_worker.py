@@ -3,18 +3,22 @@
 HOW `nan`, `inf` or `loud` (a thousandfold): it sends that instead of its weights, and its own
 guards are taken out. HOW `answers`: what it sends is fine, and what it averages for the
 others is not finite. HOW `liar`: it hands out another state than its weights, as the
-newest.
+newest. HOW `silent`: it joins groups, and then neither sends nor answers in them.
 """
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import math
 import sys
+from collections.abc import AsyncIterator
 from typing import Any
 
 import swarm_worker
 import torch
-from hivemind.averaging import allreduce
+from hivemind.averaging import DecentralizedAverager, allreduce
+from hivemind.proto import averaging_pb2
 
 from hiveminer.strategies.hivemind.averager import SwarmAverager
 
@@ -61,10 +65,26 @@ def _always_first(averager: Any, _value: float) -> None:
     averager._outer_pipe.send(("_trigger_declare_load_state", [], {}))
 
 
+def say_nothing_in_rounds() -> None:
+    async def hang(*_: Any, **__: Any) -> None:
+        await asyncio.sleep(3600)
+
+    async def hang_on(*_: Any) -> AsyncIterator[averaging_pb2.AveragingData]:
+        await asyncio.sleep(3600)
+        yield averaging_pb2.AveragingData()
+
+    SwarmAverager._run_allreduce_inplace_ = hang
+    DecentralizedAverager.rpc_aggregate_part = functools.wraps(
+        DecentralizedAverager.rpc_aggregate_part
+    )(hang_on)
+
+
 if __name__ == "__main__":
     how = sys.argv.pop(1)
     if how in POISON:
         poison_what_is_sent(POISON[how])
+    elif how == "silent":
+        say_nothing_in_rounds()
     elif how == "answers":
         poison_what_is_averaged()
     else:

@@ -80,3 +80,20 @@ def test_a_peer_that_sent_poison_stays_out_although_it_is_registered() -> None:
         assert registry.asked == 2
 
     asyncio.run(run())
+
+
+def test_a_peer_that_is_silent_twice_is_shunned() -> None:
+    async def run() -> None:
+        shunned: list[str] = []
+        admission = Admission(Registry(), on_shun=shunned.append)
+        admission.note_silence(PEER, "it sent nothing for 5 s")
+        assert admission.gone(str(PEER)).is_set()
+        assert await admission.admits(PEER)
+        admission.take_back([str(PEER)])
+        assert not admission.gone(str(PEER)).is_set()
+        assert shunned == []
+        admission.note_silence(PEER, "it sent nothing for 5 s")
+        assert shunned == [str(PEER)]
+        assert not await admission.admits(PEER)
+
+    asyncio.run(run())

@@ -15,7 +15,12 @@ from hivemind.compression import serialize_torch_tensor
 from hivemind.p2p import PeerID
 from hivemind.proto import averaging_pb2
 
-from hiveminer.strategies.hivemind.averager import SwarmAverager, end_search, problem_with_part
+from hiveminer.strategies.hivemind.averager import (
+    SwarmAverager,
+    end_search,
+    problem_with_part,
+    silent_members,
+)
 from hiveminer.strategies.hivemind.bounds import Bounds
 
 BOUNDS = Bounds(most_rows=256.0, learning_rate=3e-3)
@@ -88,3 +93,12 @@ def test_a_search_that_lost_its_cancellation_ends_with_its_step() -> None:
         assert not matchmaking.is_looking_for_group
 
     asyncio.run(run())
+
+
+def test_a_member_that_has_not_begun_is_silent_unless_it_is_left_out_already() -> None:
+    runner = SimpleNamespace(
+        sender_peer_ids=["us", "honest", "dead", "silent"],
+        active_senders={"us", "honest"},
+        banned_senders={"dead"},
+    )
+    assert silent_members(runner) == ["silent"]

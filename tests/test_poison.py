@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_survival import START_SECONDS, Worker, Workers
+from test_survival import MOST_SECONDS, START_SECONDS, Worker, Workers
 
 from programs import Program
 
@@ -72,6 +72,24 @@ def test_poison_from_one_peer_leaves_the_others_unharmed(how: str, tmp_path: Pat
         assert np.linalg.norm(first) < 2 * np.linalg.norm(before[0]), swarm.told()
         for each in honest:  # not one step of theirs was lost
             assert all(step["kept"] for step in each.events("step", since=began)), swarm.told()
+
+
+@pytest.mark.timeout(240)
+def test_a_member_that_says_nothing_costs_little_and_is_shunned(tmp_path: Path) -> None:
+    with Workers(tmp_path, size=3) as swarm:
+        swarm.start_all("ab")
+        began = time.time()
+        silent = start_poisoner(swarm, "c", "silent")
+        honest = [swarm.all[name] for name in "ab"]
+        swarm.wait(lambda: all("for the second time" in each.words for each in honest), 150)
+        since = max(each.events("step")[-1]["time"] for each in honest)
+        swarm.wait(lambda: all(each.epochs(since=since) >= 4 for each in honest), 90)
+        assert silent.process.poll() is None, swarm.told()
+        for each in honest:
+            # Twice the time that a member is given to begin, and never again.
+            assert max(each.stalls(since=began), default=0.0) <= MOST_SECONDS, swarm.told()
+            assert len(each.stalls(since=began)) <= 3, swarm.told()
+            assert [ended["size"] for ended in each.events("round")[-2:]] == [2, 2], swarm.told()
 
 
 @slow

@@ -32,6 +32,9 @@ CACHE_SECONDS = 5.0
 SHUN_SECONDS = 300.0
 """How long a peer that sent poison is treated as a stranger."""
 
+STRIKE_SECONDS = 600.0
+"""A peer that is silent twice within this time is shunned."""
+
 MAX_CONCURRENT = 16
 """Strangers that are asked for their proof at the same time; more are turned away."""
 
@@ -54,6 +57,7 @@ class Admission:
         self._cache: dict[str, tuple[float, bool]] = {}
         self._identifying = 0
         self._shunned_until: dict[str, float] = {}
+        self._silent_at: dict[str, float] = {}
         self._gone: dict[str, asyncio.Event] = {}
 
     async def admits(self, peer: PeerID) -> bool:
@@ -66,6 +70,20 @@ class Admission:
             tell(logger, "poison", f"peer {peer} is left out for a while: {problem}")
             self._on_shun(str(peer))
         self._shunned_until[str(peer)] = time.monotonic() + SHUN_SECONDS
+
+    def note_silence(self, peer: PeerID, problem: str) -> None:
+        """This peer did not do its part in a round: it is gone from it, and shunned the second
+        time, for it may be there and mean it."""
+        name, now = str(peer), time.monotonic()
+        again = now - self._silent_at.get(name, -math.inf) < STRIKE_SECONDS
+        if len(self._silent_at) >= MAX_CACHED:
+            self._silent_at.clear()
+        self._silent_at[name] = now
+        if again:
+            self.shun(peer, f"{problem}, for the second time")
+        else:
+            tell(logger, "no_group", f"peer {peer} is left out of the round: {problem}")
+        self.leave_out([name])
 
     def gone(self, peer: str) -> asyncio.Event:
         """Set while this peer is left out. A running call waits for this very event."""

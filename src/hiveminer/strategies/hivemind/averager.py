@@ -44,8 +44,9 @@ from hiveminer.config.run import SwarmSection
 from hiveminer.runtime.events import tell
 from hiveminer.strategies.hivemind.admission import Admission, epoch_in
 from hiveminer.strategies.hivemind.bounds import Bounds
+from hiveminer.strategies.hivemind.failure_detector import Group
 from hiveminer.strategies.hivemind.sketch import sketch_of
-from hiveminer.strategies.hivemind.state_transfer import StateDownload, StateInspector
+from hiveminer.strategies.hivemind.state_transfer import StateDownload, StateInspector, next_of
 from hiveminer.strategies.hivemind.stub import CheckedStub
 from hiveminer.swarm.peer import START_SECONDS
 from hiveminer.swarm.processes import settle
@@ -72,7 +73,19 @@ LINGER_SECONDS = 10.0
 """libp2p's daemon resets a stream that its server closes, and what is still in flight is
 lost: about one round in fifty. So the caller closes first; a server waits this long for it."""
 
-MAX_PEER_ID_BYTES = 256
+SILENCE_SECONDS = 5.0
+"""How much later than half of its group a member may begin to send, beyond one step of ours."""
+
+LONGEST_STEP_SECONDS = 15.0
+
+STALL_SECONDS = 10.0
+"""How long a member that has begun to send may pause."""
+
+CHECK_SECONDS = 0.25
+
+MAX_NEWS_BYTES = 2**20
+SHUNNED, GROUP = "shunned", "group"
+"""What hivemind's process reports to the program's."""
 
 
 class _WeightedAverager(StateDownload):
@@ -111,7 +124,11 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
         self._turning = threading.RLock()
         self._averaged = self._in_round = False
         self._sends_float16 = isinstance(kwargs.get("compression"), Float16Compression)
-        self._shunned_here, self._shunned_there = multiprocessing.Pipe(duplex=False)
+        self._news_here, self._news_there = multiprocessing.Pipe(duplex=False)
+        self._news_lock = threading.Lock()
+        self._shunned: set[str] = set()
+        self._group = Group()
+        self._step_seconds = multiprocessing.Value("d", 0.0)
         super().__init__(**kwargs)
         self.vouch()
 
@@ -224,11 +241,29 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
         self._outer_pipe.send(("_leave_out", [sorted(peers)], {}))
 
     def shunned(self) -> set[str]:
-        """Peers that have sent poison since this was last asked."""
-        peers = set()
-        while self._shunned_here.poll():
-            peers.add(self._shunned_here.recv_bytes(MAX_PEER_ID_BYTES).decode())
-        return peers
+        """Peers that were shunned since this was last asked."""
+        with self._news_lock:
+            self._read_news()
+            shunned, self._shunned = self._shunned, set()
+        return shunned
+
+    def group(self) -> Group:
+        """The running round, and its other members."""
+        with self._news_lock:
+            self._read_news()
+            return self._group
+
+    def _read_news(self) -> None:
+        while self._news_here.poll():
+            kind, *rest = MSGPackSerializer.loads(self._news_here.recv_bytes(MAX_NEWS_BYTES))
+            if kind == SHUNNED:
+                self._shunned.update(rest)
+            else:
+                self._group = Group(rest[0], frozenset(rest[1:]))
+
+    def set_step_seconds(self, seconds: float) -> None:
+        """How long a step of ours takes: members of a group may be that late."""
+        self._step_seconds.value = min(seconds, LONGEST_STEP_SECONDS)
 
     def _members_of(self, control: StepControl | None) -> int:
         """How many peers were in a round that has ended; 1 if it failed."""
@@ -254,9 +289,7 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
         settle(self._parent_pid)
         SwarmAverager._here = self
         self._own_vouch = b""
-        self._admission = Admission(
-            self.dht, on_shun=lambda peer: self._shunned_there.send_bytes(peer.encode())
-        )
+        self._admission = Admission(self.dht, on_shun=lambda peer: self._report(SHUNNED, peer))
         self._inspector = StateInspector(
             self.dht,
             donors_key=f"{self.prefix}.all_averagers",
@@ -266,6 +299,12 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
             all_bytes=self.state_bytes,
         )
         super().run()
+
+    def _report(self, *news: Any) -> None:
+        self._news_there.send_bytes(MSGPackSerializer.dumps(news))
+
+    def _patience_seconds(self) -> float:
+        return SILENCE_SECONDS + float(self._step_seconds.value)
 
     async def _set_target_group_size(self, size: int) -> None:
         """The key manager's own target stays unset: to it that is a limit, and it fails on a
@@ -293,7 +332,12 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
         if here is None:
             return stub
         return CheckedStub(
-            stub, peer, admission=here._admission, bounds=here.bounds, inspector=here._inspector
+            stub,
+            peer,
+            admission=here._admission,
+            bounds=here.bounds,
+            inspector=here._inspector,
+            patience_seconds=here._patience_seconds,
         )
 
     async def rpc_join_group(
@@ -348,7 +392,7 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
         """The parts that a peer sends, up to the first that must not be summed."""
         own: Sequence[Tensor] = ()
         number = 0
-        async for message in stream:
+        while (message := await self._next_part(stream, sender, number, len(own))) is not None:
             if number == 0:
                 own = await self._own_parts(message.group_id)
             if number < len(own):
@@ -364,6 +408,21 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
             yield message
             number += 1
 
+    async def _next_part(
+        self,
+        stream: AsyncIterator[averaging_pb2.AveragingData],
+        sender: PeerID,
+        number: int,
+        of: int,
+    ) -> averaging_pb2.AveragingData | None:
+        try:
+            return await asyncio.wait_for(next_of(stream), STALL_SECONDS)
+        except TimeoutError:
+            problem = f"it sent nothing for {STALL_SECONDS:.0f} s"
+            if 0 < number < of:  # before the first, it may be no member of any group
+                self._admission.note_silence(sender, problem)
+            raise AllreduceException(problem) from None
+
     async def _step(self, *, step: StepControl, future_for_init: Any) -> None:
         """As in the base class; a search for a group ends with the step that began it."""
         try:
@@ -373,13 +432,32 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
 
     async def _aggregate_with_group(self, group_info: Any, **kwargs: Any) -> _Gathered:
         """As in the base class; the result also says whether all of the average arrived."""
-        members = {str(peer) for peer in group_info.peer_ids}
+        members = {str(peer) for peer in group_info.peer_ids if peer != self.peer_id}
         self._admission.take_back(members)
-        gathered = _Gathered(await super()._aggregate_with_group(group_info, **kwargs))
+        self._report(GROUP, group_info.group_id, *sorted(members))
+        watching = asyncio.create_task(self._leave_out_silent(group_info.group_id))
+        try:
+            gathered = _Gathered(await super()._aggregate_with_group(group_info, **kwargs))
+        finally:
+            watching.cancel()
+            self._report(GROUP, b"")
         runner = self._running_groups[group_info.group_id].result()
         if runner.tensor_part_container.failed_size:
             gathered.whole = bool(self._admission.gone_of(members))
         return gathered
+
+    async def _leave_out_silent(self, group_id: bytes) -> None:
+        """Leave out the members that do not begin to send soon after half of the group has."""
+        runner = await asyncio.shield(self._running_groups[group_id])
+        # Hivemind has an event for all of them only.
+        while 2 * len(runner.active_senders) < len(runner.sender_peer_ids):  # noqa: ASYNC110
+            await asyncio.sleep(CHECK_SECONDS)
+        seconds = self._patience_seconds()
+        await asyncio.sleep(seconds)
+        for peer in silent_members(runner):
+            if not self._admission.gone(str(peer)).is_set():  # the program knows that already
+                self._admission.note_silence(peer, f"it sent nothing for {seconds:.0f} s")
+            await runner._ban_sender(peer)
 
     async def _own_parts(self, group_id: bytes) -> Sequence[Tensor]:
         """Our own tensors of the parts that we average for this group; none if it is not ours."""
@@ -416,6 +494,12 @@ async def end_search(matchmaking: Any, step: Any) -> None:
             for task in asyncio.all_tasks():
                 if getattr(task.get_coro(), "__name__", "") == SEARCH:
                     task.cancel()
+
+
+def silent_members(runner: Any) -> list[PeerID]:
+    """The members of an all-reduce that should have begun to send, and have not."""
+    begun = runner.active_senders | runner.banned_senders
+    return [peer for peer in runner.sender_peer_ids if peer not in begun]
 
 
 @contextlib.asynccontextmanager

@@ -1,10 +1,9 @@
-"""Looks, while a round is under way, at who is still there.
+"""Failure detector for averaging rounds: finds members that are gone, while the round runs.
 
-Hivemind waits for a partner that died until the whole averaging times out. Who is in the
-round can be asked: a live peer answers a ping, and reports to the DHT from a thread of its
-own however busy it is. A peer that twice does not answer, or whose last report has
-expired, is left out, and comes back with its next report. And when none of the others is in
-our epoch, nobody will come to a round of ours.
+Hivemind waits for a partner that died until the whole averaging times out. But a live peer
+answers a ping, and reports to the DHT from a thread of its own however busy it is. A peer that
+fails to do either in two checks is left out, and comes back with its next report. And when none
+of the others is in our epoch, nobody will join a round of ours.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from hiveminer.runtime.events import tell
 from hiveminer.strategies.hivemind.tracker import SampleTracker
@@ -22,25 +22,32 @@ from hiveminer.swarm.peer import Peer
 
 logger = logging.getLogger(__name__)
 
-FIRST_LOOK_SECONDS = 0.7
-"""Rounds that end sooner are not looked at."""
+FIRST_CHECK_SECONDS = 0.7
+"""Rounds that end sooner are not checked."""
 
-LOOK_SECONDS = 0.5
-"""Between two looks."""
+CHECK_SECONDS = 0.5
+"""Between two checks."""
 
 PING_SECONDS = 2.0
-"""A peer that has not answered within this has missed one look."""
+"""A peer that has not answered within this has missed a check."""
 
 MISSES = 2
-"""Looks that a peer may miss, less one."""
+"""Checks in a row that a peer misses before it is left out."""
 
 
-class Watch:
-    """Watches over rounds in a thread of its own.
+class Group(NamedTuple):
+    """The running round: its id, empty when none runs, and its other members."""
 
-    rounding: whether a round is under way now.
-    gone: told when peers were left out, after the tracker was.
-    deserted: told when nobody is left who would come to the round.
+    id: bytes = b""
+    members: frozenset[str] = frozenset()
+
+
+class FailureDetector:
+    """Checks the peers during rounds, in a thread of its own.
+
+    is_running: whether a round runs now. group: its members, as far as they are known.
+    on_lost: called with peers that are gone, after the tracker was told.
+    on_deserted: called when nobody is left who would join the round.
     """
 
     def __init__(
@@ -48,24 +55,26 @@ class Watch:
         *,
         peer: Peer,
         tracker: SampleTracker,
-        rounding: Callable[[], bool],
-        gone: Callable[[], None],
-        deserted: Callable[[], None],
+        is_running: Callable[[], bool],
+        group: Callable[[], Group],
+        on_lost: Callable[[set[str]], None],
+        on_deserted: Callable[[], None],
     ):
         self._peer = peer
         self._tracker = tracker
-        self._rounding = rounding
-        self._gone = gone
-        self._deserted = deserted
+        self._is_running = is_running
+        self._group = group
+        self._on_lost = on_lost
+        self._on_deserted = on_deserted
         self._busy = threading.Event()
         self._free = threading.Event()
-        self._closed = False
-        self._beside = ThreadPoolExecutor(1, thread_name_prefix="swarm-look")
-        self._thread = threading.Thread(target=self._run, name="swarm-watch", daemon=True)
-        self._thread.start()
+        self._closed = threading.Event()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="swarm-reports")
+        self.thread = threading.Thread(target=self._run, name="failure-detector", daemon=True)
+        self.thread.start()
 
     @contextmanager
-    def over(self) -> Iterator[None]:
+    def during(self) -> Iterator[None]:
         """Around whatever may end in a round."""
         self._free.clear()
         self._busy.set()
@@ -76,50 +85,52 @@ class Watch:
             self._free.set()
 
     def close(self) -> None:
-        self._closed = True
+        self._closed.set()
         self._busy.set()
         self._free.set()
-        self._beside.shutdown(wait=False, cancel_futures=True)
+        self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _run(self) -> None:
         while True:
             self._busy.wait()
-            if self._closed:
+            if self._closed.is_set():
                 return
-            if not self._free.wait(FIRST_LOOK_SECONDS):
+            if not self._free.wait(FIRST_CHECK_SECONDS):
                 try:
                     self._watch()
-                except RuntimeError as error:  # closed in the middle of a look
-                    logger.debug("the look at the peers ended: %r", error)
+                except RuntimeError as error:
+                    if not self._closed.is_set():
+                        raise
+                    logger.debug("closed in the middle of a check: %r", error)
 
     def _watch(self) -> None:
-        """Look until the round ends, and once more if somebody has missed a look by then."""
+        """Check until the round ends, and once more if somebody has missed a check by then."""
         misses: Counter[str] = Counter()
-        expected = self._others()
-        while not self._free.wait(LOOK_SECONDS) or any(misses.values()):
-            if self._closed:
+        watched = Watched()
+        while not self._free.wait(CHECK_SECONDS) or any(misses.values()):
+            if self._closed.is_set():
                 return
-            over = self._free.wait(0)
-            if not over and not self._rounding():
+            ended = self._free.wait(0)
+            if not ended and not self._is_running():
                 continue
-            expected |= self._others()
-            here = self._here(expected)
+            expected = watched.update(self._others(), self._group())
+            alive = self._alive(expected)
             for peer in expected:
-                misses[peer] = 0 if peer in here else misses[peer] + 1
+                misses[peer] = 0 if peer in alive else misses[peer] + 1
             lost = {peer for peer in expected if misses[peer] >= MISSES}
             if lost:
                 self._leave_out(lost, expected - lost)
-                expected -= lost
-            for peer in lost:
+                watched.leave_out(lost)
+            for peer in misses.keys() - watched.peers:
                 del misses[peer]
-            if over:
+            if ended:
                 return
-            if self._is_deserted(expected):
-                self._deserted()
+            if self._is_deserted(watched.peers):
+                self._on_deserted()
 
-    def _here(self, expected: set[str]) -> set[str]:
+    def _alive(self, expected: set[str]) -> set[str]:
         """Those of these peers that answer a ping and report to the DHT."""
-        reading = self._beside.submit(self._tracker.look, timeout_seconds=PING_SECONDS)
+        reading = self._executor.submit(self._tracker.refresh, timeout_seconds=PING_SECONDS)
         answering = self._peer.answering(expected, timeout_seconds=PING_SECONDS)
         reporting = reading.result()
         return answering if reporting is None else answering & reporting
@@ -128,9 +139,9 @@ class Watch:
         for peer in sorted(lost):
             self._tracker.leave_out(peer)
             rest = f"{len(left) + 1} peers are left" if left else "no other peer is left"
-            cause = f"peer {peer} does not answer or report any more"
+            cause = f"peer {peer} no longer answers or reports"
             tell(logger, "no_group", f"{cause}: it is left out, {rest}")
-        self._gone()
+        self._on_lost(lost)
 
     def _is_deserted(self, others: set[str]) -> bool:
         epochs, ours = self._tracker.reports.epochs, self._tracker.local_progress.epoch
@@ -138,3 +149,30 @@ class Watch:
 
     def _others(self) -> set[str]:
         return set(self._tracker.reports.seconds) - {self._peer.peer_id}
+
+
+class Watched:
+    """The peers to check: all that have reported since the watch began, and the members of the
+    running round, whether they still report or not.
+
+    A peer that was left out is checked again once it reports anew, or is a member of another
+    round: the averager takes back whoever joins a group.
+    """
+
+    def __init__(self) -> None:
+        self.peers: set[str] = set()
+        self._left_out: set[str] = set()
+        self._group = Group()
+
+    def update(self, reporting: set[str], group: Group) -> set[str]:
+        """Peers that report now, and the running round; all peers to check."""
+        if group.id != self._group.id:
+            self._group = group
+            self._left_out.clear()
+        self._left_out -= reporting
+        self.peers |= reporting | (group.members - self._left_out)
+        return set(self.peers)
+
+    def leave_out(self, lost: set[str]) -> None:
+        self.peers -= lost
+        self._left_out |= lost

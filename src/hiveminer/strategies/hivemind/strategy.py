@@ -29,7 +29,7 @@ from hiveminer.strategies.hivemind import state
 from hiveminer.strategies.hivemind.admission import SHUN_SECONDS
 from hiveminer.strategies.hivemind.averager import CHUNK_SECONDS, compression
 from hiveminer.strategies.hivemind.bounds import Bounds
-from hiveminer.strategies.hivemind.failure_detector import Watch
+from hiveminer.strategies.hivemind.failure_detector import FailureDetector
 from hiveminer.strategies.hivemind.optimizer import SwarmOptimizer
 from hiveminer.strategies.hivemind.tracker import REPORT_SECONDS
 from hiveminer.swarm.membership import Membership, announced_ip, start_peer
@@ -99,15 +99,16 @@ class HivemindStrategy(Strategy):
         self.optimizer.state_averager.set_target_group_size(self._target)
         self._trained_in: int | None = None
         self._deserted = False
-        self._gone: set[str] = set()
         self._lock = threading.Lock()
-        self._watch = Watch(
+        self._detector = FailureDetector(
             peer=peer,
             tracker=self.optimizer.tracker,
-            rounding=self._is_rounding,
-            gone=self._follow_live_peers,
-            deserted=self._give_up_looking,
+            is_running=self._is_rounding,
+            group=self.optimizer.state_averager.group,
+            on_lost=self._leave_out,
+            on_deserted=self._stop_searching,
         )
+        self._zeroed_at = 0.0
         self._stepped_at = -RECENT_SECONDS
         self._closed = False
         membership.watch("the averager's process", int(self.optimizer.state_averager.pid))
@@ -124,12 +125,15 @@ class HivemindStrategy(Strategy):
         """False when this peer had fallen behind, and has loaded the swarm's state instead."""
         with self._lock:
             self._trained_in = self.epoch
+            seconds = time.monotonic() - self._zeroed_at
+            self.optimizer.state_averager.set_step_seconds(seconds)
             try:
                 return self._step(batch_size)
             finally:
                 self._stepped_at = time.monotonic()
 
     def zero_grad(self) -> None:
+        self._zeroed_at = time.monotonic()
         self.optimizer.zero_grad(set_to_none=True)
 
     def idle(self) -> None:
@@ -209,7 +213,7 @@ class HivemindStrategy(Strategy):
         if self._closed:
             return
         self._closed = True
-        self._watch.close()
+        self._detector.close()
         try:
             self.optimizer.shutdown()
         except Exception as error:  # noqa: BLE001 - a dead process must not keep the rest up
@@ -223,7 +227,7 @@ class HivemindStrategy(Strategy):
         epoch, reloads = self.epoch, self.optimizer.reloads
         began = time.monotonic()
         self._deserted = False
-        with self._watch.over():
+        with self._detector.during():
             self.optimizer.step(batch_size=batch_size)
         if self._deserted:
             self.optimizer.load_state_from_peers()
@@ -247,27 +251,29 @@ class HivemindStrategy(Strategy):
         self.optimizer.load_state_from_peers()
 
     def _follow_live_peers(self) -> None:
-        """A group of all live peers of our epoch is complete; who sent poison is none.
+        """A group of all live peers of our epoch is complete; those that are shunned do not count.
 
-        Before each step, and during one by the watch, in its thread, when somebody is gone.
+        Called before each step, and by the failure detector, in its thread, during one.
         """
         for peer in self.optimizer.state_averager.shunned():
             self.optimizer.tracker.leave_out(peer, shun_seconds=SHUN_SECONDS)
-        gone = self.optimizer.tracker.reports.gone
-        if gone != self._gone:  # one is lost, or back
-            self.optimizer.state_averager.leave_out(gone)
-            self._gone = gone
         target = max(2, 1 + len(self.optimizer.tracker.companions))
         if target != self._target:
             self.optimizer.state_averager.set_target_group_size(target)
             self._target = target
 
+    def _leave_out(self, lost: set[str]) -> None:
+        """Called by the failure detector. The averager is told each time: it takes back whoever
+        joins a group, so what it was told before may count no longer."""
+        self.optimizer.state_averager.leave_out(lost)
+        self._follow_live_peers()
+
     def _is_rounding(self) -> bool:
         control = self.optimizer.state_averager.last_control
         return control is not None and control.triggered and not control.done()
 
-    def _give_up_looking(self) -> None:
-        """Told by the watch, in its thread: nobody will come to our round."""
+    def _stop_searching(self) -> None:
+        """Called by the failure detector, in its thread: nobody will join our round."""
         control = self.optimizer.state_averager.last_control
         if control is None or control.done():
             return

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,6 +24,10 @@ from hiveminer.strategies.hivemind.state_transfer import OPEN_SECONDS, StateInsp
 
 T = TypeVar("T")
 
+ANSWER_SECONDS = 15.0
+"""Timeout for a group member's next averaged part, beyond the time that it gives the others to
+begin."""
+
 
 class CheckedStub:
     """Calls another averager if it is a registered peer's, and checks what it answers."""
@@ -36,12 +40,14 @@ class CheckedStub:
         admission: Admission,
         bounds: Bounds,
         inspector: StateInspector,
+        patience_seconds: Callable[[], float],
     ):
         self._stub = stub
         self._peer = peer
         self._admission = admission
         self._bounds = bounds
         self._inspector = inspector
+        self._patience_seconds = patience_seconds
 
     async def rpc_join_group(self, request: averaging_pb2.JoinRequest) -> Any:
         await self._check()
@@ -71,7 +77,7 @@ class CheckedStub:
         """What a group member has averaged for us, until it is gone or it cannot be an average."""
         loop = asyncio.get_running_loop()
         async with contextlib.aclosing(stream) as messages:
-            while (message := await self._unless_gone(next_of(messages))) is not None:
+            while (message := await self._next_answer(messages)) is not None:
                 if sent.waiting and message.code == averaging_pb2.AVERAGED_PART:
                     part = sent.waiting.popleft()
                     check = partial(_problem_with_result, message, part, self._bounds)
@@ -82,6 +88,17 @@ class CheckedStub:
                 yield message
                 if await sent.is_answered():
                     return
+
+    async def _next_answer(
+        self, messages: AsyncIterator[averaging_pb2.AveragingData]
+    ) -> averaging_pb2.AveragingData | None:
+        seconds = ANSWER_SECONDS + self._patience_seconds()
+        try:
+            return await asyncio.wait_for(self._unless_gone(next_of(messages)), seconds)
+        except TimeoutError:
+            problem = f"it sent no average within {seconds:.0f} s"
+            self._admission.note_silence(self._peer, problem)
+            raise AllreduceException(problem) from None
 
     async def _unless_gone(self, call: Coroutine[Any, Any, T]) -> T:
         """The result of a call; raises AllreduceException once its peer is left out."""

@@ -146,7 +146,7 @@ class SampleTracker(ProgressTracker):  # type: ignore[misc]
         progress = self.global_progress
         progress.num_peers = max(1, progress.num_peers - 1)
 
-    def look(self, *, timeout_seconds: float) -> set[str] | None:
+    def refresh(self, *, timeout_seconds: float) -> set[str] | None:
         """Read the reports now, even in the middle of a round: the peers that are there, this
         one included; None when the DHT does not answer in time."""
         future = self.dht.get(self.training_progress_key, latest=True, return_future=True)
