@@ -22,7 +22,8 @@ from tiny import tiny_model
 from hiveminer.config.run import Run
 from hiveminer.swarm import Identity, Peer
 from hiveminer.swarm.membership import Membership
-from hiveminer.strategies.hivemind.averager import SwarmAverager, averager_prefix
+from hiveminer.strategies.hivemind.averager import SwarmAverager
+from hiveminer.strategies.hivemind.records import averager_prefix
 from hiveminer.strategies.hivemind.strategy import HivemindStrategy
 
 torch.set_num_threads(1)

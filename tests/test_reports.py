@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from bittensor.keyfiles import Keypair
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.p2p import PeerID
+from hivemind.utils.timed_storage import ValueWithExpiration
 
-from hiveminer.strategies.hivemind.tracker import Reports
+from hiveminer.strategies.hivemind.tracker import Reports, swarm_epoch
 from hiveminer.swarm import Identity
 
 
@@ -18,11 +20,17 @@ def peer(number: int) -> PeerID:
     return PeerID(b"\x12\x20" + bytes([number]) * 32)
 
 
+def report(number: int = 0, *, epoch: int = 4, time: float = 100.0, **changes: Any) -> Any:
+    value = {
+        "peer_id": peer(number).to_bytes(), "epoch": epoch, "time": time,
+        "samples_accumulated": 0, "samples_per_second": 1.0, "client_mode": False,
+    }  # fmt: skip
+    return ValueWithExpiration(value | changes, 1e12)
+
+
 def entries(*epochs: int, time: float = 100.0) -> dict[str, Any]:
     return {
-        f"key {number}": SimpleNamespace(
-            value={"peer_id": peer(number).to_bytes(), "epoch": epoch, "time": time}
-        )
+        f"key {number}": report(number, epoch=epoch, time=time)
         for number, epoch in enumerate(epochs)
     }
 
@@ -51,24 +59,80 @@ def test_who_sent_poison_counts_again_after_a_while() -> None:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "believed"),
+    ("others", "epoch"),
     [
-        ([5, 5, 10**9], 2),  # it would send everybody after a state that nobody has
-        ([5, 6, 5, 10**9], 3),
-        ([5, 5, 7], 3),
-        ([5, 5, 50, 51], 4),  # the other half of a swarm that was split
-        ([5, 50], 2),  # nobody can say who is right
-        ([0, 0, 0], 3),
+        ([], 0),
+        ([5, 5, 10**9], 5),  # it would send everybody after a state that nobody has
+        ([5, 6, 5, 10**9], 5),
+        ([5, 7], 5),
+        ([5, 6, 6], 6),
+        ([5, 50, 51], 50),  # the other half of a swarm that was split
+        ([50], 50),  # of two, nobody can say who is right
     ],
 )
-def test_one_peer_alone_cannot_claim_an_epoch_far_ahead(epochs: list[int], believed: int) -> None:
-    assert len(Reports().read(entries(*epochs))) == believed
+def test_the_swarm_is_in_the_epoch_that_most_peers_have_reached(
+    others: list[int], epoch: int
+) -> None:
+    assert swarm_epoch(others) == epoch
+
+
+def test_who_is_ahead_of_most_is_a_peer_and_does_not_set_the_epoch() -> None:
+    reports = Reports(own=str(peer(0)))
+    kept = reports.read(entries(5, 5, 7), own_epoch=5)
+    assert max(entry.value["epoch"] for entry in kept.values()) == 5
+    assert reports.others == {str(peer(1)): 5, str(peer(2)): 7}
+    # Whoever ended the epoch together with us counts, though most have not yet.
+    assert len(reports.read(entries(6, 5, 6), own_epoch=6)) == 3
+
+
+def test_rows_that_nobody_can_have_trained_do_not_count() -> None:
+    now = 0.0
+    reports = Reports(own=str(peer(0)), clock=lambda: now)
+
+    def rows_of_liar(claimed: int, *, epoch: int = 4) -> int:
+        honest = report(0, epoch=epoch, samples_per_second=10.0, samples_accumulated=20)
+        liar = report(1, epoch=epoch, samples_per_second=1e9, samples_accumulated=claimed)
+        kept = reports.read({"key 0": honest, "key 1": liar}, own_epoch=epoch)
+        assert kept["key 0"].value["samples_accumulated"] == 20
+        return int(kept["key 1"].value["samples_accumulated"])
+
+    rows_of_liar(0)
+    now = 1.0
+    assert rows_of_liar(1_000_000) == 40  # four times as fast as the fastest other
+    now = 2.0
+    assert rows_of_liar(1_000_000) == 80
+    now = 3.0
+    assert rows_of_liar(1_000_000, epoch=5) == 40
+    now = 4.0
+    assert rows_of_liar(60, epoch=5) == 60  # as an honest one's do
+
+
+def test_a_lone_peer_s_rows_all_count() -> None:
+    reports = Reports(own=str(peer(0)), clock=lambda: 0.0)
+    kept = reports.read({"key": report(0, samples_accumulated=10_000)}, own_epoch=4)
+    assert kept["key"].value["samples_accumulated"] == 10_000
+    # Nor does one that has never trained set a limit.
+    idle = report(1, samples_per_second=1e-20)
+    kept = reports.read({"key": report(0, samples_accumulated=20_000), "idle": idle}, own_epoch=4)
+    assert kept["key"].value["samples_accumulated"] == 20_000
+
+
+def test_a_peer_counts_once_however_often_it_writes() -> None:
+    reports = Reports()
+    twice = {"a": report(0, time=1.0), "b": report(0, time=2.0, samples_accumulated=3)}
+    assert list(reports.read(twice)) == ["b"]
 
 
 @pytest.mark.parametrize(
     "value",
-    [None, {}, {"peer_id": "x", "time": 1.0, "epoch": 1}, {"peer_id": b"", "time": 1.0}, [1], "x"],
-)
+    [
+        None, {}, {"peer_id": "x", "time": 1.0, "epoch": 1}, [1], "x",
+        report(time=math.nan).value, report(time=math.inf).value, report(epoch=-1).value,
+        report(epoch=2**60).value, report(epoch=True).value, report(peer_id=b"").value,
+        report(samples_accumulated=1.5).value, report(samples_per_second=math.inf).value,
+        report(client_mode=0).value, report(more=1).value,
+    ],
+)  # fmt: skip
 def test_what_is_no_report_does_not_count(value: object) -> None:
     reports = Reports()
     assert reports.read({"key": SimpleNamespace(value=value)}) == {}
@@ -78,10 +142,8 @@ def test_what_is_no_report_does_not_count(value: object) -> None:
 def test_a_report_counts_for_the_peer_that_signed_it() -> None:
     identity = Identity(Keypair.create_from_uri("//A"), run_id="a-b-c", key_path=None)
     owner = RSASignatureValidator(identity.private_key).local_public_key
-    value = {"peer_id": PeerID.from_base58(identity.peer_id).to_bytes(), "time": 1.0, "epoch": 1}
-    true = {owner: SimpleNamespace(value=value)}
-    assert Reports(signed=True).read(true) == true
-    for other in ({**value, "peer_id": peer(1).to_bytes()},):
-        assert Reports(signed=True).read({owner: SimpleNamespace(value=other)}) == {}
+    ours = report(peer_id=PeerID.from_base58(identity.peer_id).to_bytes(), epoch=0)
+    assert Reports(signed=True).read({owner: ours}) == {owner: ours}
+    assert Reports(signed=True).read({owner: report(1, epoch=0)}) == {}
     for key in ("key 0", b"", b"[owner:x]", owner + owner):
-        assert Reports(signed=True).read({key: SimpleNamespace(value=value)}) == {}
+        assert Reports(signed=True).read({key: ours}) == {}

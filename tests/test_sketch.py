@@ -66,13 +66,14 @@ GOOD, BAD, WORSE = (sketch_of(weights(seed)) for seed in (0, 9, 10))
     [
         (4, GOOD, [], False),  # nobody else is there
         (4, GOOD, [(4, GOOD), (4, GOOD)], False),
-        (4, BAD, [(4, GOOD)], False),  # one word against another
+        (4, BAD, [(4, GOOD)], True),  # one word against another: none is taken
         (4, BAD, [(4, GOOD), (4, GOOD)], True),
-        (4, GOOD, [(4, BAD), (4, WORSE)], False),  # a round that failed for all
+        (4, GOOD, [(4, BAD), (4, WORSE)], True),  # a round that failed for all
+        (4, GOOD, [(4, BAD), (4, GOOD), (4, WORSE)], False),
         (4, GOOD, [(4, BAD), (4, BAD), (4, WORSE)], True),
         (4, BAD, [(4, GOOD), (4, GOOD), (4, BAD)], False),  # two against two
         (4, BAD, [(4, GOOD)] * 3 + [(4, BAD)], True),
-        (4, GOOD, [(3, BAD), (5, BAD)], False),  # an epoch apart: other weights, of course
+        (4, GOOD, [(3, BAD), (5, BAD)], True),  # an epoch apart: nobody vouches for it
         (4, GOOD, [(5, BAD), (5, BAD)], True),  # nobody is there any more
         (4, GOOD, [(5, BAD), (4, GOOD)], False),
         (10**9, BAD, [(4, GOOD), (4, GOOD)], True),
@@ -90,6 +91,7 @@ def test_the_majority_decides(
     [
         None, 1, [], [1], [1, 2], [1, [0.0] * (NUMBERS - 1)], [1.5, [0.0] * NUMBERS],
         [1, [math.nan] * NUMBERS], [1, [math.inf] + [0.0] * (NUMBERS - 1)],
+        [-1, [0.0] * NUMBERS], [2**60, [0.0] * NUMBERS], [True, [0.0] * NUMBERS],
         [1, ["x"] * NUMBERS], [1, [0.0] * NUMBERS, 2], {"epoch": 1},
     ],
 )  # fmt: skip

@@ -29,6 +29,7 @@ from hiveminer.errors import OperatorError, SwarmError
 from hiveminer.runtime.events import tell
 from hiveminer.swarm.identity import Authorizer, Identity, change_admitted, guard, identify
 from hiveminer.swarm.processes import mark_temporary_folder, settle, start_shared_memory, sweep
+from hiveminer.swarm.records import SignedRecords, protect_records
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +180,8 @@ class Peer:
     def _start(self, options: dict[str, Any], identity_path: Path | None) -> _Node:
         if self.identity is not None:
             # Nobody is admitted before the handlers are guarded.
-            options["authorizer"] = Authorizer(self.identity)
+            options["authorizer"] = authorizer = Authorizer(self.identity)
+            options["record_validators"] = [SignedRecords(authorizer)]
             with self.identity.key_file() as path:
                 return _Node(start=True, identity_path=str(path), **options)
         if identity_path is not None:
@@ -198,6 +200,7 @@ class Peer:
         """Let registered peers in, behind the guard."""
         try:
             assert self.peer_id == identity.peer_id
+            self._ask(protect_records, timeout_seconds=START_SECONDS)
             self._ask(guard, timeout_seconds=START_SECONDS)
             self.admit(admitted)
         except BaseException:

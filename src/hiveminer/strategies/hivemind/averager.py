@@ -45,8 +45,14 @@ from hiveminer.runtime.events import tell
 from hiveminer.strategies.hivemind.admission import Admission, epoch_in
 from hiveminer.strategies.hivemind.bounds import Bounds
 from hiveminer.strategies.hivemind.failure_detector import Group
+from hiveminer.strategies.hivemind.records import averager_prefix
 from hiveminer.strategies.hivemind.sketch import sketch_of
-from hiveminer.strategies.hivemind.state_transfer import StateDownload, StateInspector, next_of
+from hiveminer.strategies.hivemind.state_transfer import (
+    StateDownload,
+    StateInspector,
+    next_of,
+    tame_moments,
+)
 from hiveminer.strategies.hivemind.stub import CheckedStub
 from hiveminer.swarm.peer import START_SECONDS
 from hiveminer.swarm.processes import settle
@@ -119,7 +125,8 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
     group_size = 1
     is_whole = True
 
-    def __init__(self, *, bounds: Bounds, **kwargs: Any):
+    def __init__(self, *, run_id: str, bounds: Bounds, **kwargs: Any):
+        self.run_id = run_id
         self.bounds = bounds
         self._turning = threading.RLock()
         self._averaged = self._in_round = False
@@ -129,7 +136,7 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
         self._shunned: set[str] = set()
         self._group = Group()
         self._step_seconds = multiprocessing.Value("d", 0.0)
-        super().__init__(**kwargs)
+        super().__init__(prefix=averager_prefix(run_id), **kwargs)
         self.vouch()
 
     # --- in the program's own process ----------------------------------------------------
@@ -225,7 +232,15 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
     def load_state_from_peers(self, **kwargs: Any) -> None:  # type: ignore[override]
         super().load_state_from_peers(**kwargs)
         if self.loaded:
+            tame_moments(self.optimizer)
             self.vouch()
+
+    def _update_scheduler(self) -> None:
+        """As in the base class, but in one step, however large the epoch."""
+        if self.scheduler and self.scheduler._step_count <= self.local_epoch:
+            self.scheduler._step_count = self.local_epoch
+            self.scheduler.last_epoch = self.local_epoch - 1
+            self.scheduler.step()
 
     def begin_epoch(self) -> None:
         """Make the present weights the epoch's first: there was no averaging."""
@@ -292,7 +307,7 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
         self._admission = Admission(self.dht, on_shun=lambda peer: self._report(SHUNNED, peer))
         self._inspector = StateInspector(
             self.dht,
-            donors_key=f"{self.prefix}.all_averagers",
+            run_id=self.run_id,
             own_id=self.peer_id,
             stub_of=lambda peer: self.get_stub(self._p2p, peer, namespace=self.prefix),
             weights=len(self.main_parameters),
@@ -525,10 +540,6 @@ def problem_with_part(
         return None  # the base class refuses it; it does not read the codes of later ones
     problem = bounds.problem_with_weight(message.weight)
     return problem or bounds.problem_with(deserialize_torch_tensor(message.tensor_part), own)
-
-
-def averager_prefix(run_id: str) -> str:
-    return f"{run_id}_state_averager"
 
 
 def compression(section: SwarmSection) -> CompressionBase:

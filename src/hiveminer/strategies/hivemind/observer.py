@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from hiveminer.config.run import Run
 from hiveminer.strategies.base import Context, GlobalState, Observer, local_step
-from hiveminer.strategies.hivemind.averager import CHUNK_SECONDS, SwarmAverager, averager_prefix
+from hiveminer.strategies.hivemind.averager import CHUNK_SECONDS, SwarmAverager
 from hiveminer.strategies.hivemind.bounds import Bounds
+from hiveminer.strategies.hivemind.records import Shapes
 from hiveminer.strategies.hivemind.tracker import SampleTracker
 from hiveminer.swarm import Peer
 from hiveminer.swarm.membership import Membership
@@ -34,6 +35,7 @@ class HivemindObserver(Observer):
         self.membership = membership
         self._closed = False
         peer = membership.peer
+        peer.dht.add_validators([Shapes(run_id)])
         self._tracker = SampleTracker(
             dht=peer.dht,
             prefix=run_id,
@@ -47,7 +49,7 @@ class HivemindObserver(Observer):
         )
         self._averager = SwarmAverager(
             dht=peer.dht,
-            prefix=averager_prefix(run_id),
+            run_id=run_id,
             params=parameter_groups(model.parameters(), weight_decay=run.optimizer.weight_decay),
             optimizer=lambda groups: build_optimizer(groups, run.optimizer),
             scheduler=lambda optimizer: build_scheduler(optimizer, run.optimizer),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import hivemind
 
-from hiveminer.strategies.hivemind.averager import SwarmAverager, averager_prefix
+from hiveminer.runtime.events import tell
+from hiveminer.strategies.hivemind.averager import SwarmAverager
+from hiveminer.strategies.hivemind.records import Shapes
 from hiveminer.strategies.hivemind.tracker import SampleTracker
+
+logger = logging.getLogger(__name__)
 
 
 class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
@@ -17,9 +22,10 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
     """How often a step was thrown away because this peer had fallen behind."""
 
     def _make_state_averager(self, **kwargs: Any) -> SwarmAverager:
+        self.dht.add_validators([Shapes(self.run_id)])
         return SwarmAverager(
             dht=self.dht,
-            prefix=averager_prefix(self.run_id),
+            run_id=self.run_id,
             min_matchmaking_time=self.matchmaking_time,
             allreduce_timeout=self.allreduce_timeout,
             shutdown_timeout=self.shutdown_timeout,
@@ -46,5 +52,11 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         return bool(super()._should_load_state_from_peers() or self.tracker.is_left_behind)
 
     def load_state_from_peers(self, **kwargs: Any) -> None:
+        """As in the base class; whoever is ahead and hands out no sound state is left out."""
         self.reloads += 1
+        epoch = self.local_epoch
         super().load_state_from_peers(**kwargs)
+        loaded = bool(self.state_averager.loaded)
+        for peer in sorted(self.tracker.note_download(epoch=epoch, loaded=loaded)):
+            cause = f"peer {peer} says that it is ahead, and gave no state that can be used"
+            tell(logger, "state_download", f"{cause}: it is left out for a while")

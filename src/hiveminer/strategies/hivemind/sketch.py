@@ -30,6 +30,8 @@ leaves about a thousandth."""
 FAR_EPOCHS = 2
 """Peers of one swarm are not further apart than this."""
 
+MAX_COUNT = 2**53
+
 Vouch = tuple[int, list[float]]
 """What a peer says of its state: the epoch, and the sketch of its weights."""
 
@@ -73,8 +75,8 @@ def contradiction(epoch: int, seen: Sequence[float], vouches: Sequence[Vouch]) -
     """Why a donor's state is not the swarm's; None if it may be.
 
     epoch, seen: the epoch that the donor names, and the sketch of the weights that it sent.
-    vouches: what the other peers say of their own. The donor's own word counts for one, so
-    of two that contradict each other neither is refused: nobody could say who is right.
+    vouches: what the other peers say of their own. At least one of them has to agree, if there
+    are any, and not be outvoted; the donor's own word counts for one.
     """
     same = [numbers for other, numbers in vouches if other == epoch]
     others = [numbers for numbers in same if not agree(seen, numbers)]
@@ -85,9 +87,8 @@ def contradiction(epoch: int, seen: Sequence[float], vouches: Sequence[Vouch]) -
     far = sum(abs(other - epoch) > FAR_EPOCHS for other, _ in vouches)
     if far > len(vouches) - far + 1:
         return f"it says epoch {epoch}, and {far} of {len(vouches)} peers are far from it"
-    ahead = sum(other > epoch for other, _ in vouches)
-    if not same and ahead > len(vouches) - ahead:
-        return f"it is of epoch {epoch}, and {ahead} of {len(vouches)} peers are ahead of it"
+    if vouches and len(same) == len(others):
+        return f"it is of epoch {epoch}, and none of {len(vouches)} peers vouches for it"
     return None
 
 
@@ -96,7 +97,9 @@ def read_vouch(said: object) -> Vouch | None:
     if not isinstance(said, list | tuple) or len(said) != 2:
         return None
     epoch, numbers = said
-    if not isinstance(epoch, int) or not isinstance(numbers, list | tuple):
+    if type(epoch) is not int or not 0 <= epoch <= MAX_COUNT:
+        return None
+    if not isinstance(numbers, list | tuple):
         return None
     if len(numbers) != NUMBERS or not all(isinstance(number, float) for number in numbers):
         return None

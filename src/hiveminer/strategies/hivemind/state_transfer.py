@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from hivemind.averaging import DecentralizedAverager
@@ -26,9 +26,18 @@ from hivemind.proto import averaging_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from hivemind.utils.streaming import combine_from_streaming
 from torch import Tensor
+from torch.optim import Optimizer
 
 from hiveminer.runtime.events import tell
-from hiveminer.strategies.hivemind.sketch import Sketch, Vouch, contradiction, read_vouch
+from hiveminer.strategies.hivemind.records import (
+    MAX_COUNT,
+    averager_prefix,
+    donors_in,
+    donors_key,
+    progress_key,
+    reporters_in,
+)
+from hiveminer.strategies.hivemind.sketch import Sketch, Vouch, agree, contradiction, read_vouch
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +49,9 @@ OPEN_SECONDS = 10.0
 SLOWEST_BYTES = 125_000.0
 """Bytes per second; a slower donor is given up for the next one."""
 
-MAX_METADATA_BYTES = 16 * 2**20
+METADATA_BYTES = 2**16
+METADATA_BYTES_PER_TENSOR = 2**9
+"""The size of a state's metadata: hivemind describes each tensor of the optimizer."""
 
 VOUCH_SECONDS = 3.0
 MAX_VOUCH_BYTES = 1024
@@ -91,8 +102,11 @@ class StateDownload(DecentralizedAverager):  # type: ignore[misc]
         if problem:
             tell(logger, "state_download", f"a peer's state is refused: {problem}")
             return None
-        self.loaded_epoch = state[0]["epoch"]
-        return state  # type: ignore[no-any-return]
+        metadata, tensors = state
+        self.loaded_epoch = metadata["epoch"]
+        # What is no tensor, such as the learning rate, follows from the run, not from a peer.
+        own = dump_optimizer_state(self.optimizer)[0]
+        return {"epoch": self.loaded_epoch, "optimizer_metadata": own}, tensors
 
     def _wait_for(self, future: Any, timeout: float | None) -> Any:
         """The future's result; fails early when the averager's process has ended."""
@@ -110,10 +124,8 @@ class StateDownload(DecentralizedAverager):  # type: ignore[misc]
 
     def _problem_with(self, state: tuple[Any, Any]) -> str | None:
         metadata, tensors = state
-        if not isinstance(metadata, dict) or not isinstance(metadata.get("epoch"), int):
+        if not isinstance(metadata, dict) or not is_epoch(metadata.get("epoch")):
             return "its epoch is missing"
-        if not isinstance(metadata.get("optimizer_metadata"), list):
-            return "the description of its optimizer is missing"
         shapes = [tuple(tensor.shape) for tensor in self._state_tensors()]
         if [tuple(tensor.shape) for tensor in tensors] != shapes:
             return "its tensors have other shapes than ours"
@@ -125,7 +137,7 @@ class StateDownload(DecentralizedAverager):  # type: ignore[misc]
 class StateInspector:
     """Checks donors' states as they come in, in hivemind's averager process.
 
-    dht, donors_key: where the donors declare themselves. own_id: is not asked.
+    dht, run_id: where the peers of the run declare themselves. own_id: is not asked.
     stub_of: how to call a peer's averager.
     weights: the number of weight tensors; all_bytes: the size of a whole state.
     """
@@ -134,14 +146,14 @@ class StateInspector:
         self,
         dht: Any,
         *,
-        donors_key: str,
+        run_id: str,
         own_id: PeerID,
         stub_of: Callable[[PeerID], Any],
         weights: int,
         all_bytes: int,
     ):
         self._dht = dht
-        self._donors_key = donors_key
+        self._run_id = run_id
         self._own_id = own_id
         self._stub_of = stub_of
         self._weights = weights
@@ -170,40 +182,53 @@ class StateInspector:
             await loop.run_in_executor(None, state.end_tensor)
             if state.epoch is None:
                 raise AllreduceException("it has none to hand out")
-            others = await self._vouches_for(state.epoch, but=str(donor))
-            problem = contradiction(state.epoch, state.sketch.numbers, others)
+            problem = await self._problem_with(state.epoch, state.sketch.numbers, str(donor))
             if problem is not None:
                 raise AllreduceException(problem)
         except AllreduceException as error:
             tell(logger, "state_download", f"the state of peer {donor} is refused: {error}")
             raise
 
-    async def _vouches_for(self, epoch: int, *, but: str) -> list[Vouch]:
-        """What the peers but the donor vouch for.
+    async def _problem_with(self, epoch: int, seen: list[float], donor: str) -> str | None:
+        """Why this is not the swarm's state; None if it may be.
 
-        Asked again while none of them is in this epoch: it may have begun during the download.
+        The peers are asked again while the donor or all others are in another epoch: this one
+        may have begun, or ended, during the download.
         """
-        for _ in range(VOUCH_ATTEMPTS):
-            others = [vouch for peer, vouch in self._vouches.items() if peer != but]
-            if not others or any(other == epoch for other, _ in others):
+        problem: str | None = None
+        for attempt in range(VOUCH_ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(1.0)
+                await self.prepare()
+            others = [vouch for peer, vouch in self._vouches.items() if peer != donor]
+            own = self._vouches.get(donor)
+            problem = contradiction(epoch, seen, others)
+            if problem is None and (own is None or own[0] != epoch or not agree(seen, own[1])):
+                problem = f"it is of epoch {epoch}, and the donor itself does not vouch for it"
+            elif any(other == epoch for other, _ in others):
                 break
-            await asyncio.sleep(1.0)
-            self._vouches = await self._ask_for_vouches()
-        return others
+            if problem is None:
+                break
+        return problem
 
     async def _ask_for_vouches(self) -> dict[str, Vouch]:
-        try:
-            record = await asyncio.wait_for(
-                self._dht.get(self._donors_key, latest=True, return_future=True), VOUCH_SECONDS
-            )
-            peers = [PeerID(name) for name in (record.value if record else {})]
-        except Exception as error:  # noqa: BLE001 - then nobody vouches
-            logger.debug("the donors could not be read: %r", error)
-            return {}
-        peers = [peer for peer in peers if peer != self._own_id]
-        asked = random.sample(peers, min(len(peers), MAX_VOUCHES))
+        donors, reporting = await asyncio.gather(
+            self._read(donors_key(averager_prefix(self._run_id))),
+            self._read(progress_key(self._run_id)),
+        )
+        peers = set(donors_in(donors)) | reporters_in(reporting)
+        peers.discard(self._own_id)
+        asked = random.sample(sorted(peers), min(len(peers), MAX_VOUCHES))
         vouches = await asyncio.gather(*map(self._vouch_of, asked))
         return {str(peer): vouch for peer, vouch in zip(asked, vouches, strict=True) if vouch}
+
+    async def _read(self, key: str) -> Any:
+        try:
+            future = self._dht.get(key, latest=True, return_future=True)
+            return await asyncio.wait_for(future, VOUCH_SECONDS)
+        except Exception as error:  # noqa: BLE001 - then nobody is in it
+            logger.debug("%s could not be read: %r", key, error)
+            return None
 
     async def _vouch_of(self, peer: PeerID) -> Vouch | None:
         try:
@@ -237,7 +262,8 @@ class IncomingState:
     def add(self, message: averaging_pb2.DownloadData) -> None:
         """Take one message; raises AllreduceException when it is refused."""
         self._bytes += len(message.tensor_part.buffer)
-        if self._bytes > self._all_bytes or len(message.metadata) > MAX_METADATA_BYTES:
+        longest = METADATA_BYTES + METADATA_BYTES_PER_TENSOR * self._weights
+        if self._bytes > self._all_bytes or len(message.metadata) > longest:
             raise AllreduceException("it is larger than a state can be")
         allowed = OPEN_SECONDS + self._bytes / SLOWEST_BYTES
         if time.monotonic() - self._began > allowed:
@@ -245,7 +271,7 @@ class IncomingState:
         if message.metadata:
             metadata = MSGPackSerializer.loads(message.metadata)
             epoch = metadata.get("epoch") if isinstance(metadata, dict) else None
-            self.epoch = epoch if isinstance(epoch, int) else None
+            self.epoch = epoch if is_epoch(epoch) else None
         if message.tensor_part.dtype and self._parts:
             self.end_tensor()
         self._parts.append(message.tensor_part)
@@ -261,6 +287,25 @@ class IncomingState:
         if self._tensors < self._weights:
             self.sketch.add(tensor)
         self._tensors += 1
+
+
+def is_epoch(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value <= MAX_COUNT
+
+
+def tame_moments(optimizer: Optimizer) -> None:
+    """Bring moments that a peer sent into what gradients can have made of them.
+
+    Nobody vouches for them. With AdamW's usual betas a first moment is below ten times the
+    square root of the second, which is never negative.
+    """
+    with torch.no_grad():
+        for moments in optimizer.state.values():
+            if not {"exp_avg", "exp_avg_sq", "step"} <= moments.keys():
+                continue
+            moments["step"].clamp_(0, MAX_COUNT)
+            most = moments["exp_avg_sq"].clamp_(min=0).sqrt().mul_(10)
+            moments["exp_avg"].clamp_(-most, most)
 
 
 async def next_of(messages: AsyncIterator[T]) -> T | None:

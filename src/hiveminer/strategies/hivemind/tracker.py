@@ -4,106 +4,154 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-import statistics
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
-from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.optim.progress_tracker import ProgressTracker
-from hivemind.p2p import PeerID
 
-from hiveminer.swarm.identity import peer_id_of_key
+from hiveminer.strategies.hivemind.records import Report, read_report, signer_of
 
 logger = logging.getLogger(__name__)
 
-OWNER = re.compile(RSASignatureValidator.PUBLIC_KEY_REGEX)
-
 REPORT_SECONDS = 8.0
-"""A peer that has not reported for so long is no longer counted; it reports twice as often,
+"""A peer that has not reported for this long is no longer counted; it reports twice as often,
 in a thread of its own, however long its steps are."""
 
 LAST_SECONDS = 1.0
-"""What the thread is still asked for when it ends has so long to end as well."""
+"""Timeout for the tasks that the thread leaves when it ends."""
 
-BELIEVED_EPOCHS = 2
-"""An epoch further ahead of the others' than this is believed only if two peers report it."""
+SPEED_RATIO = 4.0
+"""No peer is counted as faster than this many times the fastest of the others. It bounds what a
+peer that only claims to train can do: end epochs early."""
+
+SLOWEST_SPEED = 1e-6
+"""Rows per second; hivemind's figure for a peer that has not trained yet is below it."""
+
+AHEAD_SECONDS = 30.0
+MAX_AHEAD_SECONDS = 480.0
+"""How long a peer that claims to be ahead and does not hand out a sound state is left out: twice
+as long each time."""
+
+
+@dataclass
+class Counted:
+    """A peer's last report that was read: when, by our clock, its epoch, and its rows in it."""
+
+    at: float
+    epoch: int
+    rows: float
 
 
 class Reports:
     """The peers' reports, as they were last read, without those that do not count.
 
-    signed: only those that are signed with the key of the peer that they are of count; the
+    own: our peer id. signed: count only reports under the key of the peer that they name; the
         DHT has checked the signature itself.
 
-    seconds, epochs: when each peer made its report, by its own clock, and the epoch that it
-        is in, by peer id.
+    seconds, epochs: when each peer made its report, by its own clock, and its epoch, by peer id.
     """
 
-    def __init__(self, *, signed: bool = False, clock: Callable[[], float] = monotonic):
+    def __init__(
+        self, *, own: str = "", signed: bool = False, clock: Callable[[], float] = monotonic
+    ):
         self.seconds: dict[str, float] = {}
         self.epochs: dict[str, int] = {}
-        self._gone: dict[str, float] = {}
-        self._shunned: dict[str, float] = {}
-        self._clock = clock
+        self._own = own
         self._signed = signed
+        self._clock = clock
+        self._gone: dict[str, float] = {}
+        self._shunned_until: dict[str, float] = {}
+        self._counted: dict[str, Counted] = {}
+        self._lock = threading.Lock()
 
     @property
     def gone(self) -> set[str]:
         """Peers that are left out until they report anew."""
         return set(self._gone)
 
-    def others_of(self, peer: str) -> dict[str, int]:
-        """The epochs of all peers but this one."""
-        return {other: epoch for other, epoch in self.epochs.items() if other != peer}
+    @property
+    def others(self) -> dict[str, int]:
+        """The epochs of all peers but ours."""
+        return {peer: epoch for peer, epoch in self.epochs.items() if peer != self._own}
 
     def leave_out(self, peer: str) -> None:
-        """Count this peer no longer, unless it reports anew."""
+        """Do not count this peer until it reports anew."""
         self.epochs.pop(peer, None)
         self._gone[peer] = self.seconds.pop(peer, 0.0)
 
     def shun(self, peer: str, *, seconds: float) -> None:
-        """Count this peer no longer for so long, whatever it reports."""
-        self._shunned[peer] = self._clock() + seconds
+        """Do not count this peer for this long, whatever it reports."""
+        self._shunned_until[peer] = self._clock() + seconds
         self.leave_out(peer)
 
-    def read(self, entries: Mapping[Any, Any]) -> dict[Any, Any]:
-        """The entries of the DHT that count; each has a `value`, a report or None."""
-        kept: dict[Any, Any] = {}
-        seconds: dict[str, float] = {}
-        epochs: dict[str, int] = {}
+    def read(self, entries: Mapping[Any, Any], *, own_epoch: int = 0) -> dict[Any, Any]:
+        """The entries of the DHT that count, as hivemind takes them: one per peer, none of an
+        epoch that most peers have not reached, and no more rows than can have been trained."""
+        found: dict[str, tuple[Any, Report, Any]] = {}
         for key, entry in entries.items():
-            if not isinstance(entry.value, dict):
-                continue  # a goodbye
-            try:
-                peer = str(PeerID(bytes(entry.value["peer_id"])))
-                time, epoch = float(entry.value["time"]), int(entry.value["epoch"])
-            except (KeyError, TypeError, ValueError):
+            report = read_report(entry.value)
+            if report is None or not self._counts(key, report):
                 continue
-            if self._signed and _signer(key) != peer:
-                continue
-            if time <= self._gone.get(peer, float("-inf")):
-                continue
-            if self._clock() < self._shunned.get(peer, 0.0):
-                continue
-            self._gone.pop(peer, None)
-            kept[key], seconds[peer], epochs[peer] = entry, time, epoch
-        self.seconds, self.epochs = seconds, epochs
-        return _believed(kept)
+            if report.peer not in found or found[report.peer][1].time < report.time:
+                found[report.peer] = key, report, entry
+        reports = [report for _, report, _ in found.values()]
+        with self._lock:  # the failure detector reads them too, in its thread
+            for peer in found:
+                self._gone.pop(peer, None)
+            self.seconds = {report.peer: report.time for report in reports}
+            self.epochs = {report.peer: report.epoch for report in reports}
+            rows = self._count_rows(reports)
+        limit = max(own_epoch, swarm_epoch(self.others.values()))
+        return {
+            key: type(entry)(
+                value=entry.value | {"samples_accumulated": rows[report.peer]},
+                expiration_time=entry.expiration_time,
+            )
+            for key, report, entry in found.values()
+            if report.epoch <= limit
+        }
+
+    def _counts(self, key: Any, report: Report) -> bool:
+        if self._signed and signer_of(key) != report.peer:
+            return False
+        if report.time <= self._gone.get(report.peer, float("-inf")):
+            return False
+        return self._clock() >= self._shunned_until.get(report.peer, 0.0)
+
+    def _count_rows(self, reports: list[Report]) -> dict[str, int]:
+        """Each peer's rows, as far as it can have trained them since its last report."""
+        now, before, self._counted = self._clock(), self._counted, {}
+        for report in reports:
+            last = before.get(report.peer) or Counted(now - REPORT_SECONDS, report.epoch, 0)
+            others = [one.rows_per_second for one in reports if one.peer != report.peer]
+            fastest = max(others, default=0.0)
+            rows = float(report.rows)
+            if fastest > SLOWEST_SPEED:
+                known = last.rows if last.epoch == report.epoch else 0.0
+                rows = min(rows, known + SPEED_RATIO * fastest * (now - last.at))
+            self._counted[report.peer] = Counted(now, report.epoch, rows)
+        return {peer: int(counted.rows) for peer, counted in self._counted.items()}
 
 
 class SampleTracker(ProgressTracker):  # type: ignore[misc]
-    """The stock progress tracker, but an epoch ends by rows, never by the clock's guess, so
-    a slow moment does not turn into an epoch of one step; peers that are known to be gone
-    are not counted; and a single peer cannot claim an epoch far ahead of all."""
+    """The stock progress tracker, with three differences.
+
+    An epoch ends by rows, never by the clock's guess, so that a slow moment does not become an
+    epoch of one step. Peers that are known to be gone are not counted. And no single peer decides
+    which epoch the swarm is in, or when it ends.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        self.reports = Reports(signed=kwargs.get("private_key") is not None)
+        signed = kwargs.get("private_key") is not None
+        self.reports = Reports(own=str(kwargs["dht"].peer_id), signed=signed)
+        self._ahead: dict[str, int] = {}
         super().__init__(*args, **kwargs)
 
     def run(self) -> None:
-        """The stock one, whose thread leaves tasks behind: Python would log each as an error."""
+        """As in the base class, which leaves tasks behind: Python would log each as an error."""
         super().run()
         loop = asyncio.get_event_loop()
         left = asyncio.all_tasks(loop)
@@ -124,20 +172,16 @@ class SampleTracker(ProgressTracker):  # type: ignore[misc]
     def companions(self) -> set[str]:
         """The other live peers that are in our epoch."""
         ours = self.local_progress.epoch
-        return {peer for peer, epoch in self._others.items() if epoch == ours}
+        return {peer for peer, epoch in self.reports.others.items() if epoch == ours}
 
     @property
     def is_left_behind(self) -> bool:
         """Whether all other live peers have ended our epoch: nobody averages with us in it."""
-        ours, others = self.local_progress.epoch, self._others
+        ours, others = self.local_progress.epoch, self.reports.others
         return bool(others) and all(epoch > ours for epoch in others.values())
 
-    @property
-    def _others(self) -> dict[str, int]:
-        return self.reports.others_of(str(self.dht.peer_id))
-
     def leave_out(self, peer: str, *, shun_seconds: float = 0.0) -> None:
-        """Count this peer no longer, unless it reports anew after so long."""
+        """Do not count this peer until it reports anew, and not for this long in any case."""
         if shun_seconds:
             self.reports.shun(peer, seconds=shun_seconds)
         else:
@@ -146,36 +190,41 @@ class SampleTracker(ProgressTracker):  # type: ignore[misc]
         progress = self.global_progress
         progress.num_peers = max(1, progress.num_peers - 1)
 
+    def note_download(self, *, epoch: int, loaded: bool) -> set[str]:
+        """A state of a later epoch than this was asked for. If none came, whoever claims to be
+        ahead is left out for a while; those peers."""
+        if loaded:
+            self._ahead.clear()
+            return set()
+        ahead = {peer for peer, theirs in self.reports.others.items() if theirs > epoch}
+        for peer in ahead:
+            times = self._ahead[peer] = self._ahead.get(peer, -1) + 1
+            seconds = min(AHEAD_SECONDS * 2**times, MAX_AHEAD_SECONDS)
+            self.leave_out(peer, shun_seconds=seconds)
+        return ahead
+
     def refresh(self, *, timeout_seconds: float) -> set[str] | None:
-        """Read the reports now, even in the middle of a round: the peers that are there, this
-        one included; None when the DHT does not answer in time."""
+        """Read the reports now, even in the middle of a round: the peers that report, this one
+        included; None when the DHT does not answer in time."""
         future = self.dht.get(self.training_progress_key, latest=True, return_future=True)
         try:
-            found = future.result(timeout=timeout_seconds)
-        except Exception:  # noqa: BLE001 - a look that fails is made again
+            record = future.result(timeout=timeout_seconds)
+        except Exception:  # noqa: BLE001 - it is asked again soon
             return None
-        self.reports.read(found.value if found and isinstance(found.value, dict) else {})
+        entries = record.value if record and isinstance(record.value, dict) else {}
+        self.reports.read(entries, own_epoch=self.local_progress.epoch)
         return set(self.reports.seconds)
 
     def _parse_swarm_progress_data(self, metadata: Any) -> Any:
-        if isinstance(metadata, dict):
-            metadata = self.reports.read(metadata)
-        return super()._parse_swarm_progress_data(metadata)
+        if not isinstance(metadata, dict):
+            return super()._parse_swarm_progress_data(metadata)
+        kept = self.reports.read(metadata, own_epoch=self.local_progress.epoch)
+        progress = super()._parse_swarm_progress_data(kept)
+        progress.num_peers = len(self.reports.epochs)  # also those of another epoch
+        return progress
 
 
-def _signer(key: Any) -> str | None:
-    """The peer whose RSA key an entry of the DHT is bound to, and so is signed with."""
-    found = OWNER.fullmatch(key) if isinstance(key, bytes) else None
-    return peer_id_of_key(found[1]) if found is not None else None
-
-
-def _believed(entries: dict[Any, Any]) -> dict[Any, Any]:
-    """Without a single peer's claim to be far ahead of everybody."""
-    epochs = sorted(entry.value["epoch"] for entry in entries.values())
-    if len(epochs) < 3:  # of two, nobody can say who is right
-        return entries
-    usual = statistics.median(epochs) + BELIEVED_EPOCHS
-    if epochs[-1] <= usual or epochs[-2] >= epochs[-1] - BELIEVED_EPOCHS:
-        return entries
-    logger.debug("a peer reports epoch %d, and the others %s", epochs[-1], epochs[:-1])
-    return {key: entry for key, entry in entries.items() if entry.value["epoch"] <= usual}
+def swarm_epoch(others: Iterable[int]) -> int:
+    """The last epoch that most of the other peers have reached; 0 when there are none."""
+    epochs = sorted(others)
+    return epochs[(len(epochs) - 1) // 2] if epochs else 0

@@ -1,0 +1,152 @@
+"""The DHT's keys of a run, what an entry under each may be, and reading it.
+
+Whatever the DHT checks, another peer's node may hand out something else: so an entry is checked
+when it is stored, and again when it is read, and one that cannot be read is skipped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from hivemind.dht.protocol import DHTProtocol
+from hivemind.dht.routing import DHTID
+from hivemind.dht.validation import DHTRecord, RecordValidatorBase
+from hivemind.p2p import PeerID
+from hivemind.utils.timed_storage import ValueWithExpiration
+
+from hiveminer.swarm.identity import peer_id_of_key
+from hiveminer.swarm.records import OWNER
+
+MAX_COUNT = 2**53
+"""No epoch and no number of rows is larger."""
+
+
+def averager_prefix(run_id: str) -> str:
+    return f"{run_id}_state_averager"
+
+
+def donors_key(prefix: str) -> str:
+    """Where the peers that hand out their state declare themselves."""
+    return f"{prefix}.all_averagers"
+
+
+def group_key(prefix: str) -> str:
+    """Where the peers that look for a group declare themselves."""
+    return f"{prefix}.0b"
+
+
+def progress_key(run_id: str) -> str:
+    return f"{run_id}_progress"
+
+
+class Report(NamedTuple):
+    """What a peer reports: its epoch, the rows it trained in it, and when, by its own clock."""
+
+    peer: str
+    epoch: int
+    rows: int
+    rows_per_second: float
+    time: float
+
+
+def read_report(value: object) -> Report | None:
+    """A report as hivemind's tracker writes it; None when it is not one."""
+    if not isinstance(value, dict) or set(value) != {
+        "peer_id", "epoch", "samples_accumulated", "samples_per_second", "time", "client_mode",
+    }:  # fmt: skip
+        return None
+    name, time, speed = value["peer_id"], value["time"], value["samples_per_second"]
+    counts = (value["epoch"], value["samples_accumulated"])
+    if not isinstance(name, bytes) or not 0 < len(name) <= 64:
+        return None
+    if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in counts):
+        return None
+    if not all(type(number) is float and math.isfinite(number) for number in (time, speed)):
+        return None
+    if speed < 0 or type(value["client_mode"]) is not bool:
+        return None
+    return Report(str(PeerID(name)), *counts, speed, time)
+
+
+def signer_of(subkey: object) -> str | None:
+    """The peer whose RSA key an entry of the progress key is bound to."""
+    key = OWNER.fullmatch(subkey) if isinstance(subkey, bytes) else None
+    return peer_id_of_key(key[1]) if key is not None else None
+
+
+def donors_in(record: ValueWithExpiration | None) -> dict[PeerID, float]:
+    """The peers that hand out their state, with their priorities; unreadable entries skipped."""
+    entries = record.value if record is not None else None
+    if not isinstance(entries, Mapping):
+        return {}
+    return {
+        PeerID(name): float(entry.value)
+        for name, entry in entries.items()
+        if _is_peer_id(name) and _is_number(entry.value)
+    }
+
+
+def reporters_in(record: ValueWithExpiration | None) -> set[PeerID]:
+    """The peers that report; unreadable entries skipped."""
+    entries = record.value if record is not None else None
+    if not isinstance(entries, Mapping):
+        return set()
+    reports = [read_report(entry.value) for entry in entries.values()]
+    return {PeerID.from_base58(report.peer) for report in reports if report is not None}
+
+
+class Shapes(RecordValidatorBase):  # type: ignore[misc]
+    """Refuses entries under a run's keys that are not what hivemind writes there."""
+
+    def __init__(self, run_id: str):
+        prefix = averager_prefix(run_id)
+        keys = {
+            group_key(prefix): _is_search,
+            donors_key(prefix): _is_donor,
+            progress_key(run_id): _is_progress,
+        }
+        self._checks = {DHTID.generate(source=key).to_bytes(): keys[key] for key in keys}
+
+    @property
+    def priority(self) -> int:
+        """Below hivemind's signature, which is stripped by then."""
+        return 5
+
+    def validate(self, record: DHTRecord) -> bool:
+        check = self._checks.get(record.key)
+        if check is None:
+            return True
+        if record.subkey in DHTProtocol.RESERVED_SUBKEYS:
+            return False
+        try:
+            name = DHTProtocol.serializer.loads(record.subkey)
+            return check(name, DHTProtocol.serializer.loads(record.value))
+        except Exception:  # noqa: BLE001 - the parser raises whatever it meets
+            return False
+
+
+def _is_search(name: object, value: object) -> bool:
+    return _is_peer_id(name) and type(value) is bool
+
+
+def _is_donor(name: object, value: object) -> bool:
+    return _is_peer_id(name) and (value is None or _is_number(value))
+
+
+def _is_progress(name: object, value: object) -> bool:
+    signer = signer_of(name)
+    if value is None:  # a goodbye
+        return signer is not None
+    report = read_report(value)
+    return report is not None and report.peer == signer
+
+
+def _is_peer_id(name: object) -> bool:
+    """As raw bytes: a multihash, whose first bytes say SHA-256 and 32 bytes."""
+    return isinstance(name, bytes) and len(name) == 34 and name.startswith(b"\x12\x20")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
