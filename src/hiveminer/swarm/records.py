@@ -66,7 +66,8 @@ class SignedRecords(RecordValidatorBase):  # type: ignore[misc]
         statement = _statement(record, record.value, token)
         signature = self._authorizer.identity.private_key.sign(statement)
         lengths = _LENGTHS.pack(len(token), len(signature))
-        return bytes(record.value) + token + bytes(signature) + lengths
+        signed: bytes = record.value + token + signature + lengths
+        return signed
 
     def strip_value(self, record: DHTRecord) -> bytes:
         value = bytes(record.value)

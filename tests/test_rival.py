@@ -1,0 +1,148 @@
+"""A registered peer without permit or stake cannot stop the others: real peers, its own code.
+
+The rival is let into the DHT and the groups like everybody. Its node has no check of records, so
+that it asks the others to store whatever it likes, and hands out the same.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from programs import started
+
+SCRIPT = '''
+import json, secrets, sys, threading, time
+import torch
+from bittensor.keyfiles import Keypair
+from hivemind.dht.crypto import RSASignatureValidator
+from hivemind.utils import get_dht_time
+
+sys.path.insert(0, sys.argv[1])
+from tiny import VOCABULARY, tiny_model
+from hiveminer.config.run import Run
+from hiveminer.strategies.hivemind.records import (
+    averager_prefix, donors_key, group_key, progress_key,
+)
+from hiveminer.strategies.hivemind.strategy import HivemindStrategy
+from hiveminer.swarm import Identity, Peer
+from hiveminer.swarm.membership import Membership
+
+torch.set_num_threads(1)
+RUN_ID = "rival-a-b-c"
+run = Run.model_validate({"swarm": {"epoch_samples": 48, "matchmaking_seconds": 3.0}})
+keys = [Keypair.create_from_uri(f"//{name}") for name in ("one", "two", "rival", "late")]
+hotkeys = [key.ss58_address for key in keys]
+PREFIX = averager_prefix(RUN_ID)
+YEAR = get_dht_time() + 365 * 86400
+
+
+def peer_of(key):
+    return Peer(identity=Identity(key, run_id=RUN_ID, key_path=None), admitted=hotkeys)
+
+
+def strategy_of(peer, on_round=lambda ended: None):
+    model = tiny_model("gpt2")
+    return HivemindStrategy(
+        model, membership=Membership(peer), run=run, run_id=RUN_ID, on_round=on_round
+    )
+
+
+async def forget_checks(_dht, node):
+    node.protocol.record_validator._validators.clear()
+
+
+rounds = []
+peers = [peer_of(key) for key in keys[:2]]
+swarms = [
+    strategy_of(peer, lambda ended, name=name: rounds.append((name, ended.group_size)))
+    for name, peer in enumerate(peers)
+]
+rival = peer_of(keys[2])
+rival.dht.run_coroutine(forget_checks)
+for peer in (peers[1], rival):
+    assert len(peer.look([each.address for each in peers]).answered) >= 1
+stop = threading.Event()
+
+
+def train(name, swarm):
+    rows = torch.Generator().manual_seed(name)
+    while not stop.wait(0.25):
+        swarm.zero_grad()
+        tokens = torch.randint(2, VOCABULARY, (4, 8), generator=rows)
+        torch.autograd.backward(swarm.model(input_ids=tokens, labels=tokens).loss)
+        swarm.step(batch_size=4)
+
+
+def more_rounds(count):
+    """The sizes of the next rounds of each, a minute long at most."""
+    begin, end = len(rounds), time.monotonic() + 60
+    while time.monotonic() < end:
+        new = rounds[begin:]
+        if all(sum(name == each for each, _ in new) >= count for name in (0, 1)):
+            break
+        time.sleep(0.1)
+    return [size for _, size in rounds[begin:]]
+
+
+def write(key, value, **options):
+    rival.dht.store(key, value, expiration_time=YEAR, **options)
+
+
+def attack():
+    others = [peer.dht.peer_id.to_bytes() for peer in peers]
+    for key in (group_key(PREFIX), donors_key(PREFIX), progress_key(RUN_ID)):
+        write(key, b"x")
+        write(key, {"x": 1})
+    for other in others:
+        write(group_key(PREFIX), False, subkey=other)
+        write(donors_key(PREFIX), None, subkey=other)
+    for _ in range(20):
+        invented = b"\\x12\\x20" + secrets.token_bytes(32)
+        write(group_key(PREFIX), True, subkey=invented)
+        write(donors_key(PREFIX), 1e300, subkey=invented)
+    signer = RSASignatureValidator(rival.private_key)
+    report = dict(
+        peer_id=rival.dht.peer_id.to_bytes(), epoch=10**9, samples_accumulated=10**9,
+        samples_per_second=1e9, time=float("nan"), client_mode=False,
+    )
+    for value in (report, report | {"time": get_dht_time()}):
+        write(progress_key(RUN_ID), value, subkey=signer.local_public_key)
+
+
+threads = [
+    threading.Thread(target=train, args=each, daemon=True) for each in enumerate(swarms)
+]
+for thread in threads:
+    thread.start()
+told = {"before": more_rounds(3)[-4:]}
+attack()
+told["after"] = more_rounds(6)
+told["epochs"] = [swarm.epoch for swarm in swarms]
+late = peer_of(keys[3])
+assert len(late.look([each.address for each in (*peers, rival)]).answered) == 3
+joiner = strategy_of(late)
+joiner.optimizer.load_state_from_peers()
+told["joined"] = bool(joiner.optimizer.state_averager.loaded)
+stop.set()
+for thread in threads:
+    thread.join(30)
+for swarm in (joiner, *swarms):
+    swarm.close()
+print("told", json.dumps(told), flush=True)
+'''
+
+
+@pytest.mark.timeout(300)
+def test_records_of_a_rival_stop_no_round(tmp_path: Path) -> None:
+    here = str(Path(__file__).resolve().parent)
+    with started(SCRIPT, here, folder=tmp_path / "log") as peers:
+        words = peers.says("told {", seconds=270)
+    told = json.loads(words.partition("told ")[2].splitlines()[0])
+    assert told["before"] == [2, 2, 2, 2], words
+    assert len(told["after"]) >= 12, words  # before, the next round alone took half a minute
+    assert told["after"].count(2) >= len(told["after"]) - 2, words
+    assert max(told["epochs"]) < 1000, words
+    assert told["joined"], words
