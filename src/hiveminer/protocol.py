@@ -1,15 +1,23 @@
-"""The synapses: what a validator and a miner say to each other, and within what limits.
+"""The synapses: what a validator and a miner send each other, and within what limits.
 
 A synapse is one JSON object that travels both ways: the caller fills in the request
-fields, the miner the answer fields. Limits stand here, on the fields, so that nothing
-behind the axon meets a number that it has to doubt.
+fields, the miner the answer fields. The limits are declared here, on the fields, so that
+code behind the axon only sees values within them.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+import json
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+)
 
 MAX_ROWS = 4096
 """Rows in one `Train`."""
@@ -23,9 +31,20 @@ MAX_ACCUMULATION_STEPS = 256
 MAX_TIMEOUT_SECONDS = 3600.0
 """The longest that a caller may ask a miner to train for."""
 
+MAX_REASON = 300
+"""Characters of another neuron's reason that are passed on."""
+
 Name = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9._:+-]*$")]
 Index = Annotated[int, Field(ge=0, lt=2**48)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class InvalidBody(ValueError):
+    """A body is not JSON, or does not fit the synapse; `is_json` tells which."""
+
+    def __init__(self, reason: str, *, is_json: bool) -> None:
+        super().__init__(reason)
+        self.is_json = is_json
 
 
 class Terminal(BaseModel):
@@ -57,6 +76,24 @@ class Synapse(BaseModel):
     def name(cls) -> str:
         """The synapse's name: the last part of its URL."""
         return cls.__name__
+
+    @classmethod
+    def from_json(cls, body: bytes) -> Self:
+        """Parse a body. Raises `InvalidBody` with a one-line reason.
+
+        A key given twice is refused: two parsers may disagree on which value counts.
+        """
+        try:
+            synapse = cls.model_validate_json(body)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            if first["type"] == "json_invalid":
+                raise InvalidBody("the body is not JSON", is_json=False) from None
+            where = ".".join(str(part) for part in first["loc"])[:100]
+            reason = f"{where}: {first['msg']}" if where else first["msg"]
+            raise InvalidBody(clean(reason), is_json=True) from None
+        _refuse_duplicate_keys(body)
+        return synapse
 
 
 class IsAlive(Synapse):
@@ -101,7 +138,7 @@ class Train(Synapse):
     """Stop at a batch's edge before this many seconds, and answer with what was done."""
 
     loss: Finite | None = None
-    """Answer: mean over the real tokens of all trained rows, nats a token."""
+    """Answer: mean over the real tokens of all trained rows, nats per token."""
     losses: Annotated[list[Finite], Field(max_length=MAX_ROWS)] = []
     """Answer: the same by optimizer step, each before that step."""
     epoch: Annotated[int, Field(ge=0)] | None = None
@@ -124,6 +161,25 @@ class Train(Synapse):
         if len(set(indices)) != len(indices):
             raise ValueError("a row is given twice")
         return indices
+
+
+def clean(text: str) -> str:
+    """Text of another neuron, made safe for a terminal and a log: one line, printable."""
+    printable = "".join(mark if mark.isprintable() else " " for mark in text[: 2 * MAX_REASON])
+    short = " ".join(printable.split())
+    return short if len(short) <= MAX_REASON else short[: MAX_REASON - 1] + "…"
+
+
+def _refuse_duplicate_keys(body: bytes) -> None:
+    def check(pairs: list[tuple[str, Any]]) -> None:
+        if len(dict(pairs)) != len(pairs):
+            raise InvalidBody("the body contains a key twice", is_json=False)
+
+    try:
+        # Numbers stay text: converting a long one takes time quadratic in its length.
+        json.loads(body.decode(), object_pairs_hook=check, parse_int=str, parse_float=str)
+    except json.JSONDecodeError:
+        raise InvalidBody("the body is not JSON", is_json=False) from None
 
 
 SYNAPSES: tuple[type[Synapse], ...] = (IsAlive, Train)

@@ -1,22 +1,27 @@
 """The axon's connections: deadlines and limits that uvicorn lacks, and its port.
 
-uvicorn has no deadline for a header, so that connections which say nothing live for ever,
-and one limit for all, so that they shut out whoever has something to say. Here a header
-has a few seconds, an unread answer too, and where there is no room the oldest connection
-that nobody has proved to be anybody on gives way.
+uvicorn has no deadline for a header, so idle connections live for ever, and one limit for
+all, so idle connections shut out real callers. Here a header has a few seconds, an unread
+answer too, and when all places are taken a connection that has proved nothing is cut
+first and a validator's last. The parser is stricter than h11: what two programs could
+read differently is refused.
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
 import errno
+import functools
 import ipaddress
 import logging
 import os
+import re
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import h11
 import uvicorn
@@ -28,8 +33,8 @@ from hiveminer.errors import OperatorError
 WRITE_SECONDS = 10.0
 """How long a caller may leave its answer unread."""
 
-ACCEPTS_A_TURN = 128
-"""Connections taken in before those that are open get their turn again."""
+BACKLOG = 128
+"""Connections accepted at once before the open ones get their turn again."""
 
 _BAD_REQUEST = (
     b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
@@ -37,15 +42,19 @@ _BAD_REQUEST = (
     b'{"detail": "malformed HTTP"}'
 )
 
+_LOOSE_LINE = re.compile(rb"(?<!\r)\n|\n[ \t]")
+"""A line that ends without a carriage return, or continues the one before it."""
+
 _silent = logging.getLogger(f"{__name__}.uvicorn")
 _silent.setLevel(logging.CRITICAL + 1)
 
 
 class PortInUse(OperatorError):
-    """The port that was asked for is another's; the next one may be free."""
+    """The port is in use by another program; the next one may be free."""
 
 
 def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens at `host`:`port`. Raises `OperatorError`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol by name: only then does asyncio set TCP_NODELAY on the connections, and
     # without that each answer waits 40 ms for an acknowledgement of its header.
@@ -54,7 +63,7 @@ def bind(host: str, port: int) -> socket.socket:
     # Not on Windows, where it lets two processes share a port.
     if os.name == "posix":
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # Inherited by the connections: a caller that lost power is noticed in the end.
+    # Inherited by the connections: a caller that lost power is noticed eventually.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, name):
@@ -62,14 +71,15 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
         # A bound port that does not listen can still be bound by another: hold it.
-        listener.listen(ACCEPTS_A_TURN)
+        listener.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         listener.close()
-        raise unbound(error, "--axon.port", host, port) from None
+        raise bind_error(error, "--axon.port", host, port) from None
     return listener
 
 
-def unbound(error: Exception, flag: str, host: str, port: int) -> OperatorError:
+def bind_error(error: Exception, flag: str, host: str, port: int) -> OperatorError:
+    """Why a port could not be bound, and the flag that chooses another."""
     code = getattr(error, "errno", None)
     if code == errno.EADDRINUSE:
         return PortInUse(f"{flag} {port}: the port is in use; choose another, or 0 for any")
@@ -78,12 +88,21 @@ def unbound(error: Exception, flag: str, host: str, port: int) -> OperatorError:
     return OperatorError(f"{flag} {port}: cannot listen at {host}: {error}")
 
 
-class Gate:
-    """How many connections there may be, in all and from one address.
+class Rank(enum.IntEnum):
+    """Whose connection it is: the lowest is cut first."""
 
-    Where there is no room, the oldest that nobody has proved to be anybody on gives way,
-    then the oldest proved one that lies idle, then the newcomer: a flood of connections
-    that say nothing pushes out itself, and no caller in the midst of a call.
+    STRANGER = 0
+    CALLER = 1
+    VALIDATOR = 2
+
+
+class Gate:
+    """How many connections there may be: in all, from one address and of one hotkey.
+
+    When there are too many, the oldest one of a stranger is cut; then one of a caller
+    without a permit, of the hotkey that has the most; then an idle one of a validator;
+    then the newcomer. So neither idle connections nor a hotkey with many addresses can
+    push out a validator's call.
     """
 
     def __init__(
@@ -91,33 +110,47 @@ class Gate:
         *,
         max_connections: int,
         max_connections_per_ip: int,
+        max_connections_per_hotkey: int,
         header_seconds: float,
         count: Callable[[str, str], None],
     ) -> None:
         self.header_seconds = header_seconds
         self.count = count
         self.open: dict[Connection, None] = {}
-        self._most = max_connections
-        self._most_per_ip = max_connections_per_ip
-        self._by_ip: dict[str, dict[Connection, None]] = {}
+        self._max = max_connections
+        self._max_per_ip = max_connections_per_ip
+        self._max_per_hotkey = max_connections_per_hotkey
+        self._by_network: dict[str, dict[Connection, None]] = {}
+        self._by_hotkey: dict[str, dict[Connection, None]] = {}
 
     def enter(self, newcomer: Connection) -> None:
-        """Let a connection in, and another out if need be."""
-        near = self._by_ip.setdefault(newcomer.network, {})
+        """Admit a connection, and cut another if there are too many."""
+        near = self._by_network.setdefault(newcomer.network, {})
         near[newcomer] = None
         self.open[newcomer] = None
-        if len(near) > self._most_per_ip:
+        if len(near) > self._max_per_ip:
             _victim(near, newcomer).drop("connections_of_ip")
-        if len(self.open) > self._most:
+        if len(self.open) > self._max:
             _victim(self.open, newcomer).drop("connections")
 
+    def prove(self, connection: Connection, hotkey: str, rank: Rank) -> None:
+        """Note whose connection it is; a hotkey with too many loses its oldest, idle first."""
+        connection.rank = rank
+        if connection.hotkey == hotkey:
+            return
+        _remove(self._by_hotkey, connection.hotkey, connection)
+        connection.hotkey = hotkey
+        theirs = self._by_hotkey.setdefault(hotkey, {})
+        theirs[connection] = None
+        if len(theirs) > self._max_per_hotkey:
+            others = [each for each in theirs if each is not connection]
+            min(others, key=lambda each: not each.idle).drop("connections_of_hotkey")
+
     def leave(self, connection: Connection) -> None:
-        """Forget a connection; twice does no harm."""
+        """Forget a connection; doing it again changes nothing."""
         self.open.pop(connection, None)
-        near = self._by_ip.get(connection.network, {})
-        near.pop(connection, None)
-        if not near:
-            self._by_ip.pop(connection.network, None)
+        _remove(self._by_network, connection.network, connection)
+        _remove(self._by_hotkey, connection.hotkey, connection)
 
     def close(self) -> None:
         """Cut every connection."""
@@ -125,13 +158,46 @@ class Gate:
             connection.transport.abort()
 
 
+def _remove(groups: dict[str, dict[Connection, None]], name: str, connection: Connection) -> None:
+    group = groups.get(name, {})
+    group.pop(connection, None)
+    if not group:
+        groups.pop(name, None)
+
+
 def _victim(among: dict[Connection, None], newcomer: Connection) -> Connection:
     # In a flood this runs for each connection: the oldest stranger is found at once.
     for connection in among:
-        if not connection.trusted and connection is not newcomer:
+        if connection.rank is Rank.STRANGER and connection is not newcomer:
             return connection
-    idle = (one for one in among if one.idle and one is not newcomer)
-    return next(idle, newcomer)
+    others = [each for each in among if each is not newcomer]
+    others = [each for each in others if each.idle or each.rank < Rank.VALIDATOR]
+    held = Counter(each.hotkey for each in others)
+    return min(
+        others, key=lambda each: (each.rank, -held[each.hotkey], not each.idle), default=newcomer
+    )
+
+
+class StrictHTTP(h11.Connection):
+    """h11, without what leaves open where a request ends or what its header says."""
+
+    def next_event(self) -> Any:
+        header = self.trailing_data[0] if self.their_state is h11.IDLE else b""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            header = header[: len(header) - len(self.trailing_data[0])]
+            names = {name for name, _ in event.headers}
+            loose = _LOOSE_LINE.search(header) is not None
+            chunked = b"transfer-encoding" in names
+            if (
+                loose
+                or event.http_version not in (b"1.0", b"1.1")
+                or (chunked and (b"content-length" in names or event.http_version == b"1.0"))
+            ):
+                raise h11.RemoteProtocolError("ambiguous request")
+        elif isinstance(event, h11.EndOfMessage) and event.headers:
+            raise h11.RemoteProtocolError("trailers are not accepted")
+        return event
 
 
 class Connection(H11Protocol):
@@ -146,10 +212,12 @@ class Connection(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, {**app_state, "connection": self}, _loop)
+        self.conn = StrictHTTP(h11.SERVER, config.h11_max_incomplete_event_size or 16384)
         # uvicorn writes a line for each malformed request.
         self.logger = _silent
         self.gate = gate
-        self.trusted = False
+        self.rank = Rank.STRANGER
+        self.hotkey = ""
         self.ip = ""
         self.network = ""
         self._header_due: asyncio.TimerHandle | None = None
@@ -157,12 +225,12 @@ class Connection(H11Protocol):
 
     @property
     def idle(self) -> bool:
-        """Whether no request is under way."""
-        # uvicorn's annotation leaves out that there is none before the first request.
+        """Whether no request is in progress."""
+        # uvicorn's annotation omits that there is none before the first request.
         return self.cycle is None or self.cycle.response_complete  # type: ignore[redundant-expr]
 
     def drop(self, kind: str) -> None:
-        """Cut the connection, without a word."""
+        """Cut the connection without an answer."""
         if self.transport.is_closing():
             return
         self.gate.count(kind, self.ip)
@@ -180,13 +248,13 @@ class Connection(H11Protocol):
         self.resume_writing()
         self.gate.leave(self)
         super().connection_lost(exc)
-        # The scope's state holds this connection: let go of it without the collector.
+        # The scope's state refers to this connection: break the cycle.
         self.app_state = {}
 
     def data_received(self, data: bytes) -> None:
         try:
             super().data_received(data)
-        # What the parser does not foresee is the sender's fault, and costs it the line.
+        # Whatever else the parser raises is the sender's fault, and ends its connection.
         except Exception:  # noqa: BLE001
             self.drop("malformed")
         self._await_header(self.conn.their_state is h11.IDLE)
@@ -201,13 +269,13 @@ class Connection(H11Protocol):
         if self.idle:
             self.transport.write(_BAD_REQUEST)
         else:
-            # The app still reads this request's body, and is told that nobody is there.
+            # The app still reads this request's body: it sees a disconnect.
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()
 
     def timeout_keep_alive_handler(self) -> None:
-        # `close` would wait for ever for a peer that does not read.
+        # `close` would wait indefinitely for a peer that does not read.
         self.transport.abort()
 
     def pause_writing(self) -> None:
@@ -221,7 +289,7 @@ class Connection(H11Protocol):
             self._unread = None
 
     def _await_header(self, awaited: bool) -> None:
-        """One deadline for a whole header, however slowly its bytes come in."""
+        """One deadline for the whole header, however slowly it comes in."""
         if awaited and self._header_due is None and not self.transport.is_closing():
             self._header_due = self.loop.call_later(
                 self.gate.header_seconds, self.drop, "header_deadline"
@@ -232,7 +300,7 @@ class Connection(H11Protocol):
 
 
 def _origin(host: str) -> tuple[str, str]:
-    """An address as text, and the network that is taken for one origin (IPv6: /64)."""
+    """An address as text, and the network that counts as one origin (IPv6: its /64)."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -245,16 +313,59 @@ def _origin(host: str) -> tuple[str, str]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which says when it has begun."""
+    """uvicorn's server over such connections; `ready` is set once it serves."""
 
-    def __init__(self, config: uvicorn.Config, *, notify: threading.Event) -> None:
+    def __init__(
+        self,
+        app: Callable[..., Any],
+        gate: Gate,
+        *,
+        idle_seconds: float,
+        max_header_bytes: int,
+    ) -> None:
+        config = uvicorn.Config(
+            app,
+            http=cast(Any, functools.partial(Connection, gate)),
+            loop="asyncio",
+            interface="asgi3",
+            lifespan="off",
+            ws="none",
+            # A header that anyone can write must not say where a request comes from.
+            proxy_headers=False,
+            server_header=False,
+            date_header=False,
+            access_log=False,
+            log_config=None,
+            log_level="critical",
+            backlog=BACKLOG,
+            # uvicorn's annotations say whole seconds, its code takes any.
+            timeout_keep_alive=cast(int, idle_seconds),
+            h11_max_incomplete_event_size=max_header_bytes,
+        )
         super().__init__(config)
-        self.notify = notify
+        self.ready = threading.Event()
+        self._gate = gate
+
+    def stop_within(self, timeout_seconds: float) -> None:
+        """Accept no more; what has not ended in time is cancelled. From any thread."""
+        self.config.timeout_graceful_shutdown = cast(int, timeout_seconds)
+        self.should_exit = True
+
+    async def serve_and_close(self, listener: socket.socket) -> None:
+        """Serve until `stop_within`, then cut every connection."""
+        try:
+            await self.serve(sockets=[listener])
+        finally:
+            # Requests that uvicorn has just cancelled still send their refusal.
+            if tasks := set(self.server_state.tasks):
+                await asyncio.wait(tasks, timeout=1.0)
+            self._gate.close()
+            await asyncio.sleep(0)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        # asyncio takes in as many connections at once as the backlog is long, so that one
-        # is short; the kernel's may be longer.
+        # asyncio accepts as many connections at once as its backlog, so that one is short;
+        # the kernel's may be longer.
         for listener in sockets or []:
             listener.listen(1024)
-        self.notify.set()
+        self.ready.set()

@@ -1,22 +1,23 @@
-"""One worker, and the line in front of it.
+"""A bounded queue in front of the one worker thread that trains.
 
-Training changes the model, so exactly one thread does it, one job after the other. The
-line is bounded, each caller has a share of it, and nobody waits for ever. Who comes next
-is decided by stake: a caller is served in proportion to it, so the highest goes first,
-and one that always has something waiting cannot keep the others out. The price is that a
-caller's second job may stand behind another caller's first.
+Training changes the model, so exactly one thread does it, one job at a time. Callers take
+turns: in each round every caller with a job waiting is served once, highest priority
+(stake) first, so stake decides the order and nobody is starved. Each caller has a share
+of the places. When all of them are taken, a caller that holds fewer than another one, or
+as many and has more stake, gets a place of that one.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import traceback
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hiveminer.errors import HiveminerError, Refused
@@ -24,10 +25,7 @@ from hiveminer.errors import HiveminerError, Refused
 log = logging.getLogger(__name__)
 
 FIRST_GUESS_SECONDS = 10.0
-"""How long a job is taken to run before any has been seen to."""
-
-SMALLEST_WEIGHT = 1e-9
-"""A caller without stake still has a place in the order: the last."""
+"""Assumed duration of a job before one has been measured."""
 
 REMEMBERED_CALLERS = 256
 
@@ -37,23 +35,20 @@ class _Job:
     call: Callable[[], Any]
     caller: str
     key: str
-    weight: float
-    order: int
+    content: str
+    priority: float
     expires_at: float
     future: Future[Any] = field(default_factory=Future)
     waiters: int = 1
 
-    @property
-    def name(self) -> tuple[str, str]:
-        return self.caller, self.key
-
 
 class WorkQueue:
-    """A bounded queue before one worker thread.
+    """A bounded queue in front of one worker thread.
 
-    `capacity` jobs may wait in all, `share` of one caller. The answers to the last
-    `remember` jobs of each caller are kept, so that a retry is answered and not run.
-    `idle` is called in the worker thread about every `idle_seconds` while nothing waits.
+    capacity: jobs that may wait in all.
+    share: jobs of one caller that may wait.
+    remember: answers kept per caller, so that a retry is answered without running again.
+    idle: called in the worker thread about every `idle_seconds` while nothing waits.
     """
 
     def __init__(
@@ -72,55 +67,45 @@ class WorkQueue:
         self.idle = idle
         self.idle_seconds = idle_seconds
         self._changed = threading.Condition()
-        self._line: list[_Job] = []
+        self._waiting: list[_Job] = []
         self._running: _Job | None = None
-        self._by_name: dict[tuple[str, str], _Job] = {}
-        self._by_future: dict[Future[Any], _Job] = {}
-        self._finished: OrderedDict[str, OrderedDict[str, Future[Any]]] = OrderedDict()
-        self._order = 0
-        self._clock = 0.0
-        self._clocks: dict[str, float] = {}
+        self._finished: OrderedDict[str, OrderedDict[str, _Job]] = OrderedDict()
+        self._served: set[str] = set()
         self._average_seconds: float | None = None
         self._stopping = False
         self._worker = threading.Thread(target=self._work, name=name, daemon=True)
-        self._usher = threading.Thread(target=self._expire, name=f"{name}-waits", daemon=True)
-
-    # Life
+        self._expirer = threading.Thread(target=self._expire, name=f"{name}-expiry", daemon=True)
 
     def start(self) -> None:
-        """Begin to work. Jobs may be submitted before; they wait."""
+        """Start the worker. Jobs submitted earlier have been waiting."""
         self._worker.start()
-        self._usher.start()
+        self._expirer.start()
 
     def stop(self, timeout_seconds: float) -> list[str]:
-        """Turn away who waits, let the running job finish, and say what was dropped.
+        """Refuse the waiting jobs and let the running one finish.
 
-        Returns the keys of the jobs that got no result: those that waited, and the
-        running one if it did not end within `timeout_seconds`.
+        Returns the keys of the jobs without a result: those that waited, and the running
+        one if it did not end within `timeout_seconds`.
         """
         with self._changed:
             self._stopping = True
-            dropped = list(self._line)
-            for job in dropped:
-                self._forget(job)
+            dropped, self._waiting = self._waiting, []
             self._changed.notify_all()
         for job in dropped:
-            _fail(job.future, Refused(503, "the miner is stopping"))
+            _fail(job, Refused(503, "the miner is stopping"))
         if self._worker.is_alive():
             self._worker.join(timeout_seconds)
         running = self._running
         return [job.key for job in dropped] + ([running.key] if running else [])
 
-    # Callers
-
     @property
     def waiting(self) -> int:
-        """Jobs that wait; the running one is not counted."""
-        return len(self._line)
+        """Number of waiting jobs, without the running one."""
+        return len(self._waiting)
 
     @property
     def busy(self) -> bool:
-        """Whether a job is running now."""
+        """Whether a job is running."""
         return self._running is not None
 
     def submit(
@@ -131,89 +116,82 @@ class WorkQueue:
         key: str,
         priority: float,
         expires_seconds: float,
+        content: str = "",
     ) -> Future[Any]:
-        """Put `call` in the line, or join the same job if `caller` gave `key` before.
+        """Queue `call`, or join the job that `caller` submitted under the same `key`.
 
         The future's result is what `call` returns; a job that waits longer than
-        `expires_seconds` fails with `Refused` 503. Raises `Refused`: 429 when the line
-        or the caller's share of it is full, 503 after `stop`.
+        `expires_seconds` fails with `Refused` 503, one that loses its place with 429.
+        `content` identifies what is asked for. Raises `Refused`: 409 for a known key with
+        other content, 429 when the queue or the caller's share is full, 503 after `stop`.
         """
+        displaced = None
         with self._changed:
-            known = self._known(caller, key)
+            known = self._find(caller, key)
             if known is not None:
-                return known
-            self._admit(caller)
-            self._order += 1
-            job = _Job(
-                call=call,
-                caller=caller,
-                key=key,
-                weight=max(priority, SMALLEST_WEIGHT) if priority == priority else SMALLEST_WEIGHT,
-                order=self._order,
-                expires_at=time.monotonic() + expires_seconds,
-            )
-            self._line_up(job)
-            self._by_name[job.name] = job
-            self._by_future[job.future] = job
+                if known.content != content:
+                    raise Refused(409, f"request_id {key} was used for another request")
+                known.waiters += 1
+                return known.future
+            priority = -math.inf if math.isnan(priority) else priority
+            displaced = self._make_room(caller, priority)
+            expires_at = time.monotonic() + expires_seconds
+            job = _Job(call, caller, key, content, priority, expires_at)
+            self._waiting.append(job)
             self._changed.notify_all()
-        job.future.add_done_callback(self._cancelled)
+        if displaced is not None:
+            _fail(displaced, self._full())
         return job.future
 
     def leave(self, future: Future[Any]) -> bool:
-        """One waiter of `future` has gone. True if that freed a place in the line.
+        """Withdraw one waiter of `future`. Returns True if that freed a place.
 
-        The place is freed when nobody else waits for the same job; a job that runs is
-        never interrupted.
+        The place is freed when nobody else waits for the job; a running job goes on.
         """
         with self._changed:
-            job = self._by_future.get(future)
+            job = next((job for job in self._waiting if job.future is future), None)
             if job is None:
                 return False
             job.waiters -= 1
-            if job.waiters > 0 or job not in self._line:
+            if job.waiters > 0:
                 return False
-            self._forget(job)
+            self._waiting.remove(job)
         future.cancel()
         return True
 
-    def _known(self, caller: str, key: str) -> Future[Any] | None:
-        job = self._by_name.get((caller, key))
-        if job is not None:
-            job.waiters += 1
-            return job.future
-        answers = self._finished.get(caller)
-        if answers is None or key not in answers:
+    def _find(self, caller: str, key: str) -> _Job | None:
+        for job in (self._running, *self._waiting):
+            if job is not None and (job.caller, job.key) == (caller, key):
+                return job
+        answers = self._finished.get(caller, OrderedDict())
+        if key not in answers:
             return None
         self._finished.move_to_end(caller)
         answers.move_to_end(key)
         return answers[key]
 
-    def _admit(self, caller: str) -> None:
+    def _make_room(self, caller: str, priority: float) -> _Job | None:
+        """Take a job out if all places are taken. Raises `Refused` if there is no place."""
         if self._stopping:
             raise Refused(503, "the miner is stopping")
-        wait = min(max(self._average_seconds or FIRST_GUESS_SECONDS, 1.0), 600.0)
-        if sum(job.caller == caller for job in self._line) >= self.share:
-            reason = f"{self.share} requests of this hotkey wait already"
-            raise Refused(429, reason, retry_after_seconds=wait)
-        if len(self._line) >= self.capacity:
-            raise Refused(429, "the queue is full", retry_after_seconds=wait)
+        held = Counter(job.caller for job in self._waiting)
+        if held[caller] >= self.share:
+            reason = f"{self.share} requests of this hotkey are already waiting"
+            raise Refused(429, reason, retry_after_seconds=self._retry_seconds())
+        if len(self._waiting) < self.capacity:
+            return None
+        # The newest job of the caller with the most jobs; among equals, the least stake.
+        victim = max(reversed(self._waiting), key=lambda job: (held[job.caller], -job.priority))
+        if (held[victim.caller], priority) <= (held[caller] + 1, victim.priority):
+            raise self._full()
+        self._waiting.remove(victim)
+        return victim
 
-    def _cancelled(self, future: Future[Any]) -> None:
-        if future.cancelled():
-            with self._changed:
-                job = self._by_future.get(future)
-                if job is not None:
-                    self._forget(job)
+    def _full(self) -> Refused:
+        return Refused(429, "the queue is full", retry_after_seconds=self._retry_seconds())
 
-    def _forget(self, job: _Job) -> None:
-        """Take a job out of the books; the lock is held."""
-        if job in self._line:
-            self._line.remove(job)
-        if self._by_name.get(job.name) is job:
-            del self._by_name[job.name]
-        self._by_future.pop(job.future, None)
-
-    # The worker
+    def _retry_seconds(self) -> float:
+        return min(max(self._average_seconds or FIRST_GUESS_SECONDS, 1.0), 600.0)
 
     def _work(self) -> None:
         while not self._stopping:
@@ -221,51 +199,35 @@ class WorkQueue:
             if job is not None:
                 self._run(job)
             elif self.idle is not None and not self._stopping:
-                _survive(self.idle)
+                _run_idle(self.idle)
 
     def _next(self) -> _Job | None:
-        """The next job, or None when it is time for `idle`, or for the end."""
+        """The next job; None when `idle` is due or the queue has stopped."""
         idle_at = time.monotonic() + self.idle_seconds
         with self._changed:
             while not self._stopping:
-                job = self._pick()
-                if job is not None:
-                    return job
+                if self._waiting:
+                    job = self._take()
+                    if job.future.set_running_or_notify_cancel():
+                        self._running = job
+                        return job
+                    continue
                 left = idle_at - time.monotonic()
                 if left <= 0:
                     return None
                 self._changed.wait(left)
         return None
 
-    def _pick(self) -> _Job | None:
-        """Take the job that weighted fair queueing serves first (Demers et al., 1989).
-
-        Each caller's clock goes on by 1/stake a job; the job that would end first on its
-        caller's clock is next, so that between equals it is first come, first served.
-        """
-        while self._line:
-            job = min(self._line, key=self._turn)
-            self._line.remove(job)
-            if not job.future.set_running_or_notify_cancel():
-                self._forget(job)
-                continue
-            self._clock = max(self._clock, self._clocks[job.caller])
-            self._clocks[job.caller] += 1.0 / job.weight
-            self._running = job
-            return job
-        return None
-
-    def _turn(self, job: _Job) -> tuple[float, int]:
-        return self._clocks[job.caller] + 1.0 / job.weight, job.order
-
-    def _line_up(self, job: _Job) -> None:
-        """A caller that had nothing waiting begins where the others are: waiting saves
-        no turns up, and an empty line forgets."""
-        if not self._line:
-            self._clock, self._clocks = 0.0, {}
-        if not any(other.caller == job.caller for other in self._line):
-            self._clocks[job.caller] = max(self._clock, self._clocks.get(job.caller, 0.0))
-        self._line.append(job)
+    def _take(self) -> _Job:
+        """The job of highest priority among the callers not yet served in this round."""
+        candidates = [job for job in self._waiting if job.caller not in self._served]
+        if not candidates:
+            self._served.clear()
+            candidates = self._waiting
+        job = max(candidates, key=lambda job: job.priority)
+        self._served.add(job.caller)
+        self._waiting.remove(job)
+        return job
 
     def _run(self, job: _Job) -> None:
         began = time.monotonic()
@@ -273,63 +235,63 @@ class WorkQueue:
         error: Exception | None = None
         try:
             result = job.call()
-        # A thread that dies would leave the miner deaf, so nothing gets past here.
+        # A dead worker would leave the miner unable to train, so nothing gets past here.
         except BaseException as raised:  # noqa: BLE001
             error = _as_exception(raised)
         with self._changed:
-            self._learn(time.monotonic() - began)
-            self._forget(job)
+            seconds = time.monotonic() - began
+            before = self._average_seconds
+            self._average_seconds = seconds if before is None else 0.7 * before + 0.3 * seconds
             self._running = None
             if not isinstance(error, Refused):
-                self._keep(job)
+                self._remember(job)
             self._changed.notify_all()
         if error is None:
             job.future.set_result(result)
         else:
             job.future.set_exception(error)
 
-    def _learn(self, seconds: float) -> None:
-        average = self._average_seconds
-        self._average_seconds = seconds if average is None else 0.7 * average + 0.3 * seconds
-
-    def _keep(self, job: _Job) -> None:
+    def _remember(self, job: _Job) -> None:
         answers = self._finished.setdefault(job.caller, OrderedDict())
         self._finished.move_to_end(job.caller)
-        answers[job.key] = job.future
+        answers[job.key] = replace(job, call=_answered)
         if len(answers) > self.remember:
             answers.popitem(last=False)
         if len(self._finished) > REMEMBERED_CALLERS:
             self._finished.popitem(last=False)
 
     def _expire(self) -> None:
-        """Turn away who has waited too long, also while the worker is busy."""
+        """Refuse jobs that have waited too long, also while the worker is busy."""
         while not self._stopping:
             with self._changed:
                 now = time.monotonic()
-                late = [job for job in self._line if job.expires_at <= now]
-                for job in late:
-                    self._forget(job)
+                late = [job for job in self._waiting if job.expires_at <= now]
+                self._waiting = [job for job in self._waiting if job.expires_at > now]
                 if not late:
-                    ends = [job.expires_at for job in self._line]
+                    ends = [job.expires_at for job in self._waiting]
                     self._changed.wait(min(ends) - now if ends else None)
             for job in late:
-                _fail(job.future, Refused(503, "waited too long for its turn"))
+                _fail(job, Refused(503, "waited too long for its turn"))
 
 
-def _fail(future: Future[Any], error: Exception) -> None:
-    if future.set_running_or_notify_cancel():
-        future.set_exception(error)
+def _answered() -> None:
+    """In place of a finished job's call, which holds the request."""
 
 
-def _survive(call: Callable[[], None]) -> None:
+def _fail(job: _Job, error: Exception) -> None:
+    if job.future.set_running_or_notify_cancel():
+        job.future.set_exception(error)
+
+
+def _run_idle(call: Callable[[], None]) -> None:
     try:
         call()
     except Exception:
-        log.exception("the worker's idle step failed; it goes on")
+        log.exception("the worker's idle step failed; the worker continues")
 
 
 def _as_exception(raised: BaseException) -> Exception:
-    """The error as its waiters get it, logged if nobody raised it on purpose.
+    """The error as waiters get it; logged unless it was raised on purpose.
 
     It may be remembered for long, so it lets go of what its frames hold (a batch, or a
     model's activations).

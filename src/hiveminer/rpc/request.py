@@ -1,0 +1,206 @@
+"""A request as it comes in: its header within limits, its body within a cap and a deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import math
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bittensor import http_auth
+
+from hiveminer.errors import Refused
+from hiveminer.protocol import Terminal
+from hiveminer.rpc.connections import Connection
+from hiveminer.rpc.signatures import check_size
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Header = tuple[str, str]
+
+MAX_HEADER_BYTES = 8192
+MAX_HEADERS = 64
+MAX_UNVERIFIED_BYTES = 16 * 2**20
+"""Bytes of bodies, of all connections together, whose signature has not been checked yet."""
+
+DRAIN_BYTES = 4 * 2**20
+DRAIN_SECONDS = 1.0
+"""How much of a body is read after it was refused, so that the caller sees the refusal."""
+
+
+class Declined(Refused):
+    """A refusal of the axon's own; `kind` is the name under which it is counted."""
+
+    def __init__(
+        self,
+        kind: str,
+        status: int,
+        reason: str,
+        *,
+        retry_after_seconds: float | None = None,
+        headers: Sequence[Header] = (),
+    ):
+        super().__init__(status, reason, retry_after_seconds=retry_after_seconds)
+        self.kind = kind
+        self.headers = headers
+
+
+class Disconnected(Exception):
+    """The caller has hung up; nobody is left to answer."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is sent back; `headers` besides those that every answer has."""
+
+    status: int
+    body: bytes
+    headers: Sequence[Header] = ()
+
+    @classmethod
+    def refusal(cls, refused: Refused) -> Answer:
+        headers = list(getattr(refused, "headers", ()))
+        if refused.retry_after_seconds is not None:
+            headers.append(("retry-after", str(math.ceil(refused.retry_after_seconds))))
+        return cls(refused.status, json.dumps({"detail": refused.reason}).encode(), headers)
+
+
+class Request:
+    """One HTTP request.
+
+    `target` is path and query as sent, `headers` have lower-case names. `caller` is the
+    hotkey once the signature has proved it.
+    """
+
+    def __init__(self, scope: MutableMapping[str, Any], receive: Receive) -> None:
+        query = scope["query_string"].decode("ascii")
+        self.method: str = scope["method"]
+        self.path: str = scope["raw_path"].decode("ascii")
+        self.target = f"{self.path}?{query}" if query else self.path
+        self.headers: dict[str, str] = {}
+        size = 0
+        for name, value in scope["headers"]:
+            size += len(name) + len(value)
+            text = name.decode("latin-1")
+            # Two values for one name: verification and blacklist must see the same one.
+            self.headers[text] = "" if text in self.headers else value.decode("latin-1")
+        self.oversized = size > MAX_HEADER_BYTES or len(scope["headers"]) > MAX_HEADERS
+        self.connection: Connection = scope["state"]["connection"]
+        self.caller: str | None = None
+        self._receive = receive
+        self._complete = False
+
+    @property
+    def claimed_hotkey(self) -> str:
+        """The hotkey in the header, not proved yet."""
+        return self.headers.get(http_auth.HEADER_HOTKEY.lower(), "")
+
+    @property
+    def nonce(self) -> str:
+        return self.headers.get(http_auth.HEADER_NONCE.lower(), "")
+
+    @property
+    def terminal(self) -> Terminal:
+        """The caller as a synapse has it."""
+        return Terminal(hotkey=self.claimed_hotkey, ip=self.connection.ip)
+
+    def check_header(self) -> None:
+        """Raise `Declined` for a header that is too large or names no possible hotkey."""
+        if self.oversized:
+            raise Declined("header_size", 431, "the header is too large")
+        if not self.claimed_hotkey:
+            raise Declined("credentials", 401, f"missing {http_auth.HEADER_HOTKEY}")
+        try:
+            check_size(self.claimed_hotkey, self.nonce)
+        except http_auth.MalformedAuth as error:
+            raise Declined("credentials", 401, str(error)) from None
+
+    async def receive(self) -> bytes:
+        """The next part of the body. Raises `Disconnected`."""
+        message = await self._receive()
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        self._complete = not message.get("more_body", False)
+        return bytes(message.get("body", b""))
+
+    async def read(self, *, cap: int, deadline_seconds: float, bodies: UnverifiedBodies) -> bytes:
+        """The whole body, of at most `cap` bytes. Raises `Declined` or `Disconnected`."""
+        too_large = Declined("body_size", 413, f"the body is larger than {cap} bytes")
+        length = self.headers.get("content-length") or "0"
+        if len(length) > 12 or int(length) > cap:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(deadline_seconds):
+                while not self._complete:
+                    body += await self.receive()
+                    if len(body) > cap:
+                        raise too_large
+                    bodies.add(self, len(body))
+        except TimeoutError:
+            raise Declined("body_deadline", 408, "the body took too long") from None
+        return bytes(body)
+
+    async def until_disconnected(self) -> None:
+        """Return when the caller has hung up."""
+        with contextlib.suppress(Disconnected):
+            while True:
+                await self.receive()
+
+    async def respond(self, send: Send, answer: Answer, headers: Sequence[Header]) -> None:
+        """Send the answer, then read a little of a body that was refused unread.
+
+        Closing a connection while its peer still sends resets it, and the peer may never
+        see why it was refused.
+        """
+        length = ("content-length", str(len(answer.body)))
+        lines = [("content-type", "application/json"), length, *answer.headers, *headers]
+        raw = [(name.lower().encode("ascii"), value.encode("ascii")) for name, value in lines]
+        await send({"type": "http.response.start", "status": answer.status, "headers": raw})
+        if self._complete:
+            await send({"type": "http.response.body", "body": answer.body})
+            return
+        # Complete for the caller, by its length; for the server only after the drain.
+        await send({"type": "http.response.body", "body": answer.body, "more_body": True})
+        await self._drain()
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _drain(self) -> None:
+        size = 0
+        with contextlib.suppress(TimeoutError, Disconnected):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while not self._complete and size < DRAIN_BYTES:
+                    size += len(await self.receive())
+
+
+class UnverifiedBodies:
+    """The bodies being read, whose callers are not proved yet, and a limit on their size.
+
+    Over the limit the oldest one is cut off, on connections that have proved nothing
+    first and on those of validators last.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._sizes: dict[Request, int] = {}
+
+    @property
+    def size(self) -> int:
+        """Bytes held now."""
+        return sum(self._sizes.values())
+
+    def add(self, request: Request, size: int) -> None:
+        """Note how much of a request's body has been read."""
+        self._sizes[request] = size
+        while len(self._sizes) > 1 and self.size > self._max_bytes:
+            victim = min(self._sizes, key=lambda each: each.connection.rank)
+            self.remove(victim)
+            victim.connection.drop("body_room")
+
+    def remove(self, request: Request) -> None:
+        """Forget a request that is verified or over."""
+        self._sizes.pop(request, None)
