@@ -7,35 +7,21 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from typing import Any
 
 import bittensor
 import httpx
 import pytest
 from bittensor import http_auth
-from bittensor.keyfiles import Keypair
+from serving import MINER, OTHER, UNKNOWN, VALIDATOR, Wallet, ss58, standing, wallet
 
 from hiveminer.errors import MinerError, OperatorError
 from hiveminer.protocol import IsAlive, Synapse, Train
 from hiveminer.rpc.axon import Axon
-from hiveminer.rpc.blacklist import STRANGER, Standing
-from hiveminer.rpc.dendrite import ANSWER_METHOD, Dendrite, Endpoint, answer_path
+from hiveminer.rpc.dendrite import Dendrite, Endpoint
+from hiveminer.rpc.signatures import ANSWER_METHOD, answer_path
 
-Wallet = SimpleNamespace
 Handler = Callable[[httpx.Request], httpx.Response]
 
-
-def wallet(name: str, **options: Any) -> Wallet:
-    key = Keypair.create_from_uri(f"//{name}", **options)
-    return Wallet(hotkey=key, coldkey=key, coldkeypub=key)
-
-
-def ss58(who: Wallet) -> str:
-    return str(who.hotkey.ss58_address)
-
-
-MINER, VALIDATOR, OTHER = wallet("Alice"), wallet("Bob"), wallet("Charlie")
 ENDPOINT = Endpoint(hotkey=ss58(MINER), ip="127.0.0.1", port=9)
 
 
@@ -79,7 +65,7 @@ def call(
 ) -> Synapse:
     async def one() -> Synapse:
         transport = httpx.MockTransport(lambda request: streamed(handler(request)))
-        async with Dendrite(VALIDATOR, transport=transport) as dendrite:
+        async with Dendrite(VALIDATOR, transport=transport, retry_seconds=0.001) as dendrite:
             return await dendrite.call(
                 ENDPOINT, synapse or IsAlive(), timeout_seconds=timeout_seconds
             )
@@ -94,18 +80,8 @@ def error_of(handler: Handler, synapse: Synapse | None = None) -> MinerError:
     return raised.value
 
 
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hiveminer.rpc.dendrite.FIRST_PAUSE_SECONDS", 0.001)
-
-
 @pytest.fixture
 def axon() -> Iterator[Axon]:
-    def standing(hotkey: str) -> Standing:
-        if hotkey != ss58(VALIDATOR):
-            return STRANGER
-        return Standing(uid=0, registered=True, validator_permit=True, stake=1.0)
-
     def is_alive(synapse: IsAlive) -> IsAlive:
         synapse.completion = True
         return synapse
@@ -133,6 +109,10 @@ BAD_ANSWERS: dict[str, tuple[Handler, str]] = {
         "sr25519",
     ),
     "not JSON": (lambda r: answer(r, b"{"), "does not fit"),
+    "with a key twice": (
+        lambda r: answer(r, b'{"completion": true, "completion": true}'),
+        "key twice",
+    ),
     "with an unknown field": (lambda r: answer(r, b'{"loss": 1}'), "does not fit: loss"),
     "with a wrong type": (lambda r: answer(r, b'{"epoch": "x"}'), "does not fit: epoch"),
     "with a long hotkey": (
@@ -355,48 +335,13 @@ def test_a_proxy_in_the_environment_sees_nothing(
 
 def test_a_refusal_by_a_real_axon_has_status_and_reason(axon: Axon) -> None:
     async def one() -> None:
-        async with Dendrite(OTHER) as dendrite:
+        async with Dendrite(UNKNOWN) as dendrite:
             endpoint = Endpoint(ss58(MINER), "127.0.0.1", axon.port)
             await dendrite.call(endpoint, IsAlive(), timeout_seconds=5)
 
     with pytest.raises(MinerError, match="not registered") as raised:
         asyncio.run(one())
     assert raised.value.status == 403
-
-
-# Many
-
-
-def test_a_broadcast_answers_in_order_within_its_bound() -> None:
-    running = 0
-    most = 0
-
-    async def handler(request: httpx.Request) -> httpx.Response:
-        nonlocal running, most
-        port = request.url.port or 0
-        running += 1
-        most = max(most, running)
-        await asyncio.sleep(0.001)
-        running -= 1
-        if port % 2:
-            raise httpx.ConnectError("nobody")
-        return streamed(answer(request, b'{"epoch": %d}' % port))
-
-    endpoints = [Endpoint(ss58(MINER), "127.0.0.1", port) for port in range(1000, 1256)]
-    endpoints.append(Endpoint(ss58(OTHER), "0.0.0.0", 0))
-
-    async def all_of_them() -> list[IsAlive | MinerError]:
-        transport = httpx.MockTransport(handler)
-        async with Dendrite(VALIDATOR, concurrency=16, transport=transport) as dendrite:
-            return await dendrite.broadcast(endpoints, lambda _: IsAlive(), timeout_seconds=20)
-
-    answers = asyncio.run(all_of_them())
-    assert len(answers) == 257
-    assert [one.epoch for one in answers if isinstance(one, IsAlive)] == list(range(1000, 1256, 2))
-    assert all(isinstance(one, MinerError) for one in answers[1::2])
-    assert most <= 16
-    assert isinstance(answers[-1], MinerError)
-    assert answers[-1].hotkey == ss58(OTHER)
 
 
 def test_a_synapse_over_its_own_cap_is_the_callers_mistake() -> None:

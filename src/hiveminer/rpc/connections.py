@@ -266,9 +266,9 @@ class Connection(H11Protocol):
 
     def send_400_response(self, msg: str) -> None:
         self.gate.count("malformed", self.ip)
-        if self.idle:
+        if self.idle or not self.cycle.response_started:
             self.transport.write(_BAD_REQUEST)
-        else:
+        if not self.idle:
             # The app still reads this request's body: it sees a disconnect.
             self.cycle.disconnected = True
             self.cycle.message_event.set()

@@ -1,10 +1,9 @@
-"""The line in front of the worker: its order, its bounds, and what the worker survives."""
+"""The work queue: its order, its bounds, and what the worker survives."""
 
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future
 from typing import Any
 
@@ -12,13 +11,7 @@ import pytest
 
 from hiveminer.errors import Refused, TrainingError
 from hiveminer.rpc.queue import WorkQueue
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.005)
+from programs import wait_for
 
 
 class Held:
@@ -32,7 +25,7 @@ class Held:
         self.first = self.queue.submit(
             self._gate.wait, caller="first", key="first", priority=1.0, expires_seconds=60
         )
-        until(lambda: self.queue.busy)
+        wait_for(lambda: self.queue.busy, seconds=10)
 
     def submit(
         self, key: str, *, caller: str = "", priority: float = 1.0, expires_seconds: float = 60.0
@@ -79,17 +72,15 @@ def test_one_caller_is_served_by_its_own_priorities(held: Held) -> None:
     assert held.done == ["p3", "p2", "p1"]
 
 
-def test_a_caller_that_always_waits_does_not_keep_the_others_out() -> None:
-    """The rich one has four times the stake, so it gets four turns to one, and no more."""
+def test_callers_take_turns_the_highest_priority_first() -> None:
     held = Held(capacity=32, share=16)
-    futures = [held.submit(f"rich {i}", caller="rich", priority=4.0) for i in range(9)]
+    futures = [held.submit(f"rich {i}", caller="rich", priority=4.0) for i in range(3)]
     futures += [held.submit(f"poor {i}", caller="poor", priority=1.0) for i in range(2)]
+    futures += [held.submit("middle", caller="middle", priority=2.0)]
     held.release()
     for future in futures:
         future.result(10)
-    assert held.done[0] == "rich 0"
-    assert held.done.index("poor 0") <= 4
-    assert held.done.index("poor 1") <= 9
+    assert held.done == ["rich 0", "middle", "poor 0", "rich 1", "poor 1", "rich 2"]
     held.queue.stop(5)
 
 
@@ -102,20 +93,71 @@ def test_a_priority_that_is_no_number_comes_last(held: Held) -> None:
     assert held.done == ["most", "low", "odd"]
 
 
-def test_the_line_and_each_share_of_it_are_bounded(held: Held) -> None:
-    for i in range(3):
-        held.submit(f"a{i}", caller="a")
-    with pytest.raises(Refused, match="wait already") as own:
-        held.submit("a3", caller="a")
-    for i in range(3):
-        held.submit(f"b{i}", caller="b")
-    with pytest.raises(Refused, match="full") as full:
-        held.submit("c0", caller="c")
-    for refused in (own.value, full.value):
-        assert refused.status == 429
-        assert refused.retry_after_seconds is not None
-        assert refused.retry_after_seconds >= 1
+def refused(held: Held, key: str, **how: Any) -> Refused:
+    with pytest.raises(Refused) as raised:
+        held.submit(key, **how)
+    return raised.value
+
+
+def test_the_queue_and_each_share_of_it_are_bounded(held: Held) -> None:
+    for caller in ("a", "b"):
+        for i in range(3):
+            held.submit(f"{caller}{i}", caller=caller)
+    own = refused(held, "a3", caller="a")
+    assert "already waiting" in str(own)
+    assert own.status == 429
+    assert own.retry_after_seconds is not None
+    assert own.retry_after_seconds >= 1
     assert held.queue.waiting == 6
+
+
+def test_a_full_queue_gives_a_place_of_the_caller_that_holds_most(held: Held) -> None:
+    many = [held.submit(f"a{i}", caller="a", priority=9) for i in range(3)]
+    for i in range(2):
+        held.submit(f"b{i}", caller="b", priority=5)
+    held.submit("c0", caller="c", priority=5)
+    held.submit("d0", caller="d", priority=1)  # takes the newest of a's three places
+    with pytest.raises(Refused, match="full"):
+        many[2].result(0)
+    assert "full" in str(refused(held, "c1", caller="c", priority=1))
+    held.submit("c2", caller="c", priority=6)  # as many as b then, and more stake
+    assert refused(held, "b2", caller="b", priority=5).status == 429
+    held.release()
+    assert many[1].result(10) == "did a1"
+    wait_for(lambda: len(held.done) == 6, seconds=10)
+    assert held.done == ["a0", "c2", "b0", "d0", "a1", "c0"]
+
+
+def test_the_least_stake_gives_way_when_all_hold_one_place() -> None:
+    held = Held(capacity=3)
+    futures = [held.submit(f"p{p}", priority=p) for p in (2, 1, 3)]
+    refused(held, "p0", priority=0.5)
+    held.submit("p4", priority=4)
+    with pytest.raises(Refused, match="full"):
+        futures[1].result(0)
+    held.release()
+    futures[0].result(10)
+    assert held.done == ["p4", "p3", "p2"]
+    held.queue.stop(5)
+
+
+def test_a_key_with_other_content_is_refused(held: Held) -> None:
+    first = held.queue.submit(
+        lambda: 1, caller="a", key="k", priority=1, expires_seconds=60, content="x"
+    )
+
+    def again(content: str) -> Future[Any]:
+        return held.queue.submit(
+            lambda: 2, caller="a", key="k", priority=1, expires_seconds=60, content=content
+        )
+
+    for _ in range(2):
+        assert again("x") is first
+        with pytest.raises(Refused) as conflict:
+            again("y")
+        assert conflict.value.status == 409
+        held.release()
+        assert first.result(10) == 1
 
 
 def test_the_same_key_runs_once_while_it_waits_and_afterwards(held: Held) -> None:
@@ -173,9 +215,6 @@ def test_who_leaves_frees_the_place_unless_another_waits_for_it(held: Held) -> N
     assert held.queue.leave(future)
     assert held.queue.waiting == 0
     assert future.cancelled()
-    again = held.submit("x", caller="a")
-    again.cancel()
-    assert held.queue.waiting == 0
     assert not held.queue.leave(held.first)
     held.release()
     assert held.first.result(10) is True
@@ -213,7 +252,7 @@ def test_idle_is_called_in_the_worker_while_nothing_waits_and_may_fail() -> None
 
     queue = WorkQueue(idle=idle, idle_seconds=0.01, name="trainer")
     queue.start()
-    until(lambda: len(threads) >= 3)
+    wait_for(lambda: len(threads) >= 3, seconds=10)
     assert set(threads) == {"trainer"}
     name = queue.submit(
         lambda: threading.current_thread().name, caller="a", key="k", priority=1, expires_seconds=9
