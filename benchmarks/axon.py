@@ -52,7 +52,8 @@ from benchmarks import _flood, machine
 from hiveminer.chain import embedded_wallet, join_embedded, open_chain
 from hiveminer.errors import MinerError
 from hiveminer.protocol import IsAlive, Train
-from hiveminer.rpc.dendrite import ANSWER_METHOD, Dendrite, Endpoint, answer_path, verify_signed
+from hiveminer.rpc.dendrite import Dendrite, Endpoint
+from hiveminer.rpc.signatures import verify_answer
 from hiveminer.runtime.metrics import progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,15 +148,15 @@ class Signed:
         assert json.loads(body)["completion"] is True
         if self.target.signs:
             nonce = self.headers[http_auth.HEADER_NONCE]
-            signer = verify_signed(
+            signer = verify_answer(
                 headers,
                 body,
-                method=ANSWER_METHOD,
-                path=answer_path("/IsAlive", nonce, status),
+                target="/IsAlive",
+                nonce=nonce,
+                status=status,
                 receiver=self.wallet.hotkey.ss58_address,
-                nonce_store=http_auth.InMemoryNonceStore(),
             )
-            assert signer.hotkey_ss58 == self.target.hotkey
+            assert signer == self.target.hotkey
 
 
 # What is measured
