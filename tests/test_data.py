@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -11,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 import torch.multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import cut_the_network, no_file_longer_than
+from row_files import all_texts, load, refused, write_lines, write_parquet
+from tiny import cut_the_network, no_file_longer_than, one_line
 
 from hiveminer.config.run import DataSection
 from hiveminer.errors import OperatorError, TrainingError
@@ -27,7 +25,6 @@ from hiveminer.training.data import (
     CACHED_SHARDS,
     ROW_BYTES,
     RecordRows,
-    Rows,
     StoredRows,
     StreamedRows,
     builtin_rows,
@@ -56,40 +53,6 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
         "datasets.config.HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets"))
     )
     cut_the_network(monkeypatch)
-
-
-def load(path: Path | str, **section: Any) -> Rows:
-    return load_rows(DataSection(name=str(path), **section))
-
-
-def all_texts(rows: Rows) -> list[str]:
-    return rows.texts(range(len(rows)))
-
-
-def write_lines(path: Path, texts: Sequence[str], *, column: str = "text") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    records = (json.dumps({column: text, "number": i}) for i, text in enumerate(texts))
-    path.write_text("\n".join(records) + "\n", encoding="utf-8")
-    return path
-
-
-def write_parquet(path: Path, texts: Sequence[str | None]) -> Path:
-    pyarrow.parquet.write_table(pyarrow.table({"text": list(texts)}), path)
-    return path
-
-
-def one_line(error: pytest.ExceptionInfo[OperatorError]) -> str:
-    said = str(error.value)
-    assert "\n" not in said
-    assert len(said) < 500
-    return said
-
-
-def refused(path: Path | str, words: str, **section: Any) -> str:
-    """The one line in which a path is refused."""
-    with pytest.raises(OperatorError, match=words) as caught:
-        load(path, **section)
-    return one_line(caught)
 
 
 def line(letter: str, size: int) -> str:
@@ -256,160 +219,6 @@ def test_a_missing_column_is_refused_in_one_line(tmp_path: Path, streaming: bool
     refused(path, words, column="body", streaming=streaming, rows=25)
 
 
-def test_mixed_kinds_are_refused(tmp_path: Path) -> None:
-    write_lines(tmp_path / "a.jsonl", TEXTS)
-    (tmp_path / "b.txt").write_text("text\n")
-    refused(tmp_path, r"files of more than one kind \(a\.jsonl, b\.txt\)")
-
-
-def test_what_is_not_data_is_refused(tmp_path: Path) -> None:
-    assert "absent.jsonl" in refused(tmp_path / "absent.jsonl", "no such file or folder")
-    refused(tmp_path, r"no file in it ends in \.txt")
-    (tmp_path / ".hidden.txt").write_text("hidden\n")
-    refused(tmp_path, r"no file in it ends in \.txt")
-    (tmp_path / "a.csv").write_text("text\na\n")
-    refused(tmp_path, r"it holds a\.csv")
-    refused(tmp_path / "a.csv", "its name ends in none of")
-    refused(tmp_path / "a.csv" / "b.txt", "no such file|cannot be read")
-    os.mkfifo(tmp_path / "pipe.txt")
-    refused(tmp_path / "pipe.txt", "not a regular file")
-    refused(tmp_path, r"pipe\.txt: not a regular file")
-    with pytest.raises(OperatorError, match=r"data\.name is empty"):
-        load_rows(DataSection(name=""))
-    for name in ("x" * 5000, "x" * 5000 + ".txt", "a\0b.txt"):
-        with pytest.raises(OperatorError):
-            load_rows(DataSection(name=name))
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("a.parquet", b"PAR1 no parquet"), ("a.parquet", b"")],
-)
-def test_a_broken_file_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:
-    (tmp_path / name).write_bytes(content)
-    refused(tmp_path / name, "cannot be read")
-
-
-LATIN = "café\n".encode("latin-1")
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\n"
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("a.txt", b"one\ntwo\n" + LATIN, "line 3: not UTF-8 .byte 0xe9"),
-        ("a.txt", "one\n".encode("utf-16"), "line 1: UTF-16"),
-        ("a.txt", "one\ntwo\n".encode("utf-16-le"), "line 1: a NUL byte"),
-        ("a.txt", b"one\ntw\0o\n", "line 2: a NUL byte"),
-        ("a.txt", b"\xed\xa0\xbd\n", "line 1: not UTF-8"),
-        ("a.txt", POINTER, "a Git LFS pointer"),
-        ("a.parquet", POINTER, "a Git LFS pointer"),
-        ("a.jsonl", POINTER, "a Git LFS pointer"),
-        ("a.jsonl", b'{"text": "one"}\n{"text": "' + LATIN + b'"}\n', "line 2: not UTF-8"),
-        ("a.json", b'[{"text": "one"},\n{"text": "caf\xe9"}]', "line 2: not UTF-8"),
-        ("a.jsonl", '{"text": "one"}\n'.encode("utf-16"), "line 1: UTF-16"),
-        ("a.jsonl", b"{broken", "line 1: not JSON"),
-        ("a.jsonl", b'{"text": "one"}\n\n{"text": "tw', "line 3: not JSON: Unterminated"),
-        ("a.jsonl", b'{"text": "one"}\n{"text": "two"} 3\n', "line 2: not JSON: Extra data"),
-        ("a.json", b'[{"text": "one"},\n{"text": }]', "line 2: not JSON"),
-        ("a.json", b'[{"text": "one"}]\n[]', "more follows after the array"),
-        ("a.jsonl", b'{"text": "a", "text": "b"}\n', "line 1: not JSON: key 'text' twice"),
-        ("a.json", b'[{"text": "a", "text": "b"}]', "key 'text' twice"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', r"line 2: .*half a character, .ud83d"),
-        ("a.jsonl", b'{"text": "a"}\n[1]\n', "line 2: a list, expected an object"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": 1}\n', "line 2: column 'text' is int, expected"),
-        ("a.json", b'[{"text": "a"}, {"text": ["b"]}]', "row 1: column 'text' is a list"),
-        ("a.jsonl", b'{"text": {"en": "a"}}\n', "line 1: column 'text' is an object"),
-        ("a.jsonl", b'{"text": true}\n', "line 1: column 'text' is bool"),
-        ("a.jsonl", b'{"body": "a"}\n{"body": "b"}\n', "no column 'text'; it has body"),
-        ("a.json", b'{"data": [{"text": "a"}]}', "no column 'text'; it has data"),
-        ("a.jsonl", b'{"text": null}\n{"text": ""}\n', "column 'text' holds no text"),
-        ("a.jsonl", b"[" * 100_000, "line 1: not JSON: nested too deeply"),
-        ("a.jsonl", b"\n \n", "it holds no row"),
-        ("a.txt", b"", "it holds no row"),
-    ],
-)
-def test_what_cannot_be_read_is_refused_with_file_and_line(
-    tmp_path: Path, name: str, content: bytes, words: str
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    assert name in refused(tmp_path / name, words)
-    refused(tmp_path, words)
-
-
-def test_one_file_of_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"hello\n" * 100)
-    (tmp_path / "b.txt").write_bytes(LATIN)
-    assert "b.txt: line 1: not UTF-8" in refused(tmp_path, "not UTF-8")
-    write_lines(tmp_path / "records" / "a.jsonl", TEXTS)
-    write_lines(tmp_path / "records" / "b.jsonl", TEXTS, column="body")
-    assert "b.jsonl" in refused(tmp_path / "records", "no column 'text'; it has body, number")
-
-
-TEXT_TYPES = [
-    pyarrow.string(),
-    pyarrow.large_string(),
-    pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
-]
-OTHER_TYPES = [
-    ("int64", [1, 2]),
-    ("bool", [True, False]),
-    ("binary", [b"one", b"two"]),
-    ("list", [["a"], ["b"]]),
-    ("struct", [{"text": "a"}, {"text": "b"}]),
-    ("null", [None, None]),
-]
-
-
-@pytest.mark.parametrize("kind", TEXT_TYPES, ids=str)
-def test_a_parquet_column_of_text_is_read_whatever_its_encoding(
-    tmp_path: Path, kind: pyarrow.DataType
-) -> None:
-    values = pyarrow.array(["one", None, "two", "one"], pyarrow.string()).cast(kind)
-    table = pyarrow.table({"other": [1, 2, 3, 4], "text": values, "a.b": values})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
-    assert all_texts(load(tmp_path)) == ["one", "", "two", "one"]
-    assert all_texts(load(tmp_path, column="a.b")) == ["one", "", "two", "one"]
-
-
-@pytest.mark.parametrize(("kind", "values"), OTHER_TYPES)
-def test_a_parquet_column_that_is_not_text_is_refused(
-    tmp_path: Path, kind: str, values: list[Any]
-) -> None:
-    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
-    refused(tmp_path, f"a.parquet: column 'text' is {kind}.*, expected text")
-
-
-def test_parquet_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
-    values = pyarrow.array([b"one", b"caf\xe9"]).view(pyarrow.string())
-    pyarrow.parquet.write_table(pyarrow.table({"text": values}), tmp_path / "a.parquet")
-    refused(tmp_path, "a.parquet: .*UTF8")
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        b'{"text": "one"}\n{"text": "two\\u2028"}\n',
-        b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two\xe2\x80\xa8"}',
-        b'{"text": "one"}\r{"text": "two\\u2028"}\r',
-        b'[{"text": "one"}, {"text": "two\\u2028"}]',
-        b'\xef\xbb\xbf[\n  {"text": "one"},\n  {"text": "two\\u2028", "text2": 1}\n]\n',
-        b'{\n  "text": "one"\n}\n{\n  "text": "two\\u2028"\n}\n',
-    ],
-)
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.NDJSON"])
-def test_json_is_read_by_line_as_an_array_and_pretty_printed(
-    tmp_path: Path, name: str, content: bytes
-) -> None:
-    (tmp_path / name).write_bytes(content)
-    assert all_texts(load(tmp_path / name)) == ["one", "two\u2028"]
-
-
-@pytest.mark.parametrize("text", ["2024-01-01", "17", "true", "null", "1e5", "NaN", "a\0b", " "])
-def test_text_that_looks_like_another_type_stays_text(tmp_path: Path, text: str) -> None:
-    assert all_texts(load(write_lines(tmp_path / "a.jsonl", [text, text]))) == [text, text]
-
-
 def test_rows_without_text_keep_their_numbers_and_are_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -420,120 +229,6 @@ def test_rows_without_text_keep_their_numbers_and_are_reported_once(
     assert all_texts(rows) == ["one", "", "", "", "x"]
     assert len(caplog.messages) == 1
     assert "3 of 5 rows have no text" in caplog.messages[0]
-
-
-def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\n")
-    assert all_texts(load(tmp_path / "a.txt")) == ["one\n"]
-
-
-def test_line_ends_stay_as_they_are(tmp_path: Path) -> None:
-    text = "one\r\ntwo\rthree\u2028four\x0bfive\n"
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    assert all_texts(load(tmp_path / "a.txt")) == [text]
-
-
-# --- names ------------------------------------------------------------------------------------
-
-
-NAMES = ["a[1]", "a*", "a?", "[!a]", "{a,b}", "a%20b", "a::b", "**", "a b\n", "ü", "hf:", "a#b?c=d"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "txt"])
-def test_a_path_means_itself(tmp_path: Path, name: str, kind: str) -> None:
-    folder = tmp_path / name
-    folder.mkdir()
-    for place in (folder / f"{name}.{kind}", folder / f"a1.{kind}", tmp_path / f"ab.{kind}"):
-        text = "MINE\n" if place.stem == name else "OTHER\n"
-        if kind == "txt":
-            place.write_text(text)
-        elif kind == "jsonl":
-            write_lines(place, [text])
-        else:
-            write_parquet(place, [text])
-    assert all_texts(load(folder / f"{name}.{kind}")) == ["MINE\n"]
-    assert sorted(all_texts(load(folder))) == ["MINE\n", "OTHER\n"]
-
-
-def test_a_file_name_that_is_not_utf_8_is_a_name_like_any(tmp_path: Path) -> None:
-    name = os.fsdecode(b"caf\xe9.txt")
-    (tmp_path / name).write_text("text\n")
-    assert all_texts(load(tmp_path)) == ["text\n"]
-    (tmp_path / name).write_bytes(LATIN)
-    refused(tmp_path, r"caf.udce9\.txt: line 1: not UTF-8").encode()
-
-
-def test_hidden_files_are_ignored_and_others_are_named(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for name in ("a.txt", "._a.txt", ".ipynb_checkpoints/a-checkpoint.txt", ".git/b.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(f"{name}\n")
-    with caplog.at_level(logging.WARNING):
-        assert all_texts(load(tmp_path)) == ["a.txt\n"]
-    assert caplog.messages == []
-    for name in ("README.md", "dataset_infos.json", "more.jsonl.gz", "other.csv"):
-        (tmp_path / name).write_text("{}")
-    with caplog.at_level(logging.WARNING):
-        assert all_texts(load(tmp_path)) == ["a.txt\n"]
-    words = "not read: README.md, dataset_infos.json, more.jsonl.gz and 1 more"
-    assert [message.partition(": ")[2] for message in caplog.messages] == [words]
-
-
-def test_links_are_followed_and_never_in_circles(tmp_path: Path) -> None:
-    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
-    here.mkdir()
-    elsewhere.mkdir()
-    (elsewhere / "b.txt").write_text("linked\n")
-    (here / "a.txt").symlink_to(elsewhere / "b.txt")
-    (here / "folder").symlink_to(elsewhere)
-    assert all_texts(load(here)) == ["linked\n", "linked\n"]
-    (here / "c.txt").symlink_to("nowhere")
-    refused(here, r"c\.txt: not a regular file, or a broken link")
-    (here / "c.txt").unlink()
-    (here / "circle").symlink_to(here)
-    refused(here, "circle: a link to a folder that it is in")
-
-
-SPLIT_NAMES = [
-    ("{}.txt", "train", "validation", "test"),
-    ("{}.txt", "train", "valid", "test"),
-    ("{}.txt", "training", "dev", "eval"),
-    ("data/{}-00000-of-00002.txt", "train", "val", "testing"),
-    ("{}/part-0.txt", "train", "validation", "test"),
-    ("wiki.{}.raw.TXT", "train", "valid", "test"),
-    ("{}00.txt", "Train", "Dev", "Test"),
-]
-
-
-@pytest.mark.parametrize("names", SPLIT_NAMES, ids=lambda names: names[0].format(names[2]))
-def test_the_files_of_a_split_are_chosen_by_their_names(
-    tmp_path: Path, names: tuple[str, ...], caplog: pytest.LogCaptureFixture
-) -> None:
-    form, *words = names
-    for split, word in zip(("train", "validation", "test"), words, strict=True):
-        path = tmp_path / form.format(word)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{split}\n")
-    assert all_texts(load(tmp_path)) == ["train\n"]
-    assert form.format(words[1]) in caplog.text, "what is left out is named"
-    for split in ("validation", "test"):
-        assert all_texts(load(tmp_path, split=split)) == [f"{split}\n"]
-    assert sorted(all_texts(load(tmp_path, split="all"))) == ["test\n", "train\n", "validation\n"]
-
-
-def test_a_split_that_cannot_be_told_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "test.txt").write_text("test\n")
-    refused(tmp_path, r"no file of the split 'train'; it holds test\.txt")
-    (tmp_path / "more.txt").write_text("more\n")
-    refused(tmp_path, r"test\.txt names a split and more\.txt none")
-    assert len(load(tmp_path, split="all")) == 2
-    assert len(load(tmp_path / "test.txt")) == 1, "a file that is named is read"
-    (tmp_path / "test.txt").unlink()
-    refused(tmp_path, "no file of the split 'test'", split="test")
-    for path in (tmp_path, tmp_path / "more.txt"):
-        refused(path, r"data\.split 'train\[:10%\]'", split="train[:10%]")
 
 
 # --- storage and hashes -----------------------------------------------------------------------

@@ -23,6 +23,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from hiveminer.errors import OperatorError
 from hiveminer.training.model import builtin_tokenizer
 
 ARCHITECTURES = ("gpt2", "llama", "qwen2")
@@ -120,3 +121,11 @@ def no_file_longer_than(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def one_line(error: pytest.ExceptionInfo[OperatorError]) -> str:
+    """The words of an error that an operator reads: one line, and not a long one."""
+    words = str(error.value)
+    assert "\n" not in words
+    assert len(words) < 500
+    return words
