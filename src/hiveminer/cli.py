@@ -25,6 +25,8 @@ class Command(NamedTuple):
     settings: str
     sentence: str
     has_json: bool = False
+    word: str = ""
+    """The setting that a first word without a flag gives."""
 
 
 COMMANDS = {
@@ -54,6 +56,34 @@ COMMANDS = {
         "MinerSettings",
         "Show the subnet's neurons, with a miner's flags (--json for machines).",
         has_json=True,
+    ),
+    "export": Command(
+        "hiveminer.commands.export",
+        "ExportSettings",
+        "Write the trained model as a folder that transformers loads anywhere.",
+    ),
+    "generate": Command(
+        "hiveminer.commands.generate",
+        "GenerateSettings",
+        "Continue a text with the trained model.",
+        word="text",
+    ),
+    "evaluate": Command(
+        "hiveminer.commands.evaluate",
+        "EvaluateSettings",
+        "Measure the trained model on held-out rows, and what the run began with (--json).",
+        has_json=True,
+    ),
+    "run new": Command(
+        "hiveminer.commands.run_new",
+        "RunNewSettings",
+        "Write a commented run.toml, with the data's hash filled in.",
+    ),
+    "run check": Command(
+        "hiveminer.commands.run_check",
+        "RunCheckSettings",
+        "Say what is wrong or unwise in a run.toml.",
+        word="file",
     ),
 }
 
@@ -90,6 +120,8 @@ def _run(words: Sequence[str], load: Callable[[str], Any]) -> int | None:
     from hiveminer.runtime.dependencies import explained
 
     name, *rest = words or ["--help"]
+    if rest and f"{name} {rest[0]}" in COMMANDS:
+        name, rest = f"{name} {rest[0]}", rest[1:]
     if name in ("-h", "--help", "help"):
         print(_overview())
         return 0
@@ -106,6 +138,8 @@ def _run(words: Sequence[str], load: Callable[[str], Any]) -> int | None:
     if command.has_json:
         options["as_json_text"] = "--json" in rest
         rest = [word for word in rest if word != "--json"]
+    if command.word and rest and not rest[0].startswith("-"):
+        rest = [f"--{command.word}={rest[0]}", *rest[1:]]
     settings = _settings(command, name, rest)
     try:
         code: int | None = load(command.module).main(settings, **options)

@@ -227,12 +227,17 @@ def load_run(path: Path | None) -> Run:
         raise OperatorError(f"{path}: cannot be read: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise OperatorError(f"{path}: not TOML: {error}") from None
+    return run_from_table(said, source=str(path))
+
+
+def run_from_table(table: dict[str, Any], *, source: str) -> Run:
+    """A run from the table of a `run.toml`. Raises OperatorError that names the source."""
     try:
-        return Run.model_validate(said)
+        return Run.model_validate(table)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "the run"
-        raise OperatorError(f"{path}: {key}: {first['msg']}") from None
+        raise OperatorError(f"{source}: {key}: {first['msg']}") from None
 
 
 def _version(text: str) -> tuple[int, ...]:

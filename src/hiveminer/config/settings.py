@@ -351,11 +351,92 @@ class DemoSettings(ProgramSettings):
 
     miners: int = number(3, 1, 64, "miners to start beside the validator")
     seconds: float = number(90.0, 10.0, 86400.0, "seconds of training")
-    out: Folder = Field(Path("demo-out"), description="folder for numbers, logs and the plot")
+    out: Folder = Field(
+        Path("demo-out"), description="folder for numbers, logs, the plot and the trained model"
+    )
+    data: str | None = Field(
+        None,
+        description="your own text: a file or a folder of .txt, .md, .jsonl or .parquet files, or "
+        "a hub name; if not given: the run's",
+    )
+    model: str | None = Field(
+        None,
+        description="folder or hub name of the model to begin with; if not given: the run's",
+    )
+    run: Folder | None = Field(
+        None, description="run.toml to train by; if not given: the built-in run"
+    )
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
 
 
-PROGRAMS: tuple[type[ProgramSettings], ...] = (MinerSettings, ValidatorSettings, DemoSettings)
+class ExportSettings(Settings):
+    """What is exported, and to where."""
+
+    out: Folder = Field(description="folder to write the model to; it must not exist")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="what the weights are stored as"
+    )
+    source: Literal["disk", "swarm"] = Field(
+        "disk",
+        description="disk: the newest checkpoint or model of this machine's neurons, also while "
+        "they run; swarm: the state that the other peers hand out to a registered hotkey",
+    )
+
+
+class UseSettings(Settings):
+    """Which model is used."""
+
+    model: Folder | None = Field(
+        None,
+        description="folder of a model, as `hiveminer export` writes it; if not given: the newest "
+        "checkpoint on this machine",
+    )
+
+
+class GenerateSettings(UseSettings):
+    """What is generated."""
+
+    text: str = Field("", description="text to continue; also the first word of the command")
+    tokens: int = number(200, 1, 65536, "tokens to generate at most")
+    temperature: float = number(0.8, 0.0, 10.0, "0: the most probable token each time")
+    seed: int | None = number(None, 0, 2**31, "seed of the choice of tokens; if not given: none")
+
+
+class EvaluateSettings(UseSettings):
+    """What is measured."""
+
+    rows: int = number(
+        32, 1, 10**9, "held-out rows to measure on; validators measure on the first 32"
+    )
+
+
+class RunNewSettings(ProgramSettings):
+    """A new run.toml."""
+
+    out: Folder = Field(Path("run.toml"), description="file to write; it must not exist")
+    name: str = Field("myrun", description="what the run is called")
+    data: str = Field(
+        "builtin", description="builtin, a local file or folder, or a hub name; it is read"
+    )
+    model: str = Field("builtin", description="builtin, a local folder, or a hub name")
+
+
+class RunCheckSettings(ProgramSettings):
+    """A run.toml to check."""
+
+    file: Folder = Field(Path("run.toml"), description="the run.toml to check")
+
+
+PROGRAMS: tuple[type[ProgramSettings], ...] = (
+    MinerSettings,
+    ValidatorSettings,
+    DemoSettings,
+    ExportSettings,
+    GenerateSettings,
+    EvaluateSettings,
+    RunNewSettings,
+    RunCheckSettings,
+)
 
 Tree = TypeVar("Tree", bound=ProgramSettings)
 

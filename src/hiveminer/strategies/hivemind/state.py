@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hiveminer.strategies.hivemind.optimizer import SwarmOptimizer
+from hiveminer.training.optimizer import parameter_groups
 
 MOST = 2**53
 """No count in a snapshot is larger."""
@@ -72,6 +73,26 @@ def load_state_dict(
     averager.local_epoch = epoch
     averager.vouch()
     _report(optimizer, epoch=epoch, rows=rows)
+
+
+def weights_by_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a checkpoint's tensors, by the names that the model has for them.
+
+    Raises ValueError for a checkpoint that does not hold all of them.
+    """
+    names = {id(value): name for name, value in model.named_parameters()}
+    ordered = (
+        parameter
+        for group in parameter_groups(model.parameters(), weight_decay=0.0)
+        for parameter in group["params"]
+    )
+    try:
+        return {
+            names[id(parameter)]: tensors[f"weights.{number}"]
+            for number, parameter in enumerate(ordered)
+        }
+    except KeyError as error:
+        raise ValueError(f"it does not hold the model's weights: {error} is missing") from None
 
 
 def _copy(tensor: Tensor) -> Tensor:

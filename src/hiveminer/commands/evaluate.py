@@ -1,0 +1,102 @@
+"""`hiveminer evaluate`: what the trained model has gained, on held-out rows."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hiveminer.commands.models import find_model
+from hiveminer.config.run import Run
+from hiveminer.config.settings import EvaluateSettings
+from hiveminer.errors import OperatorError
+from hiveminer.runtime.metrics import progress_bar
+from hiveminer.training.data import Rows, load_rows, split_held_out
+from hiveminer.training.evaluation import Evaluation, evaluate
+from hiveminer.training.model import check_fit, choose_device, load_model, load_tokenizer
+
+
+def main(settings: EvaluateSettings, *, as_json_text: bool = False) -> int:
+    """Print loss, perplexity and bits per byte of the model, and of the run's start."""
+    found = find_model(settings)
+    run = found.run
+    texts = held_out_texts(run, load_rows(run.data), rows=settings.rows)
+    if not texts:
+        raise OperatorError(
+            "the run holds no rows out: set data.held_out in run.toml to measure on some"
+        )
+    models = {
+        "trained": (found.model, found.tokenizer),
+        "start": (
+            load_model(run.model.name, revision=run.model.revision),
+            load_tokenizer(run.model.name, revision=run.model.revision),
+        ),
+    }
+    results = {
+        name: _measured(name, *each, texts=texts, run=run, settings=settings)
+        for name, each in models.items()
+    }
+    if as_json_text:
+        print(json.dumps({"model": found.place} | {k: _as_json(v) for k, v in results.items()}))
+    else:
+        print(f"hiveminer: {found.place}", file=sys.stderr)
+        _print(results)
+    return 0
+
+
+def held_out_texts(run: Run, dataset: Rows, *, rows: int) -> list[str]:
+    """The first `rows` of the run's held-out rows."""
+    _, held_out = split_held_out(len(dataset), run.data.held_out)
+    return dataset.texts(list(held_out)[:rows])
+
+
+def _measured(
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    texts: list[str],
+    run: Run,
+    settings: EvaluateSettings,
+) -> Evaluation:
+    check_fit(model, tokenizer, run.model.sequence_length)
+    model.to(choose_device(settings.neuron.device))  # type: ignore[arg-type]
+    shown = settings.logging.bars
+    with progress_bar(title=f"evaluate {name}", total=len(texts), unit="row", shown=shown) as bar:
+        result = evaluate(
+            model,
+            tokenizer,
+            texts,
+            sequence_length=run.model.sequence_length,
+            on_rows=bar.update,
+        )
+    if result is None:
+        raise OperatorError("the held-out rows hold no text to predict")
+    return result
+
+
+def _as_json(result: Evaluation) -> dict[str, Any]:
+    return asdict(result) | {
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+    }
+
+
+def _print(results: dict[str, Evaluation]) -> None:
+    table = Table(title="held-out rows", title_justify="left")
+    for heading in ("", "rows", "loss per token", "perplexity", "bits per byte"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, result in results.items():
+        table.add_row(
+            name,
+            str(result.rows),
+            f"{result.loss:.4f}",
+            f"{result.perplexity:,.2f}",
+            f"{result.bits_per_byte:.4f}",
+        )
+    Console().print(table)

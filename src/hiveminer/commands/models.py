@@ -1,0 +1,101 @@
+"""Finds the model that a command is to use: a folder, or what this machine's neurons have."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hiveminer.config.run import Run, load_run
+from hiveminer.config.settings import Settings, UseSettings
+from hiveminer.errors import OperatorError
+from hiveminer.neuron import subnet_folder
+from hiveminer.strategies.registry import checkpoint_weights
+from hiveminer.training import model as models
+from hiveminer.training.checkpoint import STATE_FOLDER, Checkpoint, newest
+from hiveminer.training.model_folder import set_weights
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model with trained weights, and where they come from.
+
+    metadata: the checkpoint's; empty for a folder. place: in words.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    run: Run
+    place: str
+    metadata: dict[str, Any]
+
+
+def find_model(settings: UseSettings) -> Found:
+    """The model of `--model`, or of this machine's newest checkpoint.
+
+    Raises OperatorError, one line, when there is none.
+    """
+    run = load_run(settings.neuron.run)
+    if settings.model is None:
+        return from_checkpoint(settings, run)
+    name = str(settings.model.resolve())
+    return Found(models.load_model(name), models.load_tokenizer(name), run, name, {})
+
+
+def from_checkpoint(settings: Settings, run: Run) -> Found:
+    """The run's model with the weights of the newest checkpoint on this machine.
+
+    With `--wallet.hotkey`, only of neurons whose folder has that hotkey's address. Reads the
+    checkpoint without disturbing a neuron that runs. Raises OperatorError.
+    """
+    place = subnet_folder(settings)
+    model = models.load_model(run.model.name, revision=run.model.revision)
+    schema = models.schema_hash(model)
+    refused: list[str] = []
+    best: tuple[Path, Checkpoint] | None = None
+
+    def why_not(metadata: dict[str, Any]) -> str | None:
+        return _of_another_run(metadata, run, schema)
+
+    for folder in _checkpoint_folders(place):
+        found = newest(folder, accept=why_not, refuse=refused.append)
+        if found is not None and (best is None or _age(found) > _age(best[1])):
+            best = folder, found
+    if best is None:
+        why = f" ({refused[0]})" if refused else ""
+        raise OperatorError(
+            f"there is no checkpoint of this run in {place}{why}; train first, name the run with "
+            "--neuron.run, or export from the swarm with --source swarm"
+        )
+    folder, checkpoint = best
+    for reason in refused:
+        print(f"hiveminer: {reason}", file=sys.stderr)
+    try:
+        set_weights(model, checkpoint_weights(run, model, checkpoint.tensors))
+    except ValueError as error:
+        raise OperatorError(f"{folder / checkpoint.name}: {error}") from None
+    tokenizer = models.load_tokenizer(run.model.name, revision=run.model.revision)
+    return Found(model, tokenizer, run, str(folder / checkpoint.name), checkpoint.metadata)
+
+
+def _checkpoint_folders(place: Path) -> Iterator[Path]:
+    if place.is_dir():
+        yield from sorted(place.glob(f"*/{STATE_FOLDER}"))
+
+
+def _age(checkpoint: Checkpoint) -> float:
+    written = checkpoint.metadata.get("written_at")
+    return written if isinstance(written, float | int) else 0.0
+
+
+def _of_another_run(metadata: dict[str, Any], run: Run, schema: str) -> str | None:
+    """Why a checkpoint is not of this run; the data is not read for that."""
+    theirs = str(metadata.get("run_id", ""))[:200]
+    ours = f"{run.name}-{run.hash[:12]}-{schema[:8]}"
+    if theirs.startswith(f"{ours}-"):
+        return None
+    return f"it is of run {theirs}, and this is {ours}-..."

@@ -1,0 +1,108 @@
+"""`hiveminer run check FILE`: what is wrong or unwise in a run.toml, in plain words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from hiveminer.config.run import Run, load_run
+from hiveminer.config.settings import RunCheckSettings, WorkSettings
+from hiveminer.errors import OperatorError
+from hiveminer.training.data import load_rows, split_held_out
+from hiveminer.training.model import parameter_count, shape_of_model
+
+
+def main(settings: RunCheckSettings) -> int:
+    """Print what is wrong or unwise; 0 when nothing is wrong."""
+    run = load_run(settings.file)
+    run.check_version()
+    remarks = [*about_swarm(run)]
+    wrong: list[str] = []
+    try:
+        model = shape_of_model(run.model.name, revision=run.model.revision)
+    except OperatorError as error:
+        wrong.append(str(error))
+    else:
+        positions = getattr(model.config, "max_position_embeddings", None)
+        parameters = parameter_count(model.parameters())
+        remarks += about_model(run, parameters=parameters, positions=positions)
+    try:
+        rows = load_rows(run.data)
+    except OperatorError as error:
+        wrong.append(str(error))
+    else:
+        remarks += about_data(run, rows=len(rows), data_hash=rows.hash)
+    for line in wrong:
+        print(f"wrong: {line}")
+    for line in remarks:
+        print(f"unwise: {line}")
+    if not wrong and not remarks:
+        print(f"{settings.file}: nothing to complain of")
+    return 1 if wrong else 0
+
+
+def usual_learning_rate(parameters: int) -> float:
+    """The rate for training a transformer of this size from scratch with Adam.
+
+    Source: Kaplan et al. 2020, Scaling Laws for Neural Language Models, equation D.1; not
+    below 1e-4, where the fit ends.
+    """
+    return max(1e-4, 0.003239 - 0.0001395 * math.log(parameters))
+
+
+def about_model(run: Run, *, parameters: int, positions: int | None) -> Iterator[str]:
+    """Remarks on the learning rate and the sequence length."""
+    rate, usual = run.optimizer.learning_rate, usual_learning_rate(parameters)
+    size = f"a model of {parameters / 1e6:,.1f} million parameters"
+    if rate > 5 * usual:
+        yield (
+            f"optimizer.learning_rate {rate:g} is high: about {usual:.1e} is usual for {size}, "
+            "and training may diverge"
+        )
+    elif rate < usual / 100:
+        yield (
+            f"optimizer.learning_rate {rate:g} is low: about {usual:.1e} is usual for {size} "
+            "from scratch, and a tenth of that for one that is trained already"
+        )
+    length = run.model.sequence_length
+    if positions is not None and length > positions:
+        yield (
+            f"model.sequence_length {length} is longer than the model's {positions} positions: "
+            "every neuron will refuse to start"
+        )
+
+
+def about_swarm(run: Run) -> Iterator[str]:
+    """Remarks on the epochs."""
+    rows = WorkSettings().rows
+    epoch = run.swarm.epoch_samples
+    if epoch < rows:
+        yield (
+            f"swarm.epoch_samples {epoch} is less than the {rows} rows of a usual request: each "
+            "request waits for several averaging rounds"
+        )
+    if run.limits.rows < rows:
+        yield (
+            f"limits.rows {run.limits.rows} is less than the {rows} rows that a validator asks "
+            "for by default: its requests are refused, unless it sets --validator.rows"
+        )
+
+
+def about_data(run: Run, *, rows: int, data_hash: str) -> Iterator[str]:
+    """Remarks on the data and its held-out share."""
+    train, held_out = split_held_out(rows, run.data.held_out)
+    if not run.data.hash:
+        yield (
+            f'data.hash is empty: set it to "{data_hash}", so that a machine with other data '
+            "refuses to start"
+        )
+    if not held_out:
+        yield (
+            f"data.held_out {run.data.held_out:g} of {rows} rows holds none out: nothing shows "
+            "whether the model improves"
+        )
+    if len(train) < run.swarm.epoch_samples:
+        yield (
+            f"the data has {len(train)} rows to train on, and an epoch takes "
+            f"{run.swarm.epoch_samples}: rows are repeated within each epoch"
+        )
