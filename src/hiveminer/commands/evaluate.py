@@ -18,7 +18,8 @@ from hiveminer.errors import OperatorError
 from hiveminer.runtime.metrics import progress_bar
 from hiveminer.training.data import Rows, load_rows, split_held_out
 from hiveminer.training.evaluation import Evaluation, evaluate
-from hiveminer.training.model import check_fit, choose_device, load_model, load_tokenizer
+from hiveminer.training.model import choose_device, load_model, load_tokenizer
+from hiveminer.training.model_checks import check_fit
 
 
 def main(settings: EvaluateSettings, *, as_json_text: bool = False) -> int:

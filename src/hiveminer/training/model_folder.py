@@ -141,9 +141,17 @@ def _write(
     (draft / RUN_FILE).write_text(to_toml(origin.run), encoding="utf-8")
     (draft / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (draft / CARD).write_text(card(facts, origin.run), encoding="utf-8")
+    readable = 0o666 & ~_umask()  # the weights come out readable for their writer alone
     for path in draft.iterdir():
+        path.chmod(readable)
         sync(path)
     sync(draft)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _put(draft: Path, folder: Path, *, replace: bool) -> None:
@@ -229,7 +237,7 @@ def card(facts: Mapping[str, Any], run: Run) -> str:
     return (
         "\n".join(front)
         + f"\n\n# {run.name}\n\nA causal language model, trained by several miners together "
-        "with [Hiveminer](https://pypi.org/project/hiveminer/)."
+        "with Hiveminer."
         f"\n\n| | |\n|---|---|\n{table}\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")\n'
