@@ -141,17 +141,10 @@ def _write(
     (draft / RUN_FILE).write_text(to_toml(origin.run), encoding="utf-8")
     (draft / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (draft / CARD).write_text(card(facts, origin.run), encoding="utf-8")
-    readable = 0o666 & ~_umask()  # the weights come out readable for their writer alone
     for path in draft.iterdir():
-        path.chmod(readable)
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
         sync(path)
     sync(draft)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def _put(draft: Path, folder: Path, *, replace: bool) -> None:

@@ -1,0 +1,114 @@
+"""`hiveminer run new` writes a run.toml that works, and `run check` says what is unwise."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import save_tiny
+
+from hiveminer.cli import main
+from hiveminer.commands.run_check import usual_learning_rate
+from hiveminer.config.run import Run, load_run
+from hiveminer.config.run_file import commented_toml, to_toml
+from hiveminer.training.data import load_rows
+
+TEXT = "".join(f"This is line {n} of a text about nothing much at all.\n" for n in range(4000))
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "my text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_a_new_run_has_the_hash_of_the_data_and_checks_out(
+    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run.toml"
+    assert main(["run", "new", "--out", str(out), "--data", str(text_file)]) == 0
+    run = load_run(out)
+    assert run.data.hash == load_rows(run.data).hash
+    assert "# Tokens to which a row is truncated." in out.read_text()
+    capsys.readouterr()
+    assert main(["run", "check", str(out)]) == 0
+    assert "nothing to complain of" in capsys.readouterr().out
+    assert main(["run", "new", "--out", str(out), "--data", str(text_file)]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"optimizer": {"learning_rate": 0.5}}, "unwise: optimizer.learning_rate 0.5 is high"),
+        ({"optimizer": {"learning_rate": 1e-9}}, "unwise: optimizer.learning_rate 1e-09 is low"),
+        ({"swarm": {"epoch_samples": 8}}, "unwise: swarm.epoch_samples 8 is less than the 64"),
+        ({"limits": {"rows": 8}}, "unwise: limits.rows 8 is less than the 64 rows"),
+        ({"model": {"sequence_length": 4096}}, "unwise: model.sequence_length 4096 is longer"),
+        ({"data": {"held_out": 0.0}}, "unwise: data.held_out 0"),
+        ({}, "unwise: data.hash is empty"),
+    ],
+)
+def test_what_is_unwise_is_named(
+    tmp_path: Path,
+    text_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, Any],
+    said: str,
+) -> None:
+    table = {"data": {"name": str(text_file)} | change.pop("data", {})} | change
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(Run.model_validate(table)))
+    assert main(["run", "check", str(path)]) == 0
+    assert said in capsys.readouterr().out
+
+
+def test_what_is_wrong_is_named_and_is_an_error(
+    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.toml"
+    for table, said in (
+        ({"data": {"name": str(tmp_path / "none.txt")}}, "none.txt"),
+        ({"data": {"name": str(text_file), "hash": "0" * 64}}, "its hash is"),
+        ({"data": {"name": str(text_file)}, "model": {"name": str(tmp_path)}}, "config.json"),
+    ):
+        path.write_text(to_toml(Run.model_validate(table)))
+        assert main(["run", "check", str(path)]) == 1
+        lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("wrong: ")]
+        assert len(lines) == 1, lines
+        assert said in lines[0]
+    path.write_text("[optimizer]\nlearning_rate = 'high'\n")
+    assert main(["run", "check", str(path)]) == 2
+    assert "optimizer.learning_rate" in capsys.readouterr().err
+
+
+def test_a_models_size_is_read_without_its_weights(
+    tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_tiny("llama", tmp_path / "tiny")
+    for weights in (tmp_path / "tiny").glob("*.safetensors"):
+        weights.write_bytes(b"")
+    table = {"data": {"name": str(text_file)}, "model": {"name": str(tmp_path / "tiny")}}
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(Run.model_validate(table)))
+    main(["run", "check", str(path)])
+    assert "model.sequence_length 512 is longer than the model's 64 positions" in (
+        capsys.readouterr().out
+    )
+
+
+def test_the_text_of_a_run_reads_back_as_the_run() -> None:
+    name = 'a "quoted" \\ name\twith ü and \U0001f600.txt'
+    run = Run.model_validate({"name": "x", "data": {"name": name}, "optimizer": {"eps": 1e-30}})
+    for text in (to_toml(run), commented_toml(run)):
+        assert Run.model_validate(tomllib.loads(text)) == run
+
+
+def test_the_usual_learning_rate_falls_with_size() -> None:
+    rates = [usual_learning_rate(10**power) for power in range(5, 13)]
+    assert rates == sorted(rates, reverse=True)
+    assert usual_learning_rate(10**6) == pytest.approx(1.3e-3, rel=0.05)
+    assert rates[-1] == 1e-4
