@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,17 @@ def test_a_device_that_is_not_there_is_told_in_one_line(wanted: str) -> None:
     with pytest.raises(OperatorError) as caught:
         choose_device(wanted)
     assert one_line(caught).startswith(f"--neuron.device {wanted}: ")
+
+
+def test_several_threads_may_encode_at_once() -> None:
+    tokenizer = builtin_tokenizer()
+
+    def length(longest: int) -> int:
+        return int(encode(tokenizer, ["x" * 600] * 20, max_length=longest)["input_ids"].shape[1])
+
+    wanted = [16, 64, 256, 512] * 25
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(length, wanted)) == wanted
 
 
 # --- long rows ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import pickle
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,10 @@ PADDING = "<|padding|>"
 CHARACTERS_PER_TOKEN = 32
 """A row is cut to this many characters per token of the sequence length before it is encoded:
 far more than ordinary text has, and a huge row costs no more than the part that is trained."""
+
+_encoding = threading.Lock()
+"""A fast tokenizer is given its truncation and padding anew by each call, which two threads must
+not do at once."""
 
 REPORTED_ROWS, REPORTED_SHARE = 256, 0.005
 """Rows that are encoded to estimate how much of the data is never trained, and the share from
@@ -151,10 +156,11 @@ def encode(
     """
     texts = examples["text"] if isinstance(examples, Mapping) else examples
     longest = max_length * CHARACTERS_PER_TOKEN
-    encoded: BatchEncoding = tokenizer(
-        [text[:longest] for text in texts],
-        truncation=True, max_length=max_length, padding=True, return_tensors="pt",
-    )  # fmt: skip
+    with _encoding:
+        encoded: BatchEncoding = tokenizer(
+            [text[:longest] for text in texts],
+            truncation=True, max_length=max_length, padding=True, return_tensors="pt",
+        )  # fmt: skip
     return encoded
 
 
