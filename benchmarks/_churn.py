@@ -166,8 +166,8 @@ class Ours:
         )
         if self._progress.resume() and found is not None:
             log.tell("resume", epoch=self.swarm.epoch, written_at=found.metadata["written_at"])
-        self._neighbours, self._folder = membership.neighbours, folder
-        self._neighbours.meet(addresses(folder))
+        self._discovery, self._folder = membership.discovery, folder
+        self._discovery.meet(addresses(folder))
         threading.Thread(target=self._keep_meeting, daemon=True).start()
 
     @property
@@ -210,7 +210,7 @@ class Ours:
         """As a miner does with the addresses on the chain."""
         while True:
             time.sleep(1.0)
-            self._neighbours.meet(addresses(self._folder))
+            self._discovery.meet(addresses(self._folder))
 
 
 def hotkey(index: int) -> Any:

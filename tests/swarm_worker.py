@@ -35,6 +35,7 @@ import hivemind
 import numpy as np
 import psutil
 import torch
+from bittensor.keyfiles import Keypair
 from hivemind.averaging import DecentralizedAverager
 from hivemind.averaging.matchmaking import Matchmaking
 from tiny import VOCABULARY, tiny_model
@@ -42,7 +43,7 @@ from tiny import VOCABULARY, tiny_model
 from hiveminer.config.run import Run
 from hiveminer.strategies.base import RoundResult
 from hiveminer.strategies.hivemind.strategy import HivemindStrategy
-from hiveminer.swarm import Peer
+from hiveminer.swarm import Identity, Peer
 from hiveminer.swarm.membership import Membership
 from hiveminer.training.optimizer import build_optimizer
 
@@ -50,6 +51,11 @@ ROWS = 4
 MATCHMAKING_SECONDS = 5.0
 RUN_ID = "survival-a-b-c"
 LOOK_STEPS = 8
+NAMES = "abcdef"
+
+
+def hotkey(name: str) -> Keypair:
+    return Keypair.create_from_uri(f"//{name}")
 
 
 class Fault:
@@ -150,7 +156,12 @@ class Ours:
             }
         )
         self.worker = worker
-        self.peer = Peer(identity_path=worker.folder / f"{worker.name}.key")
+        self.peer = Peer(
+            identity=Identity(
+                hotkey(worker.name), run_id=RUN_ID, key_path=worker.folder / f"{worker.name}.key"
+            ),
+            admitted=[hotkey(name).ss58_address for name in NAMES],
+        )
         self.swarm = HivemindStrategy(
             worker.model,
             membership=Membership(self.peer),
@@ -170,7 +181,7 @@ class Ours:
 
         averager.load_state_from_peers = loaded
         worker.publish(self.peer.address)
-        self.peer.meet(worker.addresses())
+        self.peer.dial(worker.addresses())
         threading.Thread(target=self._keep_meeting, daemon=True).start()
 
     @property
@@ -201,7 +212,7 @@ class Ours:
         while True:
             now = set(self.worker.addresses())
             if now != seen or time.monotonic() - met_at > 30.0:
-                self.peer.meet(sorted(now))
+                self.peer.dial(sorted(now))
                 seen, met_at = now, time.monotonic()
             time.sleep(0.5)
 

@@ -30,7 +30,7 @@ from hiveminer.runtime.dependencies import unmet
 from hiveminer.runtime.events import EVENTS, tell
 from hiveminer.runtime.logs import JsonFormatter, configure_logging
 from hiveminer.runtime.watchdog import Watchdog
-from hiveminer.swarm import Look, Neighbours
+from hiveminer.swarm import DialResult, Discovery
 from hiveminer.swarm.membership import start_peer
 from hiveminer.swarm.peer import FOREIGN, UNREACHED, start_cure, why_silent
 from hiveminer.swarm.processes import log_to_root
@@ -168,7 +168,8 @@ import logging, socket, sys, time
 from pathlib import Path
 import psutil
 from hiveminer.errors import OperatorError
-from hiveminer.swarm import Neighbours, Peer, PortTaken, peer as peers
+from bittensor.keyfiles import Keypair
+from hiveminer.swarm import Discovery, Identity, Peer, PortTaken, peer as peers
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 
@@ -202,40 +203,47 @@ except OperatorError as error:
     say("dying:", error)
 peers._Node = node
 
-port, key = free(), Path("other.key")
-other = Peer(port=port, identity_path=key)
+def peer(name, **options):
+    keys = {each: Keypair.create_from_uri("//" + each) for each in ("first", "other", "stranger")}
+    identity = Identity(keys[name], run_id="events-a-b-c", key_path=Path(name + ".key"))
+    return Peer(
+        identity=identity, admitted=[key.ss58_address for key in keys.values()], **options
+    )
+
+port = free()
+other = peer("other", port=port)
 address = other.address
 other.close()
 
-first = Peer()
+first = peer("first")
 away = "/ip4/127.0.0.1/tcp/%d/p2p/" + address.split("/p2p/")[1]
-say("stopped:", dict(first.look([address]).silent))
-say("no peer:", dict(first.look([away % busy.getsockname()[1]], timeout_seconds=3).silent))
-neighbours = Neighbours(first, again_seconds=0)
-neighbours.meet([address])
-neighbours.meet([address])
+say("stopped:", dict(first.dial([address]).silent))
+say("no peer:", dict(first.dial([away % busy.getsockname()[1]], timeout_seconds=3).silent))
+discovery = Discovery(first, again_seconds=0)
+discovery.meet([address])
+discovery.meet([address])
 say("told once")
 
-other = Peer(port=port, identity_path=key)
+other = peer("other", port=port)
 
 def until(what):
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not what(neighbours.meet([address])):
+    while time.monotonic() < deadline and not what(discovery.meet([address])):
         time.sleep(0.5)  # libp2p does not dial again at once
 
-until(lambda look: look.answered)
+until(lambda result: result.answered)
 say("met")
 family = [psutil.Process(other.dht.pid), *psutil.Process(other.dht.pid).children()]
 for process in family:
     process.suspend()  # as if a cable were pulled
-until(lambda look: look.silent)
+until(lambda result: result.silent)
 say("cut off")
 for process in family:
     process.resume()
-until(lambda look: look.answered)
-say("joined again:", sorted(neighbours.meet([address]).joined))
-stranger = Peer()
-say("mismatch:", dict(stranger.look([first.address.split("/p2p/")[0] + "/p2p/"
+until(lambda result: result.answered)
+say("joined again:", sorted(discovery.meet([address]).joined))
+stranger = peer("stranger")
+say("mismatch:", dict(stranger.dial([first.address.split("/p2p/")[0] + "/p2p/"
     + address.split("/p2p/")[1]]).silent))
 for each in (first, other, stranger):
     each.close()
@@ -290,7 +298,7 @@ def test_what_to_do_when_a_peer_does_not_start() -> None:
 
 
 class Dialled:
-    """In place of a peer: whom it would reach, and how often it was asked to look."""
+    """In place of a peer: whom it would reach, and how often it dialed."""
 
     client_only = False
 
@@ -298,11 +306,11 @@ class Dialled:
         self.reached: set[str] = set()
         self.looks = 0
 
-    def look(self, addresses: Sequence[str]) -> Look:
+    def dial(self, addresses: Sequence[str]) -> DialResult:
         self.looks += 1
         answered = frozenset(addresses) & self.reached
         silent = {name: FOREIGN for name in addresses if name not in answered}
-        return Look(answered=answered, silent=silent)
+        return DialResult(answered=answered, silent=silent)
 
 
 class Clock:
@@ -315,30 +323,30 @@ class Clock:
 def test_peers_that_work_and_do_not_report_are_a_split(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     clock, peer = Clock(), Dialled()
-    neighbours = Neighbours(peer, clock=clock)  # type: ignore[arg-type]
-    neighbours.compare(working=3, reporting=1)
+    discovery = Discovery(peer, clock=clock)  # type: ignore[arg-type]
+    discovery.compare(working=3, reporting=1)
     clock.now += 40
-    neighbours.compare(working=3, reporting=3)  # they had only just begun
+    discovery.compare(working=3, reporting=3)  # they had only just begun
     for _ in range(5):
         assert not told(caplog, "dht_split")
-        neighbours.compare(working=3, reporting=1)
+        discovery.compare(working=3, reporting=1)
         clock.now += 12
-    neighbours.compare(working=3, reporting=1)
-    neighbours.compare(working=3, reporting=1)
+    discovery.compare(working=3, reporting=1)
+    discovery.compare(working=3, reporting=1)
     (words,) = told(caplog, "dht_split")
     assert "2 of 3 peers of this run" in words
-    neighbours.compare(working=3, reporting=4)
+    discovery.compare(working=3, reporting=4)
     assert "all 3 peers that work report" in caplog.messages[-1]
 
 
 def test_peers_are_dialled_again_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     clock, peer = Clock(), Dialled()
-    neighbours = Neighbours(peer, clock=clock)  # type: ignore[arg-type]
+    discovery = Discovery(peer, clock=clock)  # type: ignore[arg-type]
 
     def looks(seconds: int) -> int:
         before = peer.looks
         for _ in range(seconds):
-            neighbours.meet(["a", "b"])
+            discovery.meet(["a", "b"])
             clock.now += 1
         return peer.looks - before
 
@@ -350,11 +358,11 @@ def test_peers_are_dialled_again_now_and_then(caplog: pytest.LogCaptureFixture) 
     assert looks(29) == 3  # after 2, 4 and 8 seconds
     assert looks(300) == 10
     assert len(told(caplog, "peer_start")) == 1
-    neighbours.meet(["a", "b", "c"])  # a new one is dialled at once
+    discovery.meet(["a", "b", "c"])  # a new one is dialled at once
     assert peer.looks == 17
     peer.reached = {"c"}
     clock.now += 30
-    neighbours.meet(["a", "b", "c"])
+    discovery.meet(["a", "b", "c"])
     peer.reached = set()
     assert looks(60) > 2
     assert len(told(caplog, "peer_start")) == 2

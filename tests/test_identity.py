@@ -596,11 +596,15 @@ def peer(name, run_id=RUN, **options):
 
 def store(dht, key):
     "Into others' storage: a node alone stores with itself, and is content."
-    return dht.store(key, key, time.time() + 300, exclude_self=True)
+    own = dht.peer_id.to_bytes()
+    return dht.store(key, key, time.time() + 100, subkey=own, exclude_self=True)
 
 def get(dht, key):
     found = dht.get(key, latest=True)
-    return found and found.value
+    return found and next(entry.value for entry in found.value.values())
+
+def counts(result):
+    return len(result.answered), len(result.tried)
 
 # On a busy machine one call may come too late, so what is to succeed is tried again.
 def within(seconds, what):
@@ -611,7 +615,7 @@ def within(seconds, what):
 
 def meets(one, *others):
     addresses = [other.address for other in others]
-    return within(60, lambda: one.meet(addresses) == (len(others), len(others)))
+    return within(60, lambda: len(one.dial(addresses).answered) == len(others))
 
 def name_of(one, other):
     return NAMED[within(20, lambda: one.hotkey_of(other.peer_id))]
@@ -632,12 +636,12 @@ guest = Peer(client_only=True, identity=neuron.identity(RUN), admitted=neuron.re
 
 def let_in():
     guest.admit(neuron.registered)
-    guest.meet(sorted(neuron.peer_addresses()))
+    guest.dial(sorted(neuron.peer_addresses()))
     neuron.sync()
     return store(guest.dht, "of the guest")
 
 def is_out():
-    return not any(guest.meet(sorted(neuron.peer_addresses()))[0] for _ in range(3))
+    return not any(guest.dial(sorted(neuron.peer_addresses())).answered for _ in range(3))
 
 say("let in", within(60, let_in))
 settings = neuron.settings
@@ -664,7 +668,8 @@ validator = peer("Dave", client_only=True)
 say("client met", meets(validator, alice), within(20, lambda: get(validator.dht, "shared")))
 say("alice knows", *(name_of(alice, one) for one in (alice, bob, charlie, validator)))
 stray = peer("Ferdie", run_id=OTHER_RUN)
-say("other run", stray.meet([alice.address, bob.address]), NAMED[alice.hotkey_of(stray.peer_id)])
+found = counts(stray.dial([alice.address, bob.address]))
+say("other run", found, NAMED[alice.hotkey_of(stray.peer_id)])
 
 staying = [key.ss58_address for name, key in HOTKEYS.items() if name != "Charlie"]
 alice.admit(staying)
@@ -673,7 +678,7 @@ say("still shared", within(20, lambda: store(alice.dht, "later")))
 say("still read", within(20, lambda: get(bob.dht, "later")))
 say("dropped stores", store(charlie.dht, "of the dropped"))
 say("dropped gets", get(charlie.dht, "later"))
-say("dropped meets", charlie.meet([alice.address, bob.address]))
+say("dropped meets", counts(charlie.dial([alice.address, bob.address])))
 say("dropped is", *(NAMED[p.hotkey_of(charlie.peer_id)] for p in (alice, bob)))
 say("from the dropped", *(get(p.dht, "of the dropped") for p in (alice, bob)))
 

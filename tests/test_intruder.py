@@ -97,7 +97,7 @@ async def stranger():
 
 first, swarm = neuron(hotkeys[0])
 friend, other = neuron(hotkeys[1])
-friend.meet([first.address])
+friend.dial([first.address])
 told = {"friend": within(30, lambda: loads(other))}
 told["stranger"] = asyncio.run(asyncio.wait_for(stranger(), 60))
 first.admit(both[:1])

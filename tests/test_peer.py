@@ -21,14 +21,17 @@ def free():
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
+def counts(result):
+    return len(result.answered), len(result.tried)
+
 NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/" + sys.argv[1]
 first, second, third = (Peer(port=free(), quic=True) for _ in range(3))
 assert len(second.commitment.encode()) <= 128
 tcp, quic = addresses_in(second.commitment)
 assert tcp == second.address
-print("quic alone", first.meet([quic]))
-print("both ways", third.meet([tcp, quic, third.address, "/no/address"]))
-print("nobody", first.meet([NOBODY], timeout_seconds=3))
+print("quic alone", counts(first.dial([quic])))
+print("both ways", counts(third.dial([tcp, quic, third.address, "/no/address"])))
+print("nobody", counts(first.dial([NOBODY], timeout_seconds=3)))
 for peer in (first, second, third):
     peer.close()
 print("closed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,9 +22,10 @@ import psutil
 import pytest
 
 from hiveminer.chain import embedded_wallet
+from hiveminer.errors import SwarmError
 from hiveminer.strategies.hivemind.averager import SwarmAverager
 from hiveminer.swarm import processes
-from hiveminer.swarm.processes import Children, lives, sweep
+from hiveminer.swarm.processes import ChildProcesses, lives, shared_memory_problem, sweep
 from programs import Network, Program, descendants_gone, started, wait_for
 
 linux = pytest.mark.skipif(
@@ -43,11 +45,11 @@ import sys, time
 from pathlib import Path
 import torch
 from hiveminer.swarm import Peer
-from hiveminer.swarm.processes import Children
+from hiveminer.swarm.processes import ChildProcesses
 
 torch.set_num_threads(1)
 peer = Peer()
-children = Children()
+children = ChildProcesses()
 children.watch("the DHT's process", peer.dht.pid)
 print("started", peer.dht.pid, flush=True)
 told = []
@@ -288,13 +290,55 @@ def test_a_tracker_leaves_no_task_behind(tmp_path: Path) -> None:
 
 def test_the_end_of_children_kills_what_is_left() -> None:
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as program:
-        children = Children()
+        children = ChildProcesses()
         children.watch("a program", program.pid)
         children.watch("one that never was", dead_number())
         assert children.lost() == []
         children.end()
         program.wait(10)
         assert children.lost() == ["a program"]
+
+
+def test_a_thread_that_dies_is_named() -> None:
+    needed = ChildProcesses()
+    ended, done = threading.Thread(target=lambda: None), threading.Event()
+    running = threading.Thread(target=done.wait)
+    running.start()
+    try:
+        needed.watch_thread("what goes on", running)
+        needed.check()
+        ended.start()
+        ended.join()
+        needed.watch_thread("the progress tracker", ended)
+        with pytest.raises(SwarmError, match="the thread of the progress tracker has died"):
+            needed.check()
+    finally:
+        done.set()
+        running.join()
+
+
+def test_too_little_shared_memory_is_one_line_with_what_is_needed(tmp_path: Path) -> None:
+    assert shared_memory_problem(1000, folder=tmp_path) is None
+    assert shared_memory_problem(10**18, folder=tmp_path / "none") is None
+    problem = str(shared_memory_problem(10**18, folder=tmp_path))
+    assert f"{tmp_path} has" in problem
+    assert "the model needs 4000000000001.0 MB" in problem
+    assert "\n" not in problem
+
+
+def test_a_miner_without_shared_memory_ends_with_one_line(tmp_path: Path) -> None:
+    """Docker gives 64 MB; here it is 2 MB."""
+    if not shutil.which("unshare") or subprocess.call(["unshare", "--mount", "true"]):
+        pytest.skip("needs a mount namespace of its own")
+    miner = f"{sys.executable} -m hiveminer miner --subtensor.path net --neuron.path state"
+    script = f"mount -t tmpfs -o size=2m tmpfs /dev/shm && exec {miner} --axon.port 0 --dht.port 0"
+    ended = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 2, ended.stderr
+    assert "/dev/shm has" in ended.stderr.splitlines()[-1]
+    assert "Traceback" not in ended.stderr
 
 
 # A real miner, killed with -9 in each state that it can be in

@@ -63,7 +63,7 @@ swarms = [
 rival = peer_of(keys[2])
 rival.dht.run_coroutine(forget_checks)
 for peer in (peers[1], rival):
-    assert len(peer.look([each.address for each in peers]).answered) >= 1
+    assert len(peer.dial([each.address for each in peers]).answered) >= 1
 stop = threading.Event()
 
 
@@ -122,7 +122,7 @@ attack()
 told["after"] = more_rounds(6)
 told["epochs"] = [swarm.epoch for swarm in swarms]
 late = peer_of(keys[3])
-assert len(late.look([each.address for each in (*peers, rival)]).answered) == 3
+assert len(late.dial([each.address for each in (*peers, rival)]).answered) == 3
 joiner = strategy_of(late)
 joiner.optimizer.load_state_from_peers()
 told["joined"] = bool(joiner.optimizer.state_averager.loaded)

@@ -60,7 +60,7 @@ trainer = Trainer(
 )
 deadline, at = time.monotonic() + 90, 1000 * me
 while len(ended) < 2 and time.monotonic() < deadline:
-    peer.meet([path.read_text() for path in folder.glob("*.address")])
+    peer.dial([path.read_text() for path in folder.glob("*.address")])
     trainer.train(rows.texts(range(at, at + 8)), batch_size=4)
     at += 8
 print("reloads", swarm.optimizer.reloads, flush=True)

@@ -1,9 +1,8 @@
-"""Keeps a peer together with the registered ones: the chain knows who should be there.
+"""Keeps a peer connected with the registered ones, whose addresses are on the chain.
 
-Starting and healing a split are the same act, dialling all known addresses at once; here
-is when to do it again, and what is to be said of how it went. A peer that nobody answers
-trains alone, and so does each part of a DHT that fell apart: neither is an error that
-anybody would raise.
+Starting and healing a split are the same operation, dialing all known addresses at once; this
+is when to do it again, and what to report of it. A peer that nobody answers trains alone, and
+so does each part of a DHT that fell apart: neither raises an error anywhere else.
 """
 
 from __future__ import annotations
@@ -14,25 +13,25 @@ from collections import Counter
 from collections.abc import Callable, Collection
 
 from hiveminer.runtime.events import tell
-from hiveminer.swarm.peer import FOREIGN, Look, Peer
+from hiveminer.swarm.peer import FOREIGN, DialResult, Peer
 
 logger = logging.getLogger(__name__)
 
 MEET_AGAIN_SECONDS = 30.0
 
 SOONER_SECONDS = 2.0
-"""Who does not answer is dialled again sooner, at first: a neuron that has just registered
-speaks only with those who have read so on the chain, and both have to."""
+"""A peer that does not answer is dialed again sooner, at first: two neurons talk only once both
+have read on the chain that the other is registered."""
 
 MISSING_SECONDS = 60.0
-"""A report has to be missing so long before it is called a split: a peer that has just begun
-to work has not reported yet."""
+"""How long a report is missing before it is called a split: a peer that has just begun to work
+has not reported yet."""
 
 
-class Neighbours:
-    """Whom a peer has to do with.
+class Discovery:
+    """Dials the known addresses of other peers, and reports what it finds.
 
-    peer: ours. again_seconds: known addresses are dialled again after this.
+    peer: ours. again_seconds: known addresses are dialed again after this.
     """
 
     def __init__(
@@ -56,26 +55,25 @@ class Neighbours:
         self._told_missing = False
         self._counts = (0, 0)
 
-    def meet(self, addresses: Collection[str]) -> Look | None:
-        """Dial these addresses, when there are new ones or it is time to look again; None
-        when neither is so."""
+    def meet(self, addresses: Collection[str]) -> DialResult | None:
+        """Dial these addresses, if there are new ones or it is time to; None otherwise."""
         known = frozenset(addresses)
         if known == self._known and self._clock() < self._next_at:
             return None
         if known != self._known:
             self._pause_seconds = SOONER_SECONDS
         self._known = known
-        look = self.peer.look(sorted(known))
-        self._next_at = self._clock() + self._pause(look)
-        self._tell_count(look)
-        self._tell_alone(look)
-        self._tell_split(look)
-        self._met |= look.answered
-        return look
+        result = self.peer.dial(sorted(known))
+        self._next_at = self._clock() + self._pause(result)
+        self._report_count(result)
+        self._report_alone(result)
+        self._report_split(result)
+        self._met |= result.answered
+        return result
 
     def compare(self, *, working: int, reporting: int) -> None:
         """Compare how many other peers work in our run with how many report to the DHT that
-        they do; to be called after each look."""
+        they do; to be called after each result."""
         missing = working - reporting
         if missing <= 0:
             if self._told_missing:
@@ -93,43 +91,43 @@ class Neighbours:
                 "of the DHT: it is split and not healed yet, or they have no work",
             )  # fmt: skip
 
-    def _pause(self, look: Look) -> float:
-        """How long to wait before the next look, without new addresses."""
-        if not look.silent:
+    def _pause(self, result: DialResult) -> float:
+        """How long to wait before dialing again, without new addresses."""
+        if not result.silent:
             self._pause_seconds = SOONER_SECONDS
             return self._again_seconds
         pause = min(self._again_seconds, self._pause_seconds)
         self._pause_seconds = 2 * pause
         return pause
 
-    def _tell_count(self, look: Look) -> None:
-        counts = len(look.answered), len(look.tried)
+    def _report_count(self, result: DialResult) -> None:
+        counts = len(result.answered), len(result.tried)
         if counts != self._counts:
             logger.info("%d of %d known peers answered", *counts)
         self._counts = counts
 
-    def _tell_alone(self, look: Look) -> None:
-        """Once, until somebody answers. Who is there may speak with us at the next look."""
-        if look.answered or not look.tried:
+    def _report_alone(self, result: DialResult) -> None:
+        """Once, until somebody answers. Who is there may speak with us at the next result."""
+        if result.answered or not result.tried:
             self._alone, self._told_alone = 0, False
             return
         self._alone += 1
-        sure = self._alone > 1 or FOREIGN not in look.silent.values()
+        sure = self._alone > 1 or FOREIGN not in result.silent.values()
         if sure and not self._told_alone:
             self._told_alone = True
-            reasons = Counter(look.silent.values()).most_common()
+            reasons = Counter(result.silent.values()).most_common()
             why = ", ".join(f"{count} times: {reason}" for reason, count in reasons)
             tell(
                 logger, "peer_start",
-                f"none of the {len(look.tried)} known peers answered ({why}), so this peer is "
+                f"none of the {len(result.tried)} known peers answered ({why}), so this peer is "
                 "alone",
             )  # fmt: skip
 
-    def _tell_split(self, look: Look) -> None:
-        """Of peers that were met before, and were in no part of the DHT that we knew."""
+    def _report_split(self, result: DialResult) -> None:
+        """Of peers that were met before, and were not in our part of the DHT."""
         if self.peer.client_only:  # in no part of it itself: it dials each peer it wants
             return
-        before, self._split = self._split, look.joined & self._met
+        before, self._split = self._split, result.joined & self._met
         if self._split:
             again = len(self._split & before)
             names = ", ".join(sorted(self._split)[:3]) + (" ..." if len(self._split) > 3 else "")
@@ -138,6 +136,6 @@ class Neighbours:
             )
             tell(
                 logger, "dht_split",
-                f"the DHT was split: {len(self._split)} of {len(look.answered)} peers that "
+                f"the DHT was split: {len(self._split)} of {len(result.answered)} peers that "
                 f"answered were not in our part of it ({names}), and were joined with it; {healed}",
             )  # fmt: skip

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Collection
 
 from hiveminer.config.settings import Settings
 from hiveminer.errors import OperatorError
 from hiveminer.runtime.addresses import EVERY_ADDRESS, port_is_free, ports_to_try
 from hiveminer.runtime.events import tell
-from hiveminer.swarm.discovery import Neighbours
+from hiveminer.swarm.discovery import Discovery
 from hiveminer.swarm.identity import Identity
-from hiveminer.swarm.peer import Look, Peer, PortTaken
-from hiveminer.swarm.processes import Children
+from hiveminer.swarm.peer import DialResult, Peer, PortTaken
+from hiveminer.swarm.processes import ChildProcesses
 
 logger = logging.getLogger(__name__)
 
@@ -35,29 +36,33 @@ class Membership:
         commit: Callable[[bytes], None] = lambda _: None,
     ):
         self.peer = peer
-        self.neighbours = Neighbours(peer)
+        self.discovery = Discovery(peer)
         self._commit = commit
         self._registered = registered
         self._addresses = addresses
-        self._children = Children()
+        self._children = ChildProcesses()
         self._children.watch("the DHT's process", peer.process)
 
     def watch(self, name: str, process: int) -> None:
         """Watch another child process, by its pid."""
         self._children.watch(name, process)
 
+    def watch_thread(self, name: str, thread: threading.Thread) -> None:
+        """Watch a thread that must not end before this membership does."""
+        self._children.watch_thread(name, thread)
+
     def join(self) -> None:
         """Publish this peer's address, and meet the others."""
         self._commit(self.peer.commitment.encode())
         self.sync()
 
-    def sync(self) -> Look | None:
+    def sync(self) -> DialResult | None:
         """Admit the registered hotkeys, and dial the peers if it is time to."""
         self.peer.admit(self._registered())
-        return self.neighbours.meet(self._addresses())
+        return self.discovery.meet(self._addresses())
 
     def check(self) -> None:
-        """Raise SwarmError when a process has ended."""
+        """Raise SwarmError when a process or a thread has ended."""
         self._children.check()
 
     def close(self) -> None:

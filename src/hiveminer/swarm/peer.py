@@ -1,8 +1,8 @@
-"""A place in the DHT: one libp2p daemon, one DHT node, and the neighbours it has met.
+"""A place in the DHT: one libp2p daemon, one DHT node, and the discovery it has met.
 
 A peer starts alone and is then told of others, all known addresses at once. Starting and
 healing a split are the same act, so a dead address never keeps a peer from starting, and
-two peers that started in the same second still find each other at the next look.
+two peers that started in the same second still find each other when they dial again.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import hivemind
@@ -28,7 +27,12 @@ from hivemind.utils.multiaddr import Multiaddr
 from hiveminer.errors import OperatorError, SwarmError
 from hiveminer.runtime.events import tell
 from hiveminer.swarm.identity import Authorizer, Identity, change_admitted, guard, identify
-from hiveminer.swarm.processes import mark_temporary_folder, settle, start_shared_memory, sweep
+from hiveminer.swarm.processes import (
+    detach_from_parent,
+    mark_temporary_folder,
+    start_shared_memory,
+    sweep,
+)
 from hiveminer.swarm.records import SignedRecords, protect_records
 
 logger = logging.getLogger(__name__)
@@ -36,7 +40,7 @@ logger = logging.getLogger(__name__)
 QUIC_WORD = " quic"
 
 START_SECONDS = 30.0
-MEET_SECONDS = 10.0
+DIAL_SECONDS = 10.0
 ADMIT_SECONDS = 10.0
 
 MESSAGE_CHARACTERS = 2048
@@ -69,10 +73,10 @@ HELD, JOINED = "held", "joined"
 
 
 @dataclass(frozen=True)
-class Look:
-    """A look for peers, by peer id.
+class DialResult:
+    """How dialing peers went, by peer id.
 
-    answered: who did; `joined`, those of them that our part of the DHT did not hold before.
+    answered: those that did; `joined`, those of them that were not in our part of the DHT before.
     silent: why the others did not.
     """
 
@@ -93,7 +97,7 @@ class _Node(hivemind.DHT):  # type: ignore[misc]
     """The stock DHT node, whose process ends with its parent."""
 
     def run(self) -> None:
-        settle(self._parent_pid)
+        detach_from_parent(self._parent_pid)
         super().run()
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
@@ -119,8 +123,6 @@ class Peer:
     identity: the hotkey that vouches for this peer. With it, only peers of registered
         hotkeys in the same run are spoken with; without, everybody is.
     admitted: the registered hotkeys at the start; `admit` says who they are later.
-    identity_path: without an identity, the file with the private key; made when missing.
-        The peer id follows from it.
     client_only: dial out, listen for nobody (a validator needs no open port).
     quic: listen on the same number of a UDP port as well, for QUIC.
 
@@ -136,7 +138,6 @@ class Peer:
         announce_port: int | None = None,
         identity: Identity | None = None,
         admitted: Collection[str] = (),
-        identity_path: Path | None = None,
         client_only: bool = False,
         quic: bool = False,
     ):
@@ -168,7 +169,7 @@ class Peer:
         self.identity = identity
         self._admitted: frozenset[str] = frozenset()
         try:
-            self.dht = self._start(options, identity_path)
+            self.dht = self._start(options)
         except (P2PDaemonError, RuntimeError, ValueError, OSError) as error:
             self._release_port()
             raise self._failure(ip, port, _first_line(error)) from error
@@ -177,16 +178,13 @@ class Peer:
         if identity is not None:
             self._open(identity, admitted)
 
-    def _start(self, options: dict[str, Any], identity_path: Path | None) -> _Node:
+    def _start(self, options: dict[str, Any]) -> _Node:
         if self.identity is not None:
             # Nobody is admitted before the handlers are guarded.
             options["authorizer"] = authorizer = Authorizer(self.identity)
             options["record_validators"] = [SignedRecords(authorizer)]
             with self.identity.key_file() as path:
                 return _Node(start=True, identity_path=str(path), **options)
-        if identity_path is not None:
-            identity_path.parent.mkdir(parents=True, exist_ok=True)
-            options["identity_path"] = str(identity_path)
         return _Node(start=True, **options)
 
     def _failure(self, ip: str, port: int, reason: str) -> OperatorError:
@@ -273,19 +271,13 @@ class Peer:
         tcp = [address for address in visible if "/tcp/" in address]
         return (tcp or visible)[0]
 
-    def meet(
-        self, addresses: Sequence[str], *, timeout_seconds: float = MEET_SECONDS
-    ) -> tuple[int, int]:
-        """As `look`, in numbers: (how many answered, how many were tried)."""
-        look = self.look(addresses, timeout_seconds=timeout_seconds)
-        return len(look.answered), len(look.tried)
+    def dial(
+        self, addresses: Sequence[str], *, timeout_seconds: float = DIAL_SECONDS
+    ) -> DialResult:
+        """Dial all of these peers at once.
 
-    def look(self, addresses: Sequence[str], *, timeout_seconds: float = MEET_SECONDS) -> Look:
-        """Dial all of these peers at once, and say how it went.
-
-        Addresses with the same peer id are ways to the same peer. Malformed addresses and
-        our own are passed over. Peers met before are tried again only when the DHT has lost
-        them.
+        Addresses with the same peer id lead to the same peer. Malformed addresses and our own
+        are skipped. Peers that are in the DHT are pinged only.
         """
         wanted: dict[str, list[str]] = {}
         for address in addresses:
@@ -295,14 +287,16 @@ class Peer:
             elif peer_id != self.peer_id:
                 wanted.setdefault(peer_id, []).append(address)
         if not wanted:
-            return Look()
-        look = self._dial(wanted, timeout_seconds=timeout_seconds)
-        for peer_id in sorted(look.answered - self._met):
+            return DialResult()
+        result = self._dial_all(wanted, timeout_seconds=timeout_seconds)
+        for peer_id in sorted(result.answered - self._met):
             logger.info("met peer %s", peer_id)
-        self._met |= look.answered
-        return look
+        self._met |= result.answered
+        return result
 
-    def _dial(self, peers: Mapping[str, Sequence[str]], *, timeout_seconds: float) -> Look:
+    def _dial_all(
+        self, peers: Mapping[str, Sequence[str]], *, timeout_seconds: float
+    ) -> DialResult:
         calls = [
             self.dht.run_coroutine(
                 partial(_dial, peers=part, timeout_seconds=timeout_seconds), return_future=True
@@ -320,7 +314,7 @@ class Peer:
         except Exception as error:  # noqa: BLE001 - no peer met is no reason to end
             logger.warning("looking for peers failed: %s", _first_line(error))
         joined = frozenset(name for name, how in found.items() if how == JOINED)
-        return Look(
+        return DialResult(
             answered=joined | {name for name, how in found.items() if how == HELD},
             joined=joined,
             silent={name: how for name, how in found.items() if how not in (HELD, JOINED)},

@@ -1,4 +1,4 @@
-"""What each of hivemind's processes does first, what ends it, and who sees that it lives.
+"""Hivemind's processes: what each does first, what ends it, and who checks that it lives.
 
 Hivemind forks: the DHT node (which starts the libp2p daemon) and the averager. Left to
 themselves they outlive a parent that was killed and keep its ports, and a Ctrl-C on the
@@ -30,6 +30,8 @@ from hiveminer.errors import SwarmError
 
 LOOK_SECONDS = 0.5
 
+SHARED_MEMORY = Path("/dev/shm")
+
 DAEMON = "p2pd"
 """The libp2p daemon's name among processes."""
 
@@ -50,6 +52,29 @@ class _NoGhosts(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         return not isinstance(error, FileNotFoundError | ConnectionError | EOFError)
+
+
+SHARED_MARGIN_BYTES = 2**20
+"""Shared memory beside the averaged tensors: what hivemind's futures write their state into."""
+
+
+def shared_memory_problem(parameters: int, *, folder: Path = SHARED_MEMORY) -> str | None:
+    """Why a model of this many parameters cannot be averaged on this machine; None if it can.
+
+    The averager keeps the model in shared memory in 32 bits. When that runs out, the system
+    ends a process in the middle of a write, which no program can handle.
+    """
+    needed = 4 * parameters + SHARED_MARGIN_BYTES
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:  # no such folder: this system has no limit of its own
+        return None
+    if free >= needed:
+        return None
+    return (
+        f"shared memory: {folder} has {free / 1e6:.1f} MB free, and the model needs "
+        f"{needed / 1e6:.1f} MB; make it larger (docker run --shm-size)"
+    )
 
 
 @functools.cache
@@ -73,7 +98,7 @@ def mark_temporary_folder() -> None:
     (folder / f"hiveminer-{os.getpid()}").touch()
 
 
-def settle(parent: int) -> None:
+def detach_from_parent(parent: int) -> None:
     """To be called first in a forked process: leave the terminal's group, watch the parent,
     and take the daemon along when told to end.
 
@@ -106,18 +131,23 @@ def _end() -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-class Children:
-    """The processes that a peer stands on, as their parent sees them.
+class ChildProcesses:
+    """The processes and threads that a peer needs.
 
-    Nothing else would say that one has died, of lack of memory for instance: who waits for
-    its answer waits for ever.
+    Nothing else reports that one has died, of lack of memory for instance: whoever waits for
+    its answer would wait forever, and training would go on alone.
     """
 
     def __init__(self) -> None:
         self._watched: dict[str, psutil.Process] = {}
+        self._threads: dict[str, threading.Thread] = {}
+
+    def watch_thread(self, name: str, thread: threading.Thread) -> None:
+        """Watch a thread that must not end."""
+        self._threads[name] = thread
 
     def watch(self, name: str, process: int) -> None:
-        """From now on look after a child, by its number, and after its daemon if it has one."""
+        """Watch a child, by its pid, and its daemon if it has one."""
         with contextlib.suppress(psutil.Error):
             self._watched[name] = psutil.Process(process)
             for child in self._watched[name].children():
@@ -130,6 +160,12 @@ class Children:
 
     def check(self) -> None:
         """Raise SwarmError when one has ended."""
+        for name, thread in self._threads.items():
+            if not thread.is_alive():
+                raise SwarmError(
+                    f"the thread of {name} has died, and without it there is no swarm; start "
+                    "again, and report the traceback in the log"
+                )
         lost = self.lost()
         if lost:
             raise SwarmError(
@@ -152,7 +188,7 @@ def lives(process: psutil.Process) -> bool:
         return False
 
 
-def sweep(*, shared_memory: Path = Path("/dev/shm"), sockets: Path = Path("/tmp")) -> int:
+def sweep(*, shared_memory: Path = SHARED_MEMORY, sockets: Path = Path("/tmp")) -> int:
     """Remove what dead processes of this user left: torch's shared memory, p2p sockets, and
     multiprocessing's and torch's folders of sockets.
 

@@ -26,6 +26,7 @@ from typing import Any, AsyncIterator, ClassVar  # noqa: UP035 - hivemind knows 
 
 import torch
 from hivemind.averaging.allreduce import AllreduceException
+from hivemind.averaging.averager import _background_thread_fetch_current_state
 from hivemind.averaging.control import StepControl
 from hivemind.averaging.matchmaking import Matchmaking
 from hivemind.compression import (
@@ -41,6 +42,7 @@ from hivemind.utils.serializer import MSGPackSerializer
 from torch import Tensor
 
 from hiveminer.config.run import SwarmSection
+from hiveminer.errors import OperatorError
 from hiveminer.runtime.events import tell
 from hiveminer.strategies.hivemind.admission import Admission, epoch_in
 from hiveminer.strategies.hivemind.bounds import Bounds
@@ -55,7 +57,7 @@ from hiveminer.strategies.hivemind.state_transfer import (
 )
 from hiveminer.strategies.hivemind.stub import CheckedStub
 from hiveminer.swarm.peer import START_SECONDS
-from hiveminer.swarm.processes import settle
+from hiveminer.swarm.processes import detach_from_parent, shared_memory_problem
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +138,17 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
         self._shunned: set[str] = set()
         self._group = Group()
         self._step_seconds = multiprocessing.Value("d", 0.0)
+        parameters = [each for group in kwargs["params"] for each in group["params"]]
+        problem = shared_memory_problem(sum(each.numel() for each in parameters))
+        if problem is not None:
+            raise OperatorError(problem)
+        before = set(threading.enumerate())
         super().__init__(prefix=averager_prefix(run_id), **kwargs)
+        self.threads = [
+            thread
+            for thread in set(threading.enumerate()) - before
+            if _background_thread_fetch_current_state.__name__ in thread.name
+        ]
         self.vouch()
 
     # --- in the program's own process ----------------------------------------------------
@@ -301,7 +313,7 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
     # --- in hivemind's process -----------------------------------------------------------
 
     def run(self) -> None:
-        settle(self._parent_pid)
+        detach_from_parent(self._parent_pid)
         SwarmAverager._here = self
         self._own_vouch = b""
         self._admission = Admission(self.dht, on_shun=lambda peer: self._report(SHUNNED, peer))

@@ -59,6 +59,7 @@ class HivemindObserver(Observer):
             start=True,
         )
         membership.watch("the averager's process", int(self._averager.pid))
+        membership.watch_thread("the progress tracker", self._tracker)
 
     @property
     def epoch(self) -> int:
@@ -82,7 +83,7 @@ class HivemindObserver(Observer):
 
     def sync(self, *, working: int) -> None:
         if self.membership.sync() is not None:
-            self.membership.neighbours.compare(working=working, reporting=self.peers)
+            self.membership.discovery.compare(working=working, reporting=self.peers)
 
     def check(self) -> None:
         self.membership.check()

@@ -112,6 +112,10 @@ class HivemindStrategy(Strategy):
         self._stepped_at = -RECENT_SECONDS
         self._closed = False
         membership.watch("the averager's process", int(self.optimizer.state_averager.pid))
+        membership.watch_thread("the failure detector", self._detector.thread)
+        membership.watch_thread("the progress tracker", self.optimizer.tracker)
+        for thread in self.optimizer.state_averager.threads:
+            membership.watch_thread("the state that peers download", thread)
 
     @property
     def epoch(self) -> int:
@@ -195,10 +199,12 @@ class HivemindStrategy(Strategy):
         self.catch_up()
 
     def sync(self) -> None:
-        look = self.membership.sync()
+        result = self.membership.sync()
         # Only a peer with work has to report; when this one has some, so do the others.
-        if look is not None and time.monotonic() - self._stepped_at < RECENT_SECONDS:
-            self.membership.neighbours.compare(working=len(look.answered), reporting=self.peers - 1)
+        if result is not None and time.monotonic() - self._stepped_at < RECENT_SECONDS:
+            self.membership.discovery.compare(
+                working=len(result.answered), reporting=self.peers - 1
+            )
 
     def check(self) -> None:
         self.membership.check()
