@@ -3,13 +3,14 @@
 Every few seconds, for each process of each program: its own memory (USS), open descriptors and
 threads; and the bytes of shared memory on the machine. The first minutes are the start;
 growth is the slope of a least-squares line over the rest, and over its last half.
-The result is in benchmarks/results/soak.json, its plot beside it. Linux only.
+The result is in benchmarks/results/soak.json, all samples and a plot beside it. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import psutil
 from matplotlib.figure import Figure
 
 from benchmarks.machine import RESULTS, describe, write
-from hiveminer.swarm.processes import DAEMON, sweep
+from hiveminer.swarm.processes import DAEMON, SHARED_MEMORY, sweep
 
 AIM_MB_PER_MINUTE = 0.5
 """Growth of a miner's memory, over all its processes, in the last half of a soak."""
@@ -90,11 +91,18 @@ def sample(process: psutil.Process) -> dict[str, dict[str, float]]:
     return found
 
 
-def shared_memory_megabytes() -> float:
+def shared_memory_megabytes(processes: Iterable[psutil.Process]) -> float:
+    """What the shared memory files of these programs take, each counted once."""
+    pids = {
+        str(each.pid)
+        for process in processes
+        for each in (process, *process.children(recursive=True))
+    }
     total = 0
-    for path in Path("/dev/shm").glob("torch_*"):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_blocks * 512
+    for path in SHARED_MEMORY.glob("torch_*_*"):
+        if path.name.split("_")[1] in pids:
+            with contextlib.suppress(OSError):
+                total += path.stat().st_blocks * 512
     return round(total / 1e6, 2)
 
 
@@ -119,7 +127,7 @@ def soak(*, minutes: float, every_seconds: float, rows: int) -> dict[str, Any]:
                     raise SystemExit(f"{program} has ended:\n{log[-3000:]}")
             at = round((now - began) / 60, 3)
             programs = {program: sample(process) for program, process in processes.items()}
-            shared = shared_memory_megabytes()
+            shared = shared_memory_megabytes(processes.values())
             samples.append({"minutes": at, "programs": programs, "shared_megabytes": shared})
             time.sleep(every_seconds)
         lines = [
@@ -158,6 +166,16 @@ def growth(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     return found
 
 
+def write_table(samples: Sequence[Mapping[str, Any]], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        table = csv.writer(stream)
+        table.writerow(["minutes", "program", "process", "megabytes", "descriptors", "threads"])
+        for one in samples:
+            for program, processes in one["programs"].items():
+                for name, figures in processes.items():
+                    table.writerow([one["minutes"], program, name, *figures.values()])
+
+
 def plot(samples: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 8), layout="constrained")
     axes = figure.subplots(4, 1, sharex=True)
@@ -177,7 +195,7 @@ def plot(samples: Sequence[Mapping[str, Any]], path: Path) -> None:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--every-seconds", type=float, default=10.0, help="between two samples")
+    parser.add_argument("--every-seconds", type=float, default=20.0, help="between two samples")
     parser.add_argument("--rows", type=int, default=64, help="in each request")
     parser.add_argument("--out", type=Path, default=RESULTS / "soak.json")
     options = parser.parse_args(argv)
@@ -201,9 +219,10 @@ def main(argv: Sequence[str]) -> int:
         },
         "averaged_epochs": run["averaged_epochs"],
         "answers": run["answers"],
-        "samples": run["samples"],
+        "shared_megabytes": run["samples"][-1]["shared_megabytes"],
     }  # fmt: skip
     write(options.out, result)
+    write_table(run["samples"], options.out.with_suffix(".csv"))
     plot(run["samples"], options.out.with_suffix(".png"))
     print(json.dumps({key: result[key] for key in ("growth", "averaged_epochs", "answers")}))
     return 0

@@ -28,6 +28,7 @@ from hiveminer.errors import OperatorError, SwarmError
 from hiveminer.runtime.events import tell
 from hiveminer.swarm.identity import Authorizer, Identity, change_admitted, guard, identify
 from hiveminer.swarm.processes import (
+    before_fork,
     detach_from_parent,
     mark_temporary_folder,
     start_shared_memory,
@@ -99,6 +100,10 @@ class _Node(hivemind.DHT):  # type: ignore[misc]
     def run(self) -> None:
         detach_from_parent(self._parent_pid)
         super().run()
+
+    def run_in_background(self, **kwargs: Any) -> None:
+        before_fork()
+        super().run_in_background(**kwargs)
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
         """As the stock one, but it waits neither for a process that has ended, nor for ever."""

@@ -57,7 +57,7 @@ from hiveminer.strategies.hivemind.state_transfer import (
 )
 from hiveminer.strategies.hivemind.stub import CheckedStub
 from hiveminer.swarm.peer import START_SECONDS
-from hiveminer.swarm.processes import detach_from_parent, shared_memory_problem
+from hiveminer.swarm.processes import before_fork, detach_from_parent, shared_memory_problem
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +156,7 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
     def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
         """As in the base class, but SIGINT is ignored in the new process only, so that a Ctrl-C
         during the start is not lost."""
+        before_fork()
         self.start()
         if await_ready:
             self.wait_until_ready(timeout if timeout is not None else START_SECONDS)
