@@ -1,102 +1,78 @@
-"""What goes wrong in a swarm, in words: each event's cause is told with its cure.
+"""What goes wrong in a swarm, in words: each event's cause is logged with its remedy.
 
-The first ten are what users of such systems complain about most: that something failed and
-nobody said why. Whoever sees the cause tells it; the cure stands here once, and at more
-length in docs/troubleshooting.md. An event is an ordinary log line: it costs nothing until
-it happens, and whoever collects logs finds it by the name at its end.
+Whoever sees the cause reports it; the remedy is here once, and in more detail in
+docs/troubleshooting.md. An event is an ordinary log line: it costs nothing until it happens, and
+whoever collects logs finds it by the name at its end.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
 
-
-class Event(NamedTuple):
-    """The complaint that an event answers, and what its reader is to do."""
-
-    complaint: str
-    cure: str
-
-
-EVENTS: dict[str, Event] = {
-    "peer_start": Event(
-        "the p2p daemon or the bootstrap peers fail with no reason",
+EVENTS: dict[str, str] = {
+    "peer_start": (
         "see that the port is free, that the firewall lets it in and out, and that "
-        "--dht.initial_peers, where given, are this run's; a running peer dials again by itself",
+        "--dht.initial_peers, where given, are this run's; a running peer dials again by itself"
     ),
-    "no_group": Event(
-        '"could not find a group", and timeouts to guess',
+    "no_group": (
         "nothing is lost, the next epoch tries again; if it repeats, let the others reach "
         "--dht.port (--dht.external_ip behind a router), or give [swarm] matchmaking_seconds of "
-        "run.toml more",
+        "run.toml more"
     ),
-    "dht_split": Event(
-        "the DHT falls apart, and each part trains alone",
+    "dht_split": (
         "registered peers are dialled again every 30 seconds; if it stays, see that --dht.port "
-        "is open on both sides and that --dht.external_ip is the address of this machine",
+        "is open on both sides and that --dht.external_ip is the address of this machine"
     ),
-    "state_download": Event(
-        "the state cannot be downloaded on a late join",
+    "state_download": (
         "the next peer is asked, or the same again at the next request; if it stays, this "
-        "machine's link is too slow for the model, or no peer of the run can be reached",
+        "machine's link is too slow for the model, or no peer of the run can be reached"
     ),
-    "stall": Event(
-        "it hangs, and nothing is in the log",
+    "stall": (
         "give it a minute to recover; if it does not, restart this neuron, which goes on from "
-        "what it kept, and report this line",
+        "what it kept, and report this line"
     ),
-    "batch_meaning": Event(
-        "nobody knows what batch size and learning rate mean",
+    "batch_meaning": (
         "batch sizes come with the request, epoch_samples and learning_rate with run.toml: "
-        "no flag of this machine changes them",
+        "no flag of this machine changes them"
     ),
-    "dependencies": Event(
-        "versions of the dependencies clash",
-        "install what this version was written for",
-    ),
-    "catch_up": Event(
-        "catching up costs score",
+    "dependencies": ("install what this version was written for"),
+    "catch_up": (
         "a peer that is often behind needs a faster machine or link, or its run longer epochs "
-        "([swarm] epoch_samples of run.toml)",
+        "([swarm] epoch_samples of run.toml)"
     ),
-    "score": Event(
-        "scores are opaque",
-        "docs/troubleshooting.md says what each part measures",
-    ),
-    "embedded_chain": Event(
-        "there is no way to test without a chain",
+    "score": ("docs/troubleshooting.md says what each part measures"),
+    "embedded_chain": (
         "to join a real one: --subtensor.network finney --netuid N --wallet.name W "
-        "--wallet.hotkey H",
+        "--wallet.hotkey H"
     ),
-    "other_run": Event(
-        "a wrong run id trains alone, in silence",
+    "other_run": (
         "peers train together only with the same run.toml, model and data: compare them, and "
-        "the versions of hiveminer",
+        "the versions of hiveminer"
     ),
-    "poison": Event(
-        "one bad step makes every peer NaN for good",
+    "poison": (
         "it was neither sent nor applied; if it is ours and repeats, lower [optimizer] "
-        "learning_rate or look at the rows; if it is another's, that miner must act",
+        "learning_rate or look at the rows; if it is another's, that miner must act"
     ),
-    "diverged": Event(
-        "a peer drifts away from the swarm, in silence",
-        "it takes the swarm's state again; if it repeats, test this machine's memory and device",
+    "silence": (
+        "nothing is lost but the time; if it is ours, look at this machine's link and load, and if "
+        "it is another's, that miner must act"
     ),
-    "checkpoint": Event(
-        "a restart loses what was trained, or loads what is broken",
+    "diverged": (
+        "it takes the swarm's state again; if it repeats, test this machine's memory and device"
+    ),
+    "checkpoint": (
         "the one before it is used, or the swarm's state; see that the disk of --neuron.path "
-        "has room and is sound",
+        "has room and is sound"
     ),
 }
 
 
 def tell(logger: logging.Logger, event: str, cause: str, *, level: int = logging.WARNING) -> None:
-    """Log one line, "cause; cure [event]"; the record's `event` is the name.
+    """Log one line, "cause; remedy [event]"; the record's `event` is the name.
 
     event: one of EVENTS. cause: what happened to whom, with its figures, in one line.
     """
     logger.log(
-        level, "%s; %s [%s]", cause, EVENTS[event].cure, event,
+        level, "%s; %s [%s]", cause, EVENTS[event], event,
         extra={"event": event}, stacklevel=2,
     )  # fmt: skip

@@ -64,10 +64,10 @@ class Admission:
         """Whether this peer has proved a registered hotkey and is not shunned."""
         return await self._is_registered(str(peer)) and not self._is_shunned(str(peer))
 
-    def shun(self, peer: PeerID, problem: str) -> None:
+    def shun(self, peer: PeerID, problem: str, *, event: str = "poison") -> None:
         """Treat this peer as a stranger for SHUN_SECONDS."""
         if not self._is_shunned(str(peer)):  # reported once, not for each part
-            tell(logger, "poison", f"peer {peer} is left out for a while: {problem}")
+            tell(logger, event, f"peer {peer} is left out for a while: {problem}")
             self._on_shun(str(peer))
         self._shunned_until[str(peer)] = time.monotonic() + SHUN_SECONDS
 
@@ -80,9 +80,9 @@ class Admission:
             self._silent_at.clear()
         self._silent_at[name] = now
         if again:
-            self.shun(peer, f"{problem}, for the second time")
+            self.shun(peer, f"{problem}, for the second time", event="silence")
         else:
-            tell(logger, "no_group", f"peer {peer} is left out of the round: {problem}")
+            tell(logger, "silence", f"peer {peer} is left out of the round: {problem}")
         self.leave_out([name])
 
     def gone(self, peer: str) -> asyncio.Event:
