@@ -326,6 +326,7 @@ def test_too_little_shared_memory_is_one_line_with_what_is_needed(tmp_path: Path
     assert "\n" not in problem
 
 
+@pytest.mark.timeout(300)
 def test_a_miner_without_shared_memory_ends_with_one_line(tmp_path: Path) -> None:
     """Docker gives 64 MB; here it is 2 MB."""
     if not shutil.which("unshare") or subprocess.call(["unshare", "--mount", "true"]):
@@ -334,7 +335,7 @@ def test_a_miner_without_shared_memory_ends_with_one_line(tmp_path: Path) -> Non
     script = f"mount -t tmpfs -o size=2m tmpfs /dev/shm && exec {miner} --axon.port 0 --dht.port 0"
     ended = subprocess.run(
         ["unshare", "--mount", "sh", "-c", script],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert ended.returncode == 2, ended.stderr
     assert "/dev/shm has" in ended.stderr.splitlines()[-1]

@@ -27,7 +27,7 @@ import psutil
 import torch
 from hivemind.utils.logging import use_hivemind_log_handler
 
-from hiveminer.errors import SwarmError
+from hiveminer.errors import OperatorError, SwarmError
 
 LOOK_SECONDS = 0.5
 
@@ -87,6 +87,13 @@ def shared_memory_problem(parameters: int, *, folder: Path = SHARED_MEMORY) -> s
         f"shared memory: {folder} has {free / 1e6:.1f} MB free, and the model needs "
         f"{needed / 1e6:.1f} MB; make it larger (docker run --shm-size)"
     )
+
+
+def require_shared_memory(parameters: int) -> None:
+    """Raise OperatorError when a model of this size cannot be averaged on this machine."""
+    problem = shared_memory_problem(parameters)
+    if problem is not None:
+        raise OperatorError(problem)
 
 
 @functools.cache

@@ -42,7 +42,6 @@ from hivemind.utils.serializer import MSGPackSerializer
 from torch import Tensor
 
 from hiveminer.config.run import SwarmSection
-from hiveminer.errors import OperatorError
 from hiveminer.runtime.events import tell
 from hiveminer.strategies.hivemind.admission import Admission, epoch_in
 from hiveminer.strategies.hivemind.bounds import Bounds
@@ -57,7 +56,7 @@ from hiveminer.strategies.hivemind.state_transfer import (
 )
 from hiveminer.strategies.hivemind.stub import CheckedStub
 from hiveminer.swarm.peer import START_SECONDS
-from hiveminer.swarm.processes import before_fork, detach_from_parent, shared_memory_problem
+from hiveminer.swarm.processes import before_fork, detach_from_parent
 
 logger = logging.getLogger(__name__)
 
@@ -138,10 +137,6 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
         self._shunned: set[str] = set()
         self._group = Group()
         self._step_seconds = multiprocessing.Value("d", 0.0)
-        parameters = [each for group in kwargs["params"] for each in group["params"]]
-        problem = shared_memory_problem(sum(each.numel() for each in parameters))
-        if problem is not None:
-            raise OperatorError(problem)
         before = set(threading.enumerate())
         super().__init__(prefix=averager_prefix(run_id), **kwargs)
         self.threads = [

@@ -18,6 +18,7 @@ from hiveminer.strategies.hivemind.records import Shapes
 from hiveminer.strategies.hivemind.tracker import SampleTracker
 from hiveminer.swarm import Peer
 from hiveminer.swarm.membership import Membership
+from hiveminer.swarm.processes import require_shared_memory
 from hiveminer.training.optimizer import build_optimizer, build_scheduler, parameter_groups
 from hiveminer.training.trainer import Step
 
@@ -30,6 +31,7 @@ class HivemindObserver(Observer):
     """
 
     def __init__(self, model: nn.Module, *, membership: Membership, run: Run, run_id: str):
+        require_shared_memory(sum(each.numel() for each in model.parameters()))
         self.model = model
         self.run = run
         self.membership = membership
@@ -92,11 +94,7 @@ class HivemindObserver(Observer):
         if self._closed:
             return
         self._closed = True
-        # The stock shutdown writes a goodbye into the DHT; an observer was never there.
-        self._tracker.shutdown_triggered.set()
-        self._tracker.should_report_progress.set()
-        self._tracker.global_state_updated.set()
-        self._tracker.shutdown_complete.wait(5)
+        self._tracker.stop()
         self._averager.shutdown()
         self.membership.close()
 

@@ -23,6 +23,13 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
 
     def _make_state_averager(self, **kwargs: Any) -> SwarmAverager:
         self.dht.add_validators([Shapes(self.run_id)])
+        try:
+            return self._make_averager(**kwargs)
+        except BaseException:
+            self.tracker.stop()  # its threads would keep the program alive
+            raise
+
+    def _make_averager(self, **kwargs: Any) -> SwarmAverager:
         return SwarmAverager(
             dht=self.dht,
             run_id=self.run_id,

@@ -33,6 +33,7 @@ from hiveminer.strategies.hivemind.failure_detector import FailureDetector
 from hiveminer.strategies.hivemind.optimizer import SwarmOptimizer
 from hiveminer.strategies.hivemind.tracker import REPORT_SECONDS
 from hiveminer.swarm.membership import Membership, announced_ip, start_peer
+from hiveminer.swarm.processes import require_shared_memory
 from hiveminer.training.optimizer import build_optimizer, build_scheduler, parameter_groups
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class HivemindStrategy(Strategy):
         run_id: str,
         on_round: Callable[[RoundResult], None] = lambda _: None,
     ):
+        require_shared_memory(sum(each.numel() for each in model.parameters()))
         self.model = model
         self.membership = membership
         self.on_round = on_round

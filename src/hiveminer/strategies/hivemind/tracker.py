@@ -203,6 +203,13 @@ class SampleTracker(ProgressTracker):  # type: ignore[misc]
             self.leave_out(peer, shun_seconds=seconds)
         return ahead
 
+    def stop(self, *, timeout_seconds: float = 5.0) -> None:
+        """End the thread, without the goodbye to the others that `shutdown` writes."""
+        self.shutdown_triggered.set()
+        self.should_report_progress.set()
+        self.global_state_updated.set()
+        self.shutdown_complete.wait(timeout_seconds)
+
     def refresh(self, *, timeout_seconds: float) -> set[str] | None:
         """Read the reports now, even in the middle of a round: the peers that report, this one
         included; None when the DHT does not answer in time."""
