@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from programs import close_preloaded
+from programs import Network, Program, close_preloaded, started
 
 MARK = "TESTS_OF_HIVEMINER"
 """A variable that our processes inherit, so that an orphan is known to be ours."""
@@ -31,6 +31,17 @@ def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv(MARK, uuid.uuid4().hex)
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put all tests that start programs in one group: two swarms at once on two cores would
+    make each other late."""
+    for item in items:
+        module = getattr(item, "module", None)
+        if any(
+            getattr(module, each.__name__, None) is each for each in (Program, Network, started)
+        ):
+            item.add_marker(pytest.mark.xdist_group("processes"))
 
 
 @pytest.fixture(autouse=True)
