@@ -3,7 +3,8 @@
 HOW `nan`, `inf` or `loud` (a thousandfold): it sends that instead of its weights, and its own
 guards are taken out. HOW `answers`: what it sends is fine, and what it averages for the
 others is not finite. HOW `liar`: it hands out another state than its weights, as the
-newest. HOW `silent`: it joins groups, and then neither sends nor answers in them.
+newest. HOW `silent`: it joins groups, and then neither sends nor answers in them. HOW `ahead`: it
+reports to be two epochs further. HOW `rows`: it reports a whole epoch's rows that it never trained.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from hivemind.averaging import DecentralizedAverager, allreduce
 from hivemind.proto import averaging_pb2
 
 from hiveminer.strategies.hivemind.averager import SwarmAverager
+from hiveminer.strategies.hivemind.tracker import SampleTracker
 
 POISON = {"nan": math.nan, "inf": math.inf, "loud": 1000.0}
 
@@ -79,12 +81,30 @@ def say_nothing_in_rounds() -> None:
     )(hang_on)
 
 
+def report(*, epochs: int = 0, rows: int = 0) -> None:
+    """Report this many more epochs and rows than are true."""
+    progress = SampleTracker._get_local_progress
+
+    def lied(self: Any, local_epoch: int, samples_accumulated: int) -> Any:
+        honest = progress(self, local_epoch, samples_accumulated)
+        more = {"epoch": honest.epoch + epochs, "samples_per_second": 1e9}
+        return honest.copy(update=more | {"samples_accumulated": samples_accumulated + rows})
+
+    SampleTracker._get_local_progress = lied
+    # What it counts itself stays true, so that it does nothing else than say so.
+    SampleTracker.ready_to_update_epoch = property(lambda self: False)
+
+
 if __name__ == "__main__":
     how = sys.argv.pop(1)
     if how in POISON:
         poison_what_is_sent(POISON[how])
     elif how == "silent":
         say_nothing_in_rounds()
+    elif how == "ahead":
+        report(epochs=2)
+    elif how == "rows":
+        report(rows=10_000)
     elif how == "answers":
         poison_what_is_averaged()
     else:

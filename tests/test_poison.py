@@ -92,6 +92,36 @@ def test_a_member_that_says_nothing_costs_little_and_is_shunned(tmp_path: Path) 
             assert [ended["size"] for ended in each.events("round")[-2:]] == [2, 2], swarm.told()
 
 
+@pytest.mark.timeout(240)
+def test_a_peer_that_says_it_is_ahead_costs_the_others_no_row(tmp_path: Path) -> None:
+    with Workers(tmp_path, size=3) as swarm:
+        swarm.start_all("ab")
+        began = time.time()
+        start_poisoner(swarm, "c", "ahead")
+        liar, honest = swarm.all["c"], [swarm.all[name] for name in "ab"]
+        swarm.wait(lambda: len(liar.events("step")) > 20, START_SECONDS)
+        since = time.time()
+        swarm.wait(lambda: all(each.epochs(since=since) >= 3 for each in honest), 90)
+        for each in honest:
+            assert all(step["kept"] for step in each.events("step", since=began)), swarm.told()
+            assert each.events("round")[-1]["size"] == 2, swarm.told()
+
+
+@pytest.mark.timeout(240)
+def test_rows_that_nobody_trained_do_not_end_epochs(tmp_path: Path) -> None:
+    with Workers(tmp_path, size=3) as swarm:
+        swarm.start_all("ab")
+        start_poisoner(swarm, "c", "rows")
+        liar, honest = swarm.all["c"], [swarm.all[name] for name in "ab"]
+        swarm.wait(lambda: len(liar.events("step")) > 20, START_SECONDS)
+        since = time.time()
+        swarm.wait(lambda: all(each.epochs(since=since) >= 5 for each in honest), 120)
+        for each in honest:
+            steps = len(each.events("step", since=since))
+            # Of 90 rows in an epoch, 4 in a step; the liar counts for four times one of them.
+            assert steps / each.epochs(since=since) >= 2.5, swarm.told()
+
+
 @slow
 @pytest.mark.timeout(240)
 def test_a_state_that_the_others_contradict_is_not_loaded(tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ class Reports:
         self._gone: dict[str, float] = {}
         self._shunned_until: dict[str, float] = {}
         self._counted: dict[str, Counted] = {}
+        self._epoch = -1, 0.0  # ours, and when it was first seen
         self._lock = threading.Lock()
 
     @property
@@ -103,6 +104,8 @@ class Reports:
                 self._gone.pop(peer, None)
             self.seconds = {report.peer: report.time for report in reports}
             self.epochs = {report.peer: report.epoch for report in reports}
+            if own_epoch != self._epoch[0]:
+                self._epoch = own_epoch, self._clock()
             rows = self._count_rows(reports)
         limit = max(own_epoch, swarm_epoch(self.others.values()))
         return {
@@ -130,8 +133,12 @@ class Reports:
             fastest = max(others, default=0.0)
             rows = float(report.rows)
             if fastest > SLOWEST_SPEED:
-                known = last.rows if last.epoch == report.epoch else 0.0
-                rows = min(rows, known + SPEED_RATIO * fastest * (now - last.at))
+                known, since = last.rows, last.at
+                if last.epoch != report.epoch:
+                    known = 0.0
+                    if report.epoch == self._epoch[0]:  # nobody trains during a round
+                        since = max(since, self._epoch[1])
+                rows = min(rows, known + SPEED_RATIO * fastest * (now - since))
             self._counted[report.peer] = Counted(now, report.epoch, rows)
         return {peer: int(counted.rows) for peer, counted in self._counted.items()}
 
