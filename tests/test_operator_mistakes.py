@@ -177,7 +177,7 @@ MISTAKES = [
     Mistake(
         "data that is not there",
         RUN,
-        ["data ./no.txt", "no such file or folder"],
+        ["data no.txt", "no such file or folder"],
         prepare=write("run.toml", '[data]\nname = "./no.txt"'),
     ),
     Mistake(
