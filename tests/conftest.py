@@ -51,7 +51,7 @@ def logging_as_it_was() -> Iterator[None]:
     handlers, levels = list(root.handlers), (root.level, ours.level)
     yield
     for handler in [each for each in root.handlers if each not in handlers]:
-        if getattr(handler, "hiveminer", False):
+        if handler.name == "hiveminer":
             root.removeHandler(handler)
     root.setLevel(levels[0])
     ours.setLevel(levels[1])

@@ -110,7 +110,9 @@ MISTAKES = [
     Mistake("flag of another program", "miner --validator.rows 5", ["not a flag of hiveminer mi"]),
     Mistake("forgotten dashes", "miner netuid 5", ["'netuid'", "--flag value"]),
     Mistake("flag without its value", "miner --netuid", ["--netuid", "expected"]),
-    Mistake("word for a number", "miner --netuid one", ["--netuid", "whole number", "'one'"]),
+    Mistake(
+        "word for a number", "miner --netuid one", ["--netuid", "integer from 0 to 65535", "'one'"]
+    ),
     Mistake("port too high", "miner --axon.port 70000", ["--axon.port", "65535", "70000"]),
     Mistake(
         "no such network",
@@ -137,7 +139,7 @@ MISTAKES = [
     Mistake(
         "wrong variable",
         "miner",
-        ["HIVEMINER_NETUID", "whole number", "'x'"],
+        ["HIVEMINER_NETUID", "integer from 0 to 65535", "'x'"],
         prepare=variable("HIVEMINER_NETUID", "x"),
     ),
     Mistake("no such file", "miner --config {here}/no.toml", ["--config: there is no file"]),

@@ -267,3 +267,33 @@ def test_this_version_may_take_part_in_the_builtin_run() -> None:
 def test_a_run_for_newer_versions_is_refused() -> None:
     with pytest.raises(OperatorError, match=r"wants 99\.0\.0 or newer: upgrade hiveminer"):
         Run(oldest_version="99.0.0").check_version()
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(b'\xef\xbb\xbfname = "notepad"\r\n')
+    assert load_run(path).name == "notepad"
+
+
+@pytest.mark.parametrize("part", ["model", "data"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("", "must not be empty"),
+        ("  ", "must not be empty"),
+        ("~nobody-has-this-name/x.txt", "there is no home folder for ~"),
+        ("a\\u0000b", "must not contain a null character"),
+    ],
+)
+def test_a_name_that_names_nothing_is_one_line(
+    tmp_path: Path, part: str, name: str, words: str
+) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(f'[{part}]\nname = "{name}"\n')
+    with pytest.raises(OperatorError, match=words) as caught:
+        load_run(path)
+    assert str(caught.value).startswith(f"{path}: {part}.name: ")
+
+
+def test_a_name_too_long_for_a_file_is_the_hubs() -> None:
+    assert not is_local("a" * 5000)

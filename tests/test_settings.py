@@ -172,7 +172,7 @@ def test_limits_are_those_of_the_protocol() -> None:
     }
     for name, limit in limits.items():
         assert getattr(validator(f"--validator.{name}", str(limit)).validator, name) == limit
-        with pytest.raises(OperatorError, match=f"--validator.{name}: must be less than"):
+        with pytest.raises(OperatorError, match=f"--validator.{name}: must be from"):
             validator(f"--validator.{name}", str(limit + 1))
 
 
@@ -193,12 +193,18 @@ def test_limits_are_those_of_the_protocol() -> None:
         ("--netuid 1 stray", "'stray' is not understood: settings are given as --flag value"),
         ("--axon.port", "--axon.port: expected one value"),
         ("--dht.initial_peers", "--dht.initial_peers: expected one value"),
-        ("--axon.port 80x", "--axon.port: must be a valid integer, not '80x'"),
-        ("--axon.port=1.5", "--axon.port: must be a valid integer, not '1.5'"),
-        ("--axon.port -1", "--axon.port: must be greater than or equal to 0, not '-1'"),
-        ("--axon.port 65536", "--axon.port: must be less than or equal to 65535, not '65536'"),
-        ("--blacklist.min_stake nan", "--blacklist.min_stake: must be a finite number, not 'nan'"),
-        ("--blacklist.min_stake inf", "--blacklist.min_stake: must be a finite number, not 'inf'"),
+        ("--axon.port 80x", "--axon.port: must be a valid integer from 0 to 65535, not '80x'"),
+        ("--axon.port=1.5", "--axon.port: must be a valid integer from 0 to 65535, not '1.5'"),
+        ("--axon.port -1", "--axon.port: must be from 0 to 65535, not '-1'"),
+        ("--axon.port 65536", "--axon.port: must be from 0 to 65535, not '65536'"),
+        (
+            "--blacklist.min_stake nan",
+            "--blacklist.min_stake: must be a finite number 0 or more, not 'nan'",
+        ),
+        (
+            "--blacklist.min_stake inf",
+            "--blacklist.min_stake: must be a finite number 0 or more, not 'inf'",
+        ),
         ("--logging.bars maybe", "--logging.bars: ignored explicit value 'maybe'"),
         (
             "--logging.level loud",
@@ -277,7 +283,7 @@ def test_a_peers_address_is_checked_and_the_wrong_part_named(address: str, wrong
         (
             "HIVEMINER_NETUID",
             "one",
-            "HIVEMINER_NETUID: must be a valid integer, not 'one'",
+            "HIVEMINER_NETUID: must be a valid integer from 0 to 65535, not 'one'",
         ),
         ("HIVEMINER_CONFIG", "/no.toml", "HIVEMINER_CONFIG: there is no file '/no.toml'"),
     ],
@@ -292,7 +298,7 @@ def test_a_wrong_variable_is_told_in_one_line(name: str, value: str, line: str) 
         ("[axon]\nprot = 1", "nothing reads the key axon.prot; did you mean axon.port?"),
         ("axon = 1", "axon is a table: write [axon] and its settings under it"),
         ("[axon.port]\nx = 1", "nothing reads the key axon.port.x; did you mean axon.port?"),
-        ("[axon]\nport = 70000", "axon.port: must be less than or equal to 65535, not 70000"),
+        ("[axon]\nport = 70000", "axon.port: must be from 0 to 65535, not 70000"),
         ("[axon]\nport = true", "axon.port: must not be true or false, not True"),
         ("[axon]\nip = 7", "axon.ip: must be a valid string, not 7"),
         ("[dht]\ninitial_peers = 7", "dht.initial_peers: must be a valid list, not 7"),
@@ -329,9 +335,7 @@ PATHS = [
 
 @pytest.mark.parametrize("key", PATHS)
 def test_a_path_that_names_nothing_is_one_line(key: str) -> None:
-    assert told(f"--{key}", "") == f"--{key}: must be a path, not empty" + ", not ''" * (
-        key != "config"
-    )
+    assert told(f"--{key}", "").startswith(f"--{key}: must not be empty")
     assert "no home folder for ~" in told(f"--{key}", "~nobody-has-this-name/x")
     assert told(f"--{key}=~nobody-has-this-name").startswith(f"--{key}: ")
     assert told(f"--{key}", "a\0b").startswith(f"--{key}: ")

@@ -45,7 +45,7 @@ from hiveminer.rpc.axon import Axon
 from hiveminer.rpc.blacklist import Policy, Standing, refusal
 from hiveminer.rpc.connections import PortInUse
 from hiveminer.rpc.queue import WorkQueue
-from hiveminer.runtime import addresses, dependencies
+from hiveminer.runtime import addresses, dependencies, machine
 from hiveminer.runtime.events import tell
 from hiveminer.runtime.locks import Held, hold
 from hiveminer.runtime.logs import configure_logging
@@ -111,6 +111,8 @@ class Neuron:
         self._thread = threading.Thread(target=self._sync, name="metagraph", daemon=True)
         configure_logging(settings, role)
         log_to_root()
+        machine.check_temporary_folder()
+        machine.check_descriptors()
         # Before anything else is built: an exception out of a signal, in the middle of a
         # library's own start, leaves half of it behind. `go_on` looks instead.
         self.signals.take()

@@ -89,12 +89,31 @@ def open_wallet(name: str, hotkey: str, path: Path | str) -> bt.Wallet:
             f"there is no hotkey at {file}; make one with: btcli wallet new-hotkey "
             f"--wallet {name} --wallet-hotkey {hotkey} --wallet-path {folder}"
         )
-    try:
-        wallet.unlock_hotkey()
-    except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        raise OperatorError(f"the hotkey at {file} cannot be read: {text}") from error
+    _unlock(wallet)
     return wallet
+
+
+def _unlock(wallet: bt.Wallet) -> None:
+    """Read the hotkey without asking for anything, and see that it can sign."""
+    file = wallet.hotkey_file
+    new = "btcli wallet new-hotkey makes one that can be used"
+    try:
+        if file.is_encrypted() and not os.environ.get(file.env_var_name()):
+            raise OperatorError(
+                f"the hotkey at {file.path} has a password, which nobody is asked for here; give "
+                f"it in the variable {file.env_var_name()}, or use a hotkey without one ({new})"
+            )
+        wallet.unlock_hotkey().sign(b"")
+    except OperatorError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        if "no private key" in reason:
+            raise OperatorError(
+                f"the hotkey at {file.path} is only its public half, and cannot sign; copy the "
+                f"whole file here ({new})"
+            ) from None
+        raise OperatorError(f"the hotkey at {file.path} cannot be read: {reason}") from error
 
 
 def _claim(place: Path, name: str, hotkey: str) -> Claimed | str:
@@ -111,6 +130,7 @@ def _claim(place: Path, name: str, hotkey: str) -> Claimed | str:
         try:
             wallet = bt.Wallet(name, hotkey, str(folder))
             _make_keys(wallet, locks)
+            _unlock(wallet)
         except BaseException:
             held.release()
             raise

@@ -31,6 +31,7 @@ from rich.table import Table
 
 from hiveminer.config.settings import DemoSettings
 from hiveminer.errors import OperatorError
+from hiveminer.runtime.program import rendered
 
 logger = logging.getLogger(__name__)
 
@@ -365,7 +366,7 @@ def main(settings: DemoSettings) -> int:
     for key, value in summary.items():
         shown = f"{value:.3f}" if isinstance(value, float) else json.dumps(value)
         table.add_row(key, shown)
-    Console().print(table)
+    print(rendered(table))
     console.print(
         f"Numbers: {settings.out / 'metrics.jsonl'}; plot: {settings.out / 'loss.png'}; "
         f"summary: {settings.out / 'summary.json'}; logs: {settings.out / 'logs'}",

@@ -25,7 +25,6 @@ from typing import Any, Literal
 
 import bittensor as bt
 from bittensor.keyfiles import Keypair
-from rich.console import Console
 from rich.table import Table
 
 from hiveminer.chain import Chain, open_chain, open_wallet
@@ -34,6 +33,7 @@ from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import ChainError, HiveminerError, OperatorError
 from hiveminer.runtime import addresses
 from hiveminer.runtime.addresses import port_is_free
+from hiveminer.runtime.program import rendered
 
 TOTAL_SECONDS = 28.0
 """All checks together; what is left over then is cut off and counts as failed."""
@@ -549,7 +549,7 @@ def gigabytes(count: float) -> str:
 MARKS = {"passed": "[green]passed[/]", "warned": "[yellow]warned[/]", "failed": "[red]failed[/]"}
 
 
-def show(checks: Sequence[Check], console: Console) -> None:
+def as_text(checks: Sequence[Check]) -> str:
     """A table for people."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for column in ("verdict", "name", "found"):
@@ -557,9 +557,8 @@ def show(checks: Sequence[Check], console: Console) -> None:
     for check in checks:
         cure = f"\n-> {check.cure}" if check.cure else ""
         table.add_row(MARKS[check.verdict], check.name, _plain(check.found + cure))
-    console.print(table)
     count = {v: sum(c.verdict == v for c in checks) for v in ("passed", "warned", "failed")}
-    console.print(", ".join(f"{number} {verdict}" for verdict, number in count.items()))
+    return rendered(table, ", ".join(f"{number} {verdict}" for verdict, number in count.items()))
 
 
 def _plain(text: str) -> str:
@@ -575,8 +574,5 @@ def as_json(checks: Sequence[Check]) -> str:
 def main(settings: MinerSettings, *, as_json_text: bool = False) -> int:
     """Examine this machine; the exit code is the number of failures, 100 at most."""
     checks = list(Doctor(settings).examine())
-    if as_json_text:
-        print(as_json(checks))
-    else:
-        show(checks, Console())
+    print(as_json(checks) if as_json_text else as_text(checks))
     return min(MAX_EXIT_CODE, sum(check.verdict == "failed" for check in checks))

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import bittensor as bt
-from rich.console import Console
 from rich.table import Table
 
 from hiveminer.chain import Chain, open_chain, open_wallet
@@ -29,6 +28,7 @@ from hiveminer.errors import MinerError, OperatorError
 from hiveminer.neuron import subnet_folder
 from hiveminer.protocol import IsAlive
 from hiveminer.rpc.dendrite import Dendrite, Endpoint, endpoint_of
+from hiveminer.runtime.program import rendered
 from hiveminer.training.checkpoint import SCORES_FOLDER, newest
 from hiveminer.validation.scoring import ScoreTable
 
@@ -267,9 +267,6 @@ def main(settings: MinerSettings, *, as_json_text: bool = False) -> int:
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return 0
     title = f"subnet {settings.netuid} of {settings.subtensor.network}: {len(rows)} neurons"
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)  # into a file or a pipe: nothing is cut
-    console.print(as_table(rows, title=title))
-    console.print("* on this machine; v: validator permit; weight: share of the incentive")
+    legend = "* on this machine; v: validator permit; weight: share of the incentive"
+    print(rendered(as_table(rows, title=title), legend, width=200))
     return 0

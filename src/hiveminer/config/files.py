@@ -12,9 +12,9 @@ def expanded(path: str | Path) -> Path:
     """The path with `~` replaced. Raises ValueError, with what to do, if it names nothing."""
     text = str(path)
     if not text.strip():
-        raise ValueError("must be a path, not empty")
+        raise ValueError("must not be empty")
     if "\0" in text:
-        raise ValueError("must be a path, without null characters")
+        raise ValueError("must not contain a null character")
     if not text.startswith("~"):
         return Path(text)
     try:

@@ -68,11 +68,10 @@ def read(
         return tree.model_validate(_nested(values, mine))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        words = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
         key = next((key for key in _prefixes(first["loc"]) if key in mine), None)
+        words = _reason(first, mine.get(key or ""))
         if key is None:  # a check across several settings, which names them itself
             raise OperatorError(_one_line(words)) from None
-        words = words.replace("Input should be", "must be").partition(", unable")[0]
         for given, name in sources:
             if key in given:
                 words = f"{name(key)}: {words}, not {_shown(first['input'])}"
@@ -128,6 +127,9 @@ class _Parser(argparse.ArgumentParser):
         flags = [each for each in self._option_string_actions if each.startswith("--")]
         name = flag if flag.isprintable() else repr(flag)
         self.error(f"{name}: no such flag{did_you_mean(flag, flags)}")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message, end="", file=file)  # argparse ignores it when this fails
 
     def error(self, message: str) -> NoReturn:
         if message.startswith("argument "):  # --a/--b: expected one argument
@@ -246,6 +248,18 @@ def _nested(values: Mapping[str, Any], mine: Iterable[str]) -> dict[str, Any]:
 def _prefixes(place: Sequence[int | str]) -> Iterator[str]:
     for end in range(len(place), 0, -1):
         yield ".".join(str(part) for part in place[:end])
+
+
+def _reason(error: Mapping[str, Any], field: FieldInfo | None) -> str:
+    """What a value must be, with the bounds of a number."""
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    words = str(error["msg"]).replace("Input should be", "must be").partition(", unable")[0]
+    extra = field.json_schema_extra if field is not None else None
+    if not isinstance(extra, dict):
+        return words
+    in_bounds = error["type"] not in ("greater_than_equal", "less_than_equal")
+    return f"{words if in_bounds else 'must be'} {extra['bounds']}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tomllib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hiveminer.__version__ import __version__
+from hiveminer.config import files
 from hiveminer.errors import OperatorError
 from hiveminer.protocol import MAX_BATCH_SIZE, MAX_ROWS, MAX_TIMEOUT_SECONDS
 
@@ -32,13 +33,21 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _checked_name(name: str) -> str:
+    files.expanded(name)  # that it names something
+    return name
+
+
+Name = Annotated[str, AfterValidator(_checked_name)]
+
+
 class _Section(BaseModel):
     # Strict: TOML has types, and `rows = true` must not become one row.
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ModelSection(_Section):
-    name: str = BUILTIN
+    name: Name = BUILTIN
     """`builtin`, a local folder written by `save_pretrained`, or a hub name."""
     revision: str = ""
     """The hub's revision; empty for the newest."""
@@ -47,7 +56,7 @@ class ModelSection(_Section):
 
 
 class DataSection(_Section):
-    name: str = BUILTIN
+    name: Name = BUILTIN
     """`builtin` (the Python standard library's source), a local .txt, .jsonl, .json or
     .parquet file or a folder of them, or a hub name."""
     hash: str = ""
@@ -201,15 +210,8 @@ def is_local(name: str) -> bool:
         name.startswith((".", "/", "~"))
         or "\\" in name
         or Path(name).suffix.lower() in LOCAL_SUFFIXES
-        or _exists(name)
+        or os.path.exists(os.path.expanduser(name))  # never raises
     )
-
-
-def _exists(name: str) -> bool:
-    try:
-        return Path(name).expanduser().exists()
-    except (OSError, ValueError):  # no name that a file system takes
-        return False
 
 
 def load_run(path: Path | None) -> Run:
@@ -220,12 +222,12 @@ def load_run(path: Path | None) -> Run:
     if path is None:
         return Run()
     try:
-        said: dict[str, Any] = tomllib.loads(path.expanduser().read_text(encoding="utf-8"))
+        said = files.read_toml(files.expanded(path))
     except FileNotFoundError:
         raise OperatorError(f"{path}: no such file; --neuron.run wants a run.toml") from None
     except (OSError, UnicodeDecodeError) as error:
         raise OperatorError(f"{path}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise OperatorError(f"{path}: not TOML: {error}") from None
     return run_from_table(said, source=str(path))
 
@@ -237,7 +239,8 @@ def run_from_table(table: dict[str, Any], *, source: str) -> Run:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "the run"
-        raise OperatorError(f"{source}: {key}: {first['msg']}") from None
+        words = first["msg"].removeprefix("Value error, ")
+        raise OperatorError(f"{source}: {key}: {words}") from None
 
 
 def _version(text: str) -> tuple[int, ...]:

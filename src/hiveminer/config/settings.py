@@ -82,9 +82,15 @@ Folder = Annotated[Path, BeforeValidator(_expand)]
 
 
 def number(default: float | None, least: float, most: float, sentence: str) -> Any:
-    """A number and its bounds, which `--help` states."""
+    """A number and its bounds, which `--help` and errors state."""
     bounds = f"from {least:.12g} to {most:.12g}" if math.isfinite(most) else f"{least:g} or more"
-    return Field(default, ge=least, le=most, description=f"{sentence}; {bounds}")
+    return Field(
+        default,
+        ge=least,
+        le=most,
+        description=f"{sentence}; {bounds}",
+        json_schema_extra={"bounds": bounds},
+    )
 
 
 # --- groups ----------------------------------------------------------------------------------

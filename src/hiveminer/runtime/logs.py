@@ -1,36 +1,141 @@
-"""The log's one configuration: lines of ours, of Bittensor and of Hivemind, to stderr."""
+"""The log's one configuration: lines of ours, of Bittensor and of Hivemind, to stderr.
+
+With `--logging.format json` every line of the process is a JSON object, whoever writes it: a
+library with a handler of its own, a warning, a traceback, a C library, a child process.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import logging
+import os
+import subprocess
 import sys
+import threading
+from typing import Any, TextIO
 
 from hiveminer.config.settings import Settings
+from hiveminer.runtime import json_filter
+
+HANDLER = "hiveminer"
+"""The name of our handler, which a second configuration replaces."""
+
+FLUSH_SECONDS = 2.0
+"""How long the end of a program waits for its last lines."""
 
 
 def configure_logging(settings: Settings, name: str) -> None:
     """Send the lines of all three to stderr, as the settings say; each names the neuron."""
     level = getattr(logging, settings.logging.level.upper())
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        JsonFormatter(name)
-        if settings.logging.format == "json"
-        else logging.Formatter(f"%(asctime)s {name} %(levelname)s %(message)s", "%H:%M:%S")
-    )
+    as_json = settings.logging.format == "json"
+    handler: logging.Handler = logging.NullHandler()
+    if as_json:
+        handler = logging.StreamHandler(_json_output.start(name))
+        handler.setFormatter(JsonFormatter(name))
+    elif sys.stderr is not None:  # as after `2>&-`
+        handler = logging.StreamHandler()
+        text = f"%(asctime)s {name} %(levelname)s %(message)s"
+        handler.setFormatter(logging.Formatter(text, "%H:%M:%S"))
     root = logging.getLogger()
     for old in list(root.handlers):
-        if getattr(old, "hiveminer", False):
+        if old.name == HANDLER:
             root.removeHandler(old)
     if level > logging.DEBUG:
         handler.addFilter(_brief)
-    handler.hiveminer = True  # type: ignore[attr-defined]
+    handler.set_name(HANDLER)
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     logging.getLogger("hiveminer").setLevel(level)
     # Theirs are chatty at info, and worth reading when something is wrong.
-    for name in ("bittensor", "hivemind"):
-        logging.getLogger(name).setLevel(max(level, logging.WARNING))
+    for library in ("bittensor", "hivemind"):
+        logging.getLogger(library).setLevel(max(level, logging.WARNING))
+    if as_json or not (settings.logging.bars and sys.stderr is not None and sys.stderr.isatty()):
+        _hide_bars()
+
+
+def report(words: str) -> None:
+    """The line that a program ends with: on stderr, or in the log where that is JSON."""
+    if _json_output.started:
+        logging.getLogger("hiveminer").critical("%s", words)
+    else:
+        with contextlib.suppress(OSError):  # a full disk, or nobody reads: nobody to tell
+            print(f"hiveminer: {words}", file=sys.stderr or sys.__stdout__, flush=True)
+
+
+class _JsonOutput:
+    """Takes stdout and stderr of this process through `json_filter`."""
+
+    def __init__(self) -> None:
+        self.started = False
+        self._stream: TextIO | None = None
+        self._filter: subprocess.Popen[bytes] | None = None
+
+    def start(self, neuron: str) -> TextIO:
+        """From now on; again for a new name of the neuron. Gives the stream for JSON lines."""
+        if self._stream is None:
+            self._stream = os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
+            atexit.register(self._stop, os.getpid())
+            logging.captureWarnings(True)
+            sys.excepthook = _log_uncaught
+            threading.excepthook = _log_thread
+        self._flush()
+        self._filter = subprocess.Popen(
+            [sys.executable, "-I", "-S", json_filter.__file__, neuron],
+            stdin=subprocess.PIPE,
+            stdout=self._stream,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        assert self._filter.stdin is not None
+        for descriptor in (1, 2):
+            os.dup2(self._filter.stdin.fileno(), descriptor)
+        self._filter.stdin.close()
+        self.started = True
+        return self._stream
+
+    def _stop(self, owner: int) -> None:
+        """Let the last lines out."""
+        if os.getpid() != owner or self._filter is None or self._stream is None:
+            return
+        self._flush()
+        for descriptor in (1, 2):
+            os.dup2(self._stream.fileno(), descriptor)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a child of ours still writes
+            self._filter.wait(FLUSH_SECONDS)
+
+    def _flush(self) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+
+
+_json_output = _JsonOutput()
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    logging.getLogger("hiveminer").critical(
+        "%s", str(error) or kind.__name__, exc_info=(kind, error, trace)
+    )
+
+
+def _log_thread(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is not None and not issubclass(args.exc_type, SystemExit):
+        _log_uncaught(args.exc_type, args.exc_value, args.exc_traceback)
+
+
+def _hide_bars() -> None:
+    """No library's progress bars: those not imported yet read the environment."""
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ[name] = "1"
+    for module, function in (
+        ("huggingface_hub.utils", "disable_progress_bars"),
+        ("datasets.utils", "disable_progress_bars"),
+        ("transformers.utils.logging", "disable_progress_bar"),
+    ):
+        if module in sys.modules:
+            getattr(sys.modules[module], function)()
 
 
 def _brief(record: logging.LogRecord) -> bool:
@@ -52,7 +157,7 @@ class JsonFormatter(logging.Formatter):
         self.neuron = neuron
 
     def format(self, record: logging.LogRecord) -> str:
-        said = {
+        fields = {
             "time": round(record.created, 3),
             "level": record.levelname.lower(),
             "neuron": self.neuron,
@@ -61,7 +166,7 @@ class JsonFormatter(logging.Formatter):
         }
         event = getattr(record, "event", None)
         if event is not None:
-            said["event"] = event
+            fields["event"] = event
         if record.exc_info:
-            said["error"] = self.formatException(record.exc_info)
-        return json.dumps(said)
+            fields["error"] = self.formatException(record.exc_info)
+        return json.dumps(fields)

@@ -1,12 +1,15 @@
-"""How a program ends: one line for an operator's mistake, and an exit code."""
+"""How a program ends: one line for an operator's mistake, output that arrived, an exit code."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from hiveminer.errors import ChainError, HiveminerError, OperatorError, SwarmError
+from hiveminer.runtime.logs import report
 
 
 @contextmanager
@@ -19,13 +22,14 @@ def exit_on_operator_error() -> Iterator[None]:
     try:
         yield
     except (OperatorError, ChainError, SwarmError) as error:
-        print(f"hiveminer: {_words(error)}", file=sys.stderr, flush=True)
+        report(_words(error))
         raise SystemExit(getattr(error, "exit_code", 1)) from error
 
 
 @contextmanager
 def script() -> Iterator[None]:
     """What a user's own `miner.py` runs in: one line for a mistake, 130 for Ctrl-C."""
+    fill_standard_descriptors()
     with exit_on_operator_error():
         try:
             yield
@@ -33,14 +37,59 @@ def script() -> Iterator[None]:
             raise SystemExit(130) from None
 
 
+def fill_standard_descriptors() -> None:
+    """Open /dev/null for stdin, stdout or stderr where the program was started without it:
+    the first file or socket opened would get its number, and the first stray word."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY)  # gets the lowest number that is free
+
+
+def rendered(*parts: Any, width: int | None = None) -> str:
+    """What rich makes of them for stdout; `width` is of a file or a pipe."""
+    from rich.console import Console
+
+    console = Console()
+    if width is not None and not console.is_terminal:
+        console = Console(width=width)  # nothing is cut
+    with console.capture() as capture:
+        for part in parts:
+            console.print(part)
+    return capture.get().removesuffix("\n")
+
+
 def _words(error: HiveminerError) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def run_program(main: Callable[[], int | None]) -> int:
-    """Run a program's main function to its exit code: 130 after Ctrl-C, 0 for None."""
+    """Run a program's main function to its exit code: 130 after Ctrl-C, 0 for None.
+
+    Output that cannot be written is one line and a code above 0.
+    """
+    fill_standard_descriptors()
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)  # cannot be written to, and says so
     try:
         with script():
-            return main() or 0
+            code = main() or 0
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except OSError:
+        if _output_arrives():
+            raise
+        return 1
+    return code if _output_arrives() else code or 1
+
+
+def _output_arrives() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        report(f"the output could not be written: {error.strerror}; look where stdout goes")
+        with suppress(OSError):  # or Python would try again at its end, and print a traceback
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: once to stop in order, twice to end at once.
+"""Ctrl-C, SIGTERM and a closed terminal: once to stop in order, twice to end at once.
 
 A handler that Python runs may come in the middle of anything the main thread does: a log
 line that it was writing, a lock that it holds, a library's own start. So nothing is done
@@ -28,7 +28,7 @@ SAME_SECONDS = 0.2
 SHUTDOWN_SECONDS = 8.0
 """After this the program ends, whatever is still going on, unless it was allowed more."""
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM)
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 CLOSED = 0
 """No signal's number: the pipe's end."""
@@ -57,6 +57,8 @@ class Signals:
         os.set_blocking(self._write, False)
         self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in NUMBERS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # started with nohup: it is to outlive its terminal
             self._old[number] = signal.signal(number, lambda _number, _frame: None)
         threading.Thread(target=self._watch, args=(read,), name="signals", daemon=True).start()
 

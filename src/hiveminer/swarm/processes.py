@@ -28,6 +28,7 @@ import torch
 from hivemind.utils.logging import use_hivemind_log_handler
 
 from hiveminer.errors import OperatorError, SwarmError
+from hiveminer.runtime.signals import NUMBERS
 
 LOOK_SECONDS = 0.5
 
@@ -103,7 +104,7 @@ def start_shared_memory() -> None:
     torch reads the manager's first words in a loop that never ends, with the interpreter's
     lock held, once a signal has interrupted it: no Ctrl-C can then be heard.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
     try:
         torch.zeros(1).share_memory_()  # type: ignore[no-untyped-call]
     finally:

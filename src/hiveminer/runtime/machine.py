@@ -1,0 +1,60 @@
+"""What a program needs of this machine before it starts: temporary files and descriptors."""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Mapping
+from pathlib import Path
+
+from hiveminer.errors import OperatorError
+
+TEMPORARY = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
+"""Where torch looks for a temporary folder, in this order; Python looks at the first three."""
+
+SOCKET = "/torch-shm-dir-XXXXXX/manager.sock"
+"""The longest socket's name below it: of torch's shared-memory manager."""
+
+MAX_SOCKET_BYTES = 103
+"""The longest path of a Unix socket: 103 on macOS, 107 on Linux."""
+
+NEEDED_DESCRIPTORS = 256
+"""A miner with a few peers and callers has about half of these open."""
+
+WANTED_DESCRIPTORS = 4096
+
+
+def check_temporary_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """The folder of temporary files. Raises OperatorError if it cannot be used."""
+    name = next((name for name in TEMPORARY if environ.get(name)), None)
+    folder = environ[name] if name else "/tmp"
+    what = f"the temporary folder {folder[:120]}" + (f" ({name})" if name else "")
+    remedy = f"set {name or 'TMPDIR'} to another, such as /tmp"
+    if not os.path.isdir(folder):
+        raise OperatorError(f"{what} does not exist; make it, or {remedy}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OperatorError(f"{what} cannot be written to; {remedy}")
+    most = MAX_SOCKET_BYTES - len(SOCKET)
+    if len(os.fsencode(folder)) > most:
+        raise OperatorError(
+            f"{what} has a path longer than {most} bytes, too long for a socket in it; {remedy}"
+        )
+    return Path(folder)
+
+
+def check_descriptors() -> int:
+    """How many files and sockets may be open, raised as far as is useful and allowed.
+
+    Raises OperatorError if they are too few.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, WANTED_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+        soft = limit
+    if soft != resource.RLIM_INFINITY and soft < NEEDED_DESCRIPTORS:
+        raise OperatorError(
+            f"only {soft} files and sockets may be open, and {NEEDED_DESCRIPTORS} are needed; "
+            "raise the limit: ulimit -n 4096 (systemd: LimitNOFILE=, Docker: --ulimit nofile=4096)"
+        )
+    return soft

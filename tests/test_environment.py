@@ -1,0 +1,232 @@
+"""What a program makes of its terminal, its output, its keys and its temporary folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import bittensor as bt
+import pytest
+
+from hiveminer.chain import open_wallet
+from hiveminer.errors import OperatorError
+from hiveminer.runtime import json_filter, machine
+from programs import Program
+
+HIVEMINER = [sys.executable, "-m", "hiveminer"]
+
+
+def run(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(  # type: ignore[call-overload,no-any-return]
+        [*HIVEMINER, *words], text=True, timeout=120, stderr=subprocess.PIPE, **options
+    )
+
+
+# --- where the output goes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["miner", "--help"]])
+def test_a_full_disk_under_stdout_is_one_line(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = run(*words, stdout=full)
+    assert done.returncode > 0
+    assert done.stderr.startswith("hiveminer: the output could not be written: No space left")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_closed_pipe_under_stdout_is_one_line() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = run("--help", stdout=write)
+    os.close(write)
+    assert done.returncode > 0
+    assert done.stderr.startswith("hiveminer: the output could not be written: Broken pipe")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_closed_stdout_is_one_line() -> None:
+    done = run("--version", preexec_fn=lambda: os.close(1))
+    assert done.returncode > 0
+    assert done.stderr == (
+        "hiveminer: the output could not be written: Bad file descriptor; look where stdout goes\n"
+    )
+
+
+def test_no_file_gets_the_number_of_a_stream_that_is_closed() -> None:
+    code = (
+        "import os\n"
+        "from hiveminer.runtime.program import fill_standard_descriptors\n"
+        "fill_standard_descriptors()\n"
+        "assert os.open('/dev/null', os.O_RDONLY) > 2\n"
+    )
+
+    def close() -> None:
+        os.closerange(0, 3)
+
+    assert (
+        subprocess.run([sys.executable, "-c", code], preexec_fn=close, timeout=60).returncode == 0
+    )
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+STOPS = """
+import signal, sys, threading
+if "nohup" in sys.argv:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from hiveminer.runtime.signals import Signals
+taken = Signals(threading.Event())
+taken.take()
+print("ready", flush=True)
+taken.stopping.wait(60)
+print("stopped in order", flush=True)
+taken.give_back()
+"""
+
+
+def test_a_closed_terminal_stops_in_order(tmp_path: Path) -> None:
+    (tmp_path / "stops.py").write_text(STOPS)
+    with Program([str(tmp_path / "stops.py")], folder=tmp_path / "run") as program:
+        program.says("ready")
+        program.process.send_signal(signal.SIGHUP)
+        assert program.process.wait(30) == 0
+        assert "stopped in order" in program.words
+
+
+def test_a_program_started_with_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    (tmp_path / "stops.py").write_text(STOPS)
+    with Program([str(tmp_path / "stops.py"), "nohup"], folder=tmp_path / "run") as program:
+        program.says("ready")
+        program.process.send_signal(signal.SIGHUP)
+        program.process.send_signal(signal.SIGTERM)  # ends it at once, if it is the second
+        assert program.process.wait(30) == 0
+
+
+# --- the log for machines ------------------------------------------------------------------------
+
+SPEAKS = """
+import ctypes, logging, os, subprocess, sys, threading, warnings
+from hiveminer.config.settings import MinerSettings
+from hiveminer.runtime.logs import configure_logging
+from hiveminer.runtime.program import script
+
+configure_logging(MinerSettings(logging={"format": "json"}), "miner-0")
+print("from print")
+print("from stderr", file=sys.stderr)
+warnings.warn("from warnings")
+handler = logging.StreamHandler()
+library = logging.getLogger("library")
+library.addHandler(handler)
+library.propagate = False
+library.warning("from a library's own handler")
+library.warning("%s", '{"torn')
+os.write(2, b"from C\\r50%\\r100%\\n")
+subprocess.run(["sh", "-c", "echo from a child"])
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start()
+thread.join()
+if sys.argv[1] == "bug":
+    raise RuntimeError("from nobody")
+from hiveminer.errors import OperatorError
+with script():
+    raise OperatorError("from the operator")
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "last"), [("bug", "from nobody"), ("mistake", "from the operator")]
+)
+def test_every_line_is_json_whoever_writes_it(tmp_path: Path, how: str, last: str) -> None:
+    (tmp_path / "speaks.py").write_text(SPEAKS)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "speaks.py"), how],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == {"bug": 1, "mistake": 2}[how]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {line["neuron"] for line in lines} == {"miner-0"}
+    messages = [line["message"] for line in lines]
+    for words in ("print", "stderr", "a library's own handler", "C", "a child"):
+        assert f"from {words}" in messages
+    assert "50%" in messages
+    assert any("from warnings" in message for message in messages)
+    assert any("ZeroDivisionError" in line.get("error", "") for line in lines)
+    assert last in messages
+
+
+def test_json_passes_the_filter_unchanged() -> None:
+    line = '{"message":  "already"}'
+    assert json_filter.as_json(line, "miner-0") == line
+    for other in ("[1]", "12", "{", "[" * 100_000):
+        assert json.loads(json_filter.as_json(other, "miner-0"))["message"] == other
+
+
+# --- temporary files and descriptors -------------------------------------------------------------
+
+
+def test_a_temporary_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> None:
+    assert machine.check_temporary_folder({"TMPDIR": "/tmp"}) == Path("/tmp")
+    assert machine.check_temporary_folder({"TMPDIR": ""}) == Path("/tmp")
+    with pytest.raises(OperatorError, match=r"none \(TMP\) does not exist"):
+        machine.check_temporary_folder({"TMP": str(tmp_path / "none")})
+    long = tmp_path / ("a" * 90)
+    long.mkdir()
+    with pytest.raises(OperatorError, match=r"\(TMPDIR\) has a path longer than .* set TMPDIR to"):
+        machine.check_temporary_folder({"TMPDIR": str(long)})
+
+
+def test_a_program_refuses_a_temporary_folder_that_is_not_there(tmp_path: Path) -> None:
+    env = {"TMPDIR": str(tmp_path / "none"), "HIVEMINER_SUBTENSOR__PATH": str(tmp_path / "net")}
+    done = run("miner", env=os.environ | env, stdout=subprocess.PIPE)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("hiveminer: the temporary folder ")
+    assert "Traceback" not in done.stderr
+
+
+def test_too_few_descriptors_are_one_line_and_more_are_taken_where_allowed() -> None:
+    code = (
+        "from hiveminer.runtime import machine, program\n"
+        "with program.script():\n"
+        "    print(machine.check_descriptors())\n"
+    )
+
+    def limited(soft: int, hard: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)),
+        )  # fmt: skip
+
+    few = limited(64, 64)
+    assert few.returncode == 2
+    assert few.stderr.startswith("hiveminer: only 64 files and sockets may be open")
+    assert limited(64, 1024).stdout == "1024\n"
+
+
+# --- keys ----------------------------------------------------------------------------------------
+
+
+def test_a_hotkey_with_a_password_is_refused_without_a_question(tmp_path: Path) -> None:
+    wallet = bt.Wallet("w", "h", str(tmp_path))
+    wallet.create_new_hotkey(
+        use_password=True, hotkey_password="made-Up-4-this!", overwrite=True, suppress=True
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # getpass warns when it asks without a terminal
+        with pytest.raises(OperatorError, match="has a password"):
+            open_wallet("w", "h", tmp_path)
+
+
+def test_a_hotkeys_public_half_is_refused(tmp_path: Path) -> None:
+    wallet = bt.Wallet("w", "h", str(tmp_path))
+    wallet.create_new_hotkey(use_password=False, overwrite=True, suppress=True)
+    file = Path(wallet.hotkey_file.path)
+    said = json.loads(file.read_bytes())
+    file.write_text(json.dumps({name: said[name] for name in ("ss58Address", "publicKey")}))
+    with pytest.raises(OperatorError, match="only its public half"):
+        open_wallet("w", "h", tmp_path)
