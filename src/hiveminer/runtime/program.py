@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -70,26 +71,45 @@ def run_program(main: Callable[[], int | None]) -> int:
     Output that cannot be written is one line and a code above 0.
     """
     fill_standard_descriptors()
-    if sys.stdout is None:
-        sys.stdout = os.fdopen(1, "w", closefd=False)  # cannot be written to, and says so
+    if sys.stdout is sys.__stdout__:  # and not a test's own
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        sys.stdout = Output()
+    code = _code_of(main)
+    return code or _code_of(sys.stdout.flush)
+
+
+def _code_of(main: Callable[[], int | None]) -> int:
     try:
         with script():
-            code = main() or 0
+            return main() or 0
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    except OSError:
-        if _output_arrives():
-            raise
-        return 1
-    return code if _output_arrives() else code or 1
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
 
 
-def _output_arrives() -> bool:
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        report(f"the output could not be written: {error.strerror}; look where stdout goes")
-        with suppress(OSError):  # or Python would try again at its end, and print a traceback
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return False
-    return True
+class Output(io.TextIOWrapper):
+    """This process's stdout. Raises OperatorError when it cannot be written to."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            os.fdopen(1, "wb", closefd=False), errors="replace", line_buffering=os.isatty(1)
+        )
+
+    def write(self, text: str) -> int:
+        with self._arriving():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._arriving():
+            super().flush()
+
+    @contextmanager
+    def _arriving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            with suppress(OSError):  # or Python would try again at its end, and fail loudly
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            raise OperatorError(
+                f"the output could not be written: {error.strerror}; look where stdout goes"
+            ) from None
