@@ -14,14 +14,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from in_process import Hub
 from tiny import save_tiny
 
 from hiveminer.chain import Chain
-from hiveminer.config.settings import MinerSettings, Settings
+from hiveminer.config.settings import MinerSettings, Settings, ValidatorSettings
 from hiveminer.errors import HiveminerError, MinerError
 from hiveminer.neuron import BaseMinerNeuron
 from hiveminer.protocol import IsAlive, Train
 from hiveminer.rpc.dendrite import Dendrite, Endpoint
+from hiveminer.runtime.metrics import Metrics
+from hiveminer.validator import Validator
 from programs import wait_for
 
 S = TypeVar("S", bound=Settings)
@@ -78,6 +81,20 @@ class Recorded:
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         return [fields for name, fields in list(self.lines) if name == kind]
+
+
+@contextlib.contextmanager
+def small_validator(
+    folder: Path, *, metrics: Metrics | None = None, chain: Chain | None = None, **groups: Any
+) -> Iterator[Validator]:
+    """A validator of a small run, which observes a swarm of nobody."""
+    groups["neuron"] = {"run": small_run(folder, rows=60)} | groups.get("neuron", {})
+    settings = settings_in(folder, ValidatorSettings, **groups)
+    with (
+        quiet(),
+        Validator(settings, chain=chain, metrics=metrics, observer=Hub().observer) as validator,
+    ):
+        yield validator
 
 
 class SmallMiner(BaseMinerNeuron):

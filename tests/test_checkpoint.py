@@ -29,8 +29,7 @@ from hiveminer.training.checkpoint import (
     newest,
     of_run,
 )
-from hiveminer.validation.scoring import ScoreTable
-from hiveminer.validator import Validator
+from hiveminer.validation.scores import SavedScores, ScoreTable
 from programs import started
 
 
@@ -524,28 +523,23 @@ def test_kill_9_in_the_middle_of_writing_always_leaves_a_sound_one(tmp_path: Pat
 # --- a validator's scores -------------------------------------------------------------------------
 
 
-def a_validator(folder: Path, *, run_id: str = "r-1-2-3") -> Validator:
-    """What of a validator keeps its scores."""
-    made = Validator.__new__(Validator)
-    made.checkpoints = Checkpoints(folder)
-    made.run_id = run_id  # type: ignore[assignment]
-    made.table = ScoreTable()
-    return made
+def saved_scores(folder: Path, *, run_id: str = "r-1-2-3") -> SavedScores:
+    return SavedScores(Checkpoints(folder), run_id=run_id)
 
 
 def test_scores_survive_a_torn_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    made = a_validator(tmp_path)
+    table, saved = ScoreTable(), saved_scores(tmp_path)
     for _ in range(5):
-        made.table.add_work("a", 100)
-        made.table.add_score("a", 1.0)
-        made._save()
+        table.add_work("a", 100)
+        table.add_score("a", 1.0)
+        saved.save(table)
+        saved.save(table)  # nothing new, nothing written
     assert len(list(tmp_path.iterdir())) == 3
     path = tmp_path / "checkpoint-000005" / MANIFEST
     path.write_bytes(path.read_bytes()[:-40])
-    again = a_validator(tmp_path)
-    again._restore()
-    assert (again.table.of("a").replays, again.table.of("a").tokens) == (4, 400.0)
+    again = saved_scores(tmp_path).load()
+    assert (again.of("a").replays, again.of("a").tokens) == (4, 400.0)
     refused, resumed = caplog.messages
     assert refused.startswith("checkpoint-000005 is refused: ")
     assert resumed == "resumed 1 scores, from checkpoint-000004"
@@ -554,14 +548,12 @@ def test_scores_survive_a_torn_file(tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_another_runs_scores_and_broken_ones_are_not_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = a_validator(tmp_path / "theirs", run_id="r-9-9-9")
-    made.table.add_score("a", 1.0)
-    made._save()
+    table = ScoreTable()
+    table.add_score("a", 1.0)
+    saved_scores(tmp_path / "theirs", run_id="r-9-9-9").save(table)
     Checkpoints(tmp_path / "broken").save(None, {"run_id": "r-1-2-3", "scores": {"a": {}}})
     for folder, words in (("theirs", "it is of run r-9-9-9"), ("broken", "cannot be read")):
         caplog.clear()
-        made = a_validator(tmp_path / folder)
-        made._restore()
-        assert made.table.standings == {}
+        assert saved_scores(tmp_path / folder).load().standings == {}
         assert len(caplog.messages) == 1
         assert words in caplog.messages[0]

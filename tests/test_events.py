@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from small_neurons import SmallMiner, miner_settings, quiet
+from small_neurons import Recorded, SmallMiner, miner_settings, quiet, small_validator
 
 import hiveminer
 from hiveminer import cli
@@ -35,10 +35,8 @@ from hiveminer.swarm.membership import start_peer
 from hiveminer.swarm.peer import FOREIGN, UNREACHED, start_cure, why_silent
 from hiveminer.swarm.processes import log_to_root
 from hiveminer.training.trainer import TrainResult
-from hiveminer.validation import scoring
-from hiveminer.validation.replay import Curves
-from hiveminer.validation.scoring import Evidence, ScoreTable
-from hiveminer.validator import Sample, Validator
+from hiveminer.validation import curves
+from hiveminer.validation.curves import Evidence
 from programs import ROOT, Network, started, wait_for
 
 
@@ -579,13 +577,13 @@ def evidence(answered: tuple[float, ...], **changes: Any) -> Evidence:
         (evidence(tuple(reversed(TRAINED))), ["fit"]),
         (evidence(TRAINED, claimed_samples=9), ["9 rows are claimed and 8 were given"]),
         (evidence(TRAINED[:7]), ["7 losses were answered where a replay has 8"]),
-        (evidence((*TRAINED[:7], float("nan"))), ["no finite number"]),
+        (evidence((*TRAINED[:7], float("nan"))), ["is not finite"]),
         (evidence((), trained=(), untrained=()), ["fewer than 6 of its losses"]),
     ],
 )
 def test_a_low_score_has_its_reason(found: Evidence, words: list[str]) -> None:
-    assert scoring.score(found) < 1
-    reasons = scoring.shortfalls(found)
+    assert curves.score(found) < 1
+    reasons = curves.shortfalls(found)
     assert all(any(word in reason for reason in reasons) for word in words), reasons
 
 
@@ -598,26 +596,28 @@ def test_reasons_and_score_agree() -> None:
                 for n, (t, u) in enumerate(zip(TRAINED, UNTRAINED, strict=True))
             )
             found = evidence(answered)
-            assert (scoring.score(found) < 1) == bool(scoring.shortfalls(found))
+            assert (curves.score(found) < 1) == bool(curves.shortfalls(found))
 
 
-def test_a_validator_says_why_it_scored_so(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    validator = Validator.__new__(Validator)
-    validator.table = ScoreTable()
-    validator.metrics = SimpleNamespace(log=lambda *_: None)  # type: ignore[assignment]
-    answer = request(batch_size=1)
-    answer.losses, answer.samples, answer.epoch = list(UNTRAINED), 8, 1
-    answer.epoch_steps = 8
-    sample = Sample(request(batch_size=1), answer, "5" * 48)
-    validator._judge(sample, Curves(TRAINED, UNTRAINED))
-    (words,) = told(caplog, "score")
-    assert words.startswith("55555555 scores 0.00 of 1 with this answer: ")
-    assert "steps were skipped or thrown away" in words
-    caplog.clear()
-    answer.losses = list(TRAINED)
-    validator._judge(Sample(request(batch_size=1), answer, "5" * 48), Curves(TRAINED, UNTRAINED))
-    assert not told(caplog, "score")
+def test_a_validator_says_why_it_scored_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = Recorded()
+    with small_validator(tmp_path, metrics=metrics) as validator:
+        caplog.set_level(logging.INFO)
+        validator._record(evidence(UNTRAINED))
+        (words,) = told(caplog, "score")
+        assert words.startswith("55555555 scores 0.00 of 1 with this answer: ")
+        assert "steps were skipped or discarded" in words
+        caplog.clear()
+        validator._record(evidence(TRAINED))
+        assert not told(caplog, "score")
+        flat = (3.0,) * 8
+        validator._record(evidence(UNTRAINED, trained=flat, untrained=flat))
+        assert not told(caplog, "score")
+    assert [line["score"] for line in metrics.of("evidence")] == [0.0, 1.0, 1.0]
+    assert [line["average"] for line in metrics.of("evidence")] == [0.0, 0.5, 0.5]
+    assert [line["judged"] for line in metrics.of("evidence")] == [True, True, False]
 
 
 # A real miner and a real validator

@@ -9,9 +9,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import bittensor as bt
@@ -20,15 +18,14 @@ from chain_worker import Keys, new_keys
 from flaky_substrate import FlakySubstrate, refusal
 from hypothesis import given
 from hypothesis import strategies as st
-from small_neurons import SmallMiner, miner_settings, quiet, running
+from small_neurons import Recorded, SmallMiner, miner_settings, quiet, running, small_validator
 
 from hiveminer.chain import Chain, EmbeddedSubstrate, join_embedded
 from hiveminer.chain.weights import WeightSetter, clipped, filled, same, version_key
-from hiveminer.config.settings import MinerSettings, ValidatorSettings
+from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import ChainError, NotRegistered, NotYetRegistered
-from hiveminer.training.checkpoint import Checkpoints
-from hiveminer.validation.scoring import ScoreTable
-from hiveminer.validator import Validator
+from hiveminer.validation.scores import ScoreTable
+from hiveminer.validator import weights_of
 from programs import wait_for
 
 BLOCK_SECONDS = 0.05
@@ -637,53 +634,37 @@ def test_a_dead_session_is_followed_by_a_new_one(subnet: Subnet) -> None:
 
 
 def test_the_validator_brings_its_table_to_the_chain(subnet: Subnet, tmp_path: Path) -> None:
-    """Everything of a validator but its swarm and its model."""
     miner, idle = address(subnet.join()), address(subnet.join())
-    settings = ValidatorSettings(validator={"weights_seconds": 500 * BLOCK_SECONDS})
-    lines: list[tuple[str, dict[str, Any]]] = []
-    made = Validator.__new__(Validator)
-    made.settings, made.weights, made.table = settings, subnet.setter, ScoreTable()
-    made.metrics = SimpleNamespace(log=lambda kind, fields: lines.append((kind, fields)))
-    made.checkpoints = Checkpoints(tmp_path)
-    made._miners = {miner: None, idle: None}  # type: ignore[dict-item]
-    made.run_id = "r"  # type: ignore[assignment]
-    made._began = time.monotonic()
-    subnet.clock.blocks(1000)
-    with ThreadPoolExecutor(1) as made._io:
+    metrics = Recorded()
+    options = {"validator": {"weights_seconds": 500 * BLOCK_SECONDS}, "chain": subnet.validator}
+    with small_validator(tmp_path, metrics=metrics, **options) as made:
+        subnet.clock.blocks(1000)
 
-        def tick() -> None:
-            asyncio.run(made._set_weights(None))
+        def tick() -> list[dict[str, Any]]:
+            asyncio.run(made._set_weights([miner, idle]))
+            return metrics.of("weights")
 
         made.table.add_work(miner, 100)
         made.table.add_score(miner, 0.5)
-        tick()
-        assert lines == []  # the other one was not replayed yet
+        assert tick() == []  # the other one was not replayed yet
         made.table.add_work(idle, 100)
         made.table.add_score(idle, 0.0)
-        tick()
-        assert lines == [("weights", {"weights": {"1": 1.0}, "burnt": False})]
+        assert tick() == [{"weights": {"1": 1.0}, "burnt": False}]
         assert made.table.of(miner).tokens == pytest.approx(90.0)
-        tick()
-        assert len(lines) == 1
+        assert len(tick()) == 1
         subnet.substrate.give_away(miner)
         subnet.substrate.create_subnet(1, owner_hotkey=idle)
         subnet.clock.blocks(1000)
-        tick()
-        assert lines[1:] == [("weights", {"weights": {"2": 1.0}, "burnt": True})]
-    kept = Checkpoints(tmp_path).load()
-    assert kept is not None
-    assert miner not in kept.metadata["scores"]
+        assert tick()[1:] == [{"weights": {"2": 1.0}, "burnt": True}]
+    saved = made.scores.load()
+    assert miner not in saved.standings
+    assert idle in saved.standings
 
 
-def test_a_miner_that_is_never_replayed_holds_weights_up_for_a_while_only(
-    subnet: Subnet, tmp_path: Path
-) -> None:
-    made = Validator.__new__(Validator)
-    made.settings, made.table = ValidatorSettings(), ScoreTable()
-    made.checkpoints = Checkpoints(tmp_path)
-    made._miners, made.run_id = {"silent": None}, "r"  # type: ignore[assignment, dict-item]
-    graph = subnet.validator.metagraph()
-    made._began = time.monotonic()
-    assert made._earned(graph) is None
-    made._began -= 31
-    assert made._earned(graph) == {}
+def test_a_miner_that_is_never_replayed_holds_weights_up_for_a_while_only() -> None:
+    table = ScoreTable()
+    table.add_work("silent", 10)
+    assert weights_of(table, {"silent"}, waited_seconds=29, patience=30) is None
+    assert weights_of(table, {"silent"}, waited_seconds=30, patience=30) == {}
+    table.add_unjudged("silent")
+    assert weights_of(table, {"silent"}, waited_seconds=0, patience=30) == {"silent": 1.0}

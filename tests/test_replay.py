@@ -19,8 +19,8 @@ from hiveminer.strategies.base import GlobalState
 from hiveminer.training.model import encode, weights_hash
 from hiveminer.training.optimizer import build_optimizer, parameter_groups
 from hiveminer.training.trainer import LocalStep, Trainer
+from hiveminer.validation.curves import Evidence, score
 from hiveminer.validation.replay import Curves, Replayer
-from hiveminer.validation.scoring import Evidence, score
 
 RUN = Run()
 BATCH = 2

@@ -12,18 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hiveminer.validation.scoring import (
+from hiveminer.validation.curves import (
     FEWEST_STEPS,
     FULL_LEARNING,
-    LEAST_FIT,
     LEAST_LEARNING,
+    LEAST_VARIANCE,
     Evidence,
-    ScoreTable,
-    fit,
+    explained_variance,
     learning,
     ramp,
     score,
 )
+from hiveminer.validation.scores import ScoreTable
 
 # As the built-in model shows them after its first few hundred rows: groups of rows differ
 # by 0.3 nats a token, and ten steps learn a tenth of one.
@@ -146,12 +146,12 @@ def test_claiming_more_rows_than_given_is_worth_nothing() -> None:
     assert answer(TRAINED, claimed_samples=65) == 0.0
 
 
-def test_fit_and_learning_on_curves_worked_out_by_hand() -> None:
-    assert fit([1.0, 3.0], [0.0, 2.0]) == 1.0, "a common offset is taken off"
-    assert fit([1.0, 1.0], [0.0, 2.0]) == 0.0, "a flat answer shares nothing"
-    assert fit([2.0, 0.0], [0.0, 2.0]) == -3.0
-    assert fit([9.0, 9.0], [1.0, 1.0]) == 1.0
-    assert fit([9.0, 8.0], [1.0, 1.0]) == -10.0
+def test_explained_variance_and_learning_on_curves_worked_out_by_hand() -> None:
+    assert explained_variance([1.0, 3.0], [0.0, 2.0]) == 1.0, "a common offset is taken off"
+    assert explained_variance([1.0, 1.0], [0.0, 2.0]) == 0.0, "a flat answer shares nothing"
+    assert explained_variance([2.0, 0.0], [0.0, 2.0]) == -3.0
+    assert explained_variance([9.0, 9.0], [1.0, 1.0]) == 1.0
+    assert explained_variance([9.0, 8.0], [1.0, 1.0]) == -10.0
     assert learning([4.0, 3.0], trained=[4.0, 2.0], untrained=[4.0, 4.0]) == 0.5
     assert learning([9.0, 9.0], trained=[4.0, 4.0], untrained=[4.0, 4.0]) == 0.0
     assert [ramp(x, 1, 3) for x in (0, 1, 2, 3, 4)] == [0, 0, 0.5, 1, 1]
@@ -215,21 +215,21 @@ def test_a_cheat_who_was_honest_once_sinks_under_a_fifth_in_six_replays() -> Non
 
 
 def test_old_work_fades() -> None:
-    table = ScoreTable(fade=0.5)
+    table = ScoreTable(decay=0.5)
     for hotkey in ("old", "new"):
         table.add_score(hotkey, 1.0)
     table.add_work("old", 100)
-    table.fade_work()
+    table.decay_work()
     table.add_work("new", 100)
     assert table.weights() == pytest.approx({"old": 1 / 3, "new": 2 / 3})
 
 
-def test_keep_forgets_who_is_gone_and_a_newcomer_inherits_nothing() -> None:
+def test_retain_forgets_who_is_gone_and_a_newcomer_inherits_nothing() -> None:
     table = ScoreTable()
     for hotkey in ("stays", "goes"):
         table.add_score(hotkey, 1.0)
         table.add_work(hotkey, 10)
-    table.keep({"stays", "newcomer"})
+    table.retain({"stays", "newcomer"})
     assert table.weights() == {"stays": 1.0}
     assert "newcomer" not in table.standings
     assert (table.of("goes").score, table.of("goes").replays) == (0.0, 0)
@@ -305,5 +305,5 @@ def test_a_fall_that_all_share_does_not_hide_that_the_rows_were_others() -> None
     others = (-0.08, 0.10, 0.13, -0.06, 0.01, -0.14, 0.09, -0.02, 0.12, -0.11)
     trained = [at + row for at, row in zip(fall, rows, strict=True)]
     copied = [at + row for at, row in zip(fall, others, strict=True)]
-    assert fit(trained, trained) == 1.0
-    assert fit(copied, trained) < LEAST_FIT
+    assert explained_variance(trained, trained) == 1.0
+    assert explained_variance(copied, trained) < LEAST_VARIANCE

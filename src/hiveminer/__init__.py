@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from hiveminer.miner import Miner
     from hiveminer.neuron import BaseMinerNeuron
     from hiveminer.protocol import IsAlive, Train
-    from hiveminer.validation.scoring import Evidence
+    from hiveminer.validation.curves import Evidence
     from hiveminer.validator import Validator
 
 _HOMES = {
     "BaseMinerNeuron": "hiveminer.neuron",
-    "Evidence": "hiveminer.validation.scoring",
+    "Evidence": "hiveminer.validation.curves",
     "IsAlive": "hiveminer.protocol",
     "Miner": "hiveminer.miner",
     "Train": "hiveminer.protocol",

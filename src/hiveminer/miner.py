@@ -137,9 +137,8 @@ class Miner(BaseMinerNeuron):
     def forward(self, synapse: Train) -> Train:
         """Train on the rows of the request, average with the swarm, and fill in the answer.
 
-        Raises Refused or TrainingError, whose reason the caller is told.
+        Raises Refused or TrainingError, whose reason goes to the caller.
         """
-        self.accept(synapse)
         began = time.monotonic()
         self._check_step(synapse)
         self.swarm.catch_up()

@@ -1,5 +1,5 @@
 """`from hiveminer.scoring import Evidence`, for validators written before it moved."""
 
-from hiveminer.validation.scoring import Evidence
+from hiveminer.validation.curves import Evidence
 
 __all__ = ["Evidence"]

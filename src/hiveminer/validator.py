@@ -1,9 +1,10 @@
-"""The validator: gives miners rows, looks at what comes back, and sets weights.
+"""The validator: gives miners rows, judges what comes back, and sets weights.
 
-It finds the live miners with `IsAlive`, keeps two requests at each of them so that nobody
-idles, replays a sample of the answers from its own copy of the swarm's state, writes a
-line of evidence for each score, and sets weights. A subclass overrides `assign` (who gets
-which rows) and `score` (what a replayed answer is worth).
+From an answer to a weight: `Feed` sends rows and takes answers (`_take`: work is counted),
+`Samples` picks some, `Judge` replays them from the `States` of the run (`_judge_next`:
+evidence, score), and `ScoreTable` turns scores and work into weights (`_set_weights`). A
+subclass overrides `assign` (who gets which rows) and `score` (what a replayed answer is
+worth).
 """
 
 from __future__ import annotations
@@ -13,35 +14,34 @@ import contextlib
 import logging
 import random
 import time
-import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 from bittensor import Metagraph
 
-from hiveminer.__version__ import __version__
 from hiveminer.chain import Chain
 from hiveminer.chain.weights import EMBEDDED_FILL_SECONDS, FILL_SECONDS, WeightSetter, filled
 from hiveminer.config.run import load_run
 from hiveminer.config.settings import ValidatorSettings, parse
-from hiveminer.errors import HiveminerError, MinerError, TrainingError
+from hiveminer.errors import HiveminerError
 from hiveminer.neuron import Neuron
-from hiveminer.protocol import IsAlive, Train
-from hiveminer.rpc.dendrite import Dendrite, Endpoint, endpoint_of
+from hiveminer.rpc.dendrite import Dendrite
 from hiveminer.runtime import events
 from hiveminer.runtime.metrics import Metrics
 from hiveminer.runtime.program import script
 from hiveminer.strategies.base import Context, GlobalState, ObserverFactory
 from hiveminer.strategies.registry import open_observer
 from hiveminer.training import model
-from hiveminer.training.checkpoint import SCORES_FOLDER, of_run
+from hiveminer.training.checkpoint import SCORES_FOLDER
 from hiveminer.training.data import split_held_out
 from hiveminer.training.task import load_task
-from hiveminer.validation import scoring
-from hiveminer.validation.replay import Curves, Replayer
-from hiveminer.validation.scoring import Evidence, ScoreTable
+from hiveminer.validation import curves
+from hiveminer.validation.curves import Evidence
+from hiveminer.validation.feed import Answered, Feed
+from hiveminer.validation.judge import Judge, Sample, Samples, States, credited, texts
+from hiveminer.validation.replay import Replayer
+from hiveminer.validation.scores import SavedScores, ScoreTable
 
 logger = logging.getLogger(__name__)
 
@@ -50,67 +50,10 @@ T = TypeVar("T")
 EMBEDDED_STAKE = 10_000.0
 """TAO that a validator stakes on the embedded network, where it is free."""
 
-REQUESTS_AT_ONCE = 2
-"""Requests at one miner: the next waits there when the last one ends."""
-
-KEPT_STATES = 3
-"""Epochs whose state is kept for replays."""
-
-MAX_REPLAYED_STEPS = 10
-"""Optimizer steps of one answer that are replayed; more would tell little more."""
-
-MAX_SAMPLES_WAITING = 16
-"""Answers that wait to be replayed; the oldest gives way."""
-
 HELD_OUT_ROWS = 32
-"""Held-out rows that the swarm's state is measured on."""
-
-STALE_EPOCHS = 3
-"""An answer that says it began longer ago than this is not counted as work."""
-
-EVASIONS = 3
-"""So many answers in a row that cannot be replayed are judged as one that is worth nothing."""
-
-LEAST_SECONDS = 1.0
-"""A miner that answers sooner is asked again only after this: whoever answers at once and
-without work would otherwise be what the validator is busy with."""
+"""Held-out rows that each global state is evaluated on."""
 
 ALIVE_SECONDS = 5.0
-
-WORKING_SECONDS = 60.0
-"""A miner that answered with work so lately is to be seen among the swarm's peers."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An answer that is to be replayed."""
-
-    request: Train
-    answer: Train
-    hotkey: str
-
-    @property
-    def epoch(self) -> int:
-        return self.answer.epoch or 0
-
-    @property
-    def losses(self) -> tuple[float, ...]:
-        """The part of the answered curve that started from the epoch's state, or its head."""
-        return tuple(self.answer.losses[: min(self.answer.epoch_steps, MAX_REPLAYED_STEPS)])
-
-    @property
-    def rows(self) -> list[int]:
-        """The rows of that part."""
-        group = self.request.batch_size * self.request.gradient_accumulation_steps
-        return self.request.dataset_indices[: group * len(self.losses)]
-
-
-@dataclass
-class LiveMiner:
-    """A miner that answered `IsAlive` and is in our run."""
-
-    endpoint: Endpoint
-    tasks: list[asyncio.Task[None]]
 
 
 class Validator:
@@ -164,7 +107,7 @@ class Validator:
 
     def score(self, evidence: Evidence) -> float:
         """What a replayed answer is worth, between 0 and 1."""
-        return scoring.score(evidence)
+        return curves.score(evidence)
 
     def run(self) -> None:
         """Validate until Ctrl-C or SIGTERM."""
@@ -193,16 +136,13 @@ class Validator:
             len(self.dataset), run.data.held_out
         )
         self._chance = random.Random(settings.validator.seed)
-        self.table = ScoreTable()
-        self.checkpoints = neuron.checkpoints(SCORES_FOLDER)
-        if settings.neuron.resume:
-            self._restore()
+        self.scores = SavedScores(neuron.checkpoints(SCORES_FOLDER), run_id=str(self.run_id))
+        self.table = self.scores.load() if settings.neuron.resume else ScoreTable()
         neuron.go_on()
         self.observer = observer(
             Context(neuron, self.task, public_ip=lambda: "", on_round=lambda _: None)
         )
         parts.callback(self.observer.close)
-        self._worked_at: dict[str, float] = {}
         neuron.go_on()
         self.replayer = Replayer(
             self.task.model,
@@ -211,24 +151,27 @@ class Validator:
             device=model.choose_device(settings.neuron.device),
             step_from=self.observer.local_step,
         )
-        self.states: dict[int, GlobalState] = {0: self.observer.initial_state()}
-        self._measured_start = False
+        self.judge = Judge(self.replayer, task=self.task, stopped=neuron.stopping.is_set)
         self._io = ThreadPoolExecutor(4, thread_name_prefix="chain")
         parts.callback(self._io.shutdown, wait=False, cancel_futures=True)
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="replay")
         parts.callback(self._compute.shutdown, wait=True, cancel_futures=True)
-        self._samples: list[Sample] = []
-        self._last_epoch: dict[str, int] = {}
-        self._began = time.monotonic()
         self.weights = WeightSetter(
             neuron.chain,
             path=neuron.folder / "weights.json",
             every_seconds=settings.weights_seconds,
             stopping=neuron.stopping,
         )
-        self._evasions: dict[str, int] = {}
-        self._miners: dict[str, LiveMiner] = {}
-        self._complaints: dict[str, str] = {}
+        self.states = States(self.observer.initial_state())
+        self.samples = Samples(rate=settings.validator.sample_rate, chance=self._chance)
+        self.feed = Feed(
+            task=self.task,
+            work=settings.validator,
+            assign=lambda hotkey: self.assign(hotkey),
+            take=self._take,
+            metrics=self.metrics,
+        )
+        self._began = time.monotonic()
         neuron.keep_committed(f"run {self.run_id}".encode())
         self._sync()
         neuron.keep_in_sync(self._sync)
@@ -236,27 +179,30 @@ class Validator:
         logger.info("run %s: %d rows to give out", self.run_id, len(self._training_rows))
 
     def _sync(self) -> None:
-        since = time.monotonic() - WORKING_SECONDS
-        self.observer.sync(working=sum(at > since for at in list(self._worked_at.values())))
+        self.observer.sync(working=self.feed.working)
 
     # --- the loops -----------------------------------------------------------------------
 
     async def _main(self) -> None:
         """All loops at once, until the neuron is told to stop."""
+        settings = self.settings
+        alive_seconds = 1.0 if settings.embedded else ALIVE_SECONDS
+        weights_seconds = min(30.0, settings.weights_seconds / 4)
         async with Dendrite(self.neuron.chain.wallet) as dendrite:
             loops = [
-                asyncio.create_task(self._again(self._find_miners, dendrite, self._alive_seconds)),
-                asyncio.create_task(self._again(self._watch_swarm, None, 0.5)),
-                asyncio.create_task(self._again(self._replay_next, None, 0.1)),
-                asyncio.create_task(
-                    self._again(self._keep_scores, None, self.settings.neuron.checkpoint_seconds)
-                ),
-                asyncio.create_task(
-                    self._again(
-                        self._set_weights, None, min(30.0, self.settings.weights_seconds / 4)
-                    )
-                ),
+                asyncio.create_task(_again(act, pause_seconds=seconds))
+                for act, seconds in (
+                    (lambda: self._find_miners(dendrite), alive_seconds),
+                    (self._follow, 0.5),
+                    (self._judge_next, 0.1),
+                    (self._save_scores, settings.neuron.checkpoint_seconds),
+                    (
+                        lambda: self._set_weights(self.feed.hotkeys),
+                        min(30.0, settings.weights_seconds / 4),
+                    ),
+                )
             ]
+            loops.append(asyncio.create_task(self._evaluate(self.states[self.states.newest])))
             try:
                 while not self.neuron.stopping.is_set():
                     self.neuron.check_registered()
@@ -266,134 +212,20 @@ class Validator:
                         if loop.done():
                             loop.result()
             finally:
-                feeds = [task for miner in self._miners.values() for task in miner.tasks]
-                for task in [*loops, *feeds]:
-                    task.cancel()
-                await asyncio.gather(*loops, *feeds, return_exceptions=True)
-
-    @property
-    def _alive_seconds(self) -> float:
-        return 1.0 if self.settings.embedded else ALIVE_SECONDS
-
-    async def _again(
-        self, act: Callable[[Any], Awaitable[None]], argument: Any, pause_seconds: float
-    ) -> None:
-        """Do something, pause, and do it again; a trouble that passes is logged."""
-        while True:
-            try:
-                await act(argument)
-            except HiveminerError as error:
-                logger.warning("%s", error)
-            await asyncio.sleep(pause_seconds)
+                for loop in loops:
+                    loop.cancel()
+                await asyncio.gather(*loops, return_exceptions=True)
+                await self.feed.stop()
 
     async def _find_miners(self, dendrite: Dendrite) -> None:
-        """Ask every served axon whether it is alive; feed those that are, drop the others."""
-        endpoints = [
-            endpoint
-            for neuron in self.neuron.metagraph
-            if neuron.hotkey != self.neuron.hotkey and (endpoint := endpoint_of(neuron)) is not None
-        ]
-        alive = await asyncio.gather(*(self._probe(dendrite, each) for each in endpoints))
-        live = {each.hotkey: each for each, good in zip(endpoints, alive, strict=True) if good}
-        for hotkey in set(self._miners) - set(live):
-            logger.info("miner %s is gone", hotkey[:8])
-            self._worked_at.pop(hotkey, None)
-            for task in self._miners.pop(hotkey).tasks:
-                task.cancel()
-        for hotkey, endpoint in live.items():
-            known = self._miners.get(hotkey)
-            if known is not None and known.endpoint == endpoint:
-                continue
-            for task in known.tasks if known is not None else ():
-                task.cancel()
-            logger.info("miner %s is alive at %s:%d", hotkey[:8], endpoint.ip, endpoint.port)
-            self._miners[hotkey] = LiveMiner(
-                endpoint,
-                [
-                    asyncio.create_task(self._feed(dendrite, endpoint))
-                    for _ in range(REQUESTS_AT_ONCE)
-                ],
-            )
+        ours = self.neuron.hotkey
+        await self.feed.find(dendrite, [n for n in self.neuron.metagraph if n.hotkey != ours])
 
-    async def _probe(self, dendrite: Dendrite, endpoint: Endpoint) -> bool:
-        """Whether this miner is there and in our run; why not is told once."""
-        began = time.monotonic()
-        try:
-            answer = await dendrite.call(endpoint, IsAlive(), timeout_seconds=5.0)
-        except MinerError as error:
-            self._complain(endpoint.hotkey, error.reason)
-            # A slow answer from a miner that is being fed is no reason to take its work away.
-            known = self._miners.get(endpoint.hotkey)
-            return known is not None and known.endpoint == endpoint and error.status is not None
-        milliseconds = 1000 * (time.monotonic() - began)
-        self.metrics.log("alive", {"hotkey": endpoint.hotkey, "milliseconds": milliseconds})
-        problem = self._problem_with(answer)
-        self._complain(endpoint.hotkey, problem)
-        return problem is None
-
-    def _problem_with(self, answer: IsAlive) -> str | None:
-        if not answer.completion:
-            return "it takes no work"
-        if not self.run_file.accepts_version(answer.version):
-            return (
-                f"its version {answer.version or 'unknown'} is older than "
-                f"{self.run_file.oldest_version}, the oldest of this run"
-            )
-        if answer.data_hash != self.dataset.hash:
-            return f"its data differs: hash {answer.data_hash} there, {self.dataset.hash} here"
-        return self.run_id.difference(answer.run_id)
-
-    def _complain(self, hotkey: str, problem: str | None) -> None:
-        if problem is None:
-            self._complaints.pop(hotkey, None)
-        elif self._complaints.get(hotkey) != problem:
-            self._complaints[hotkey] = problem
-            logger.warning("miner %s is not asked: %s", hotkey[:8], problem)
-
-    async def _feed(self, dendrite: Dendrite, endpoint: Endpoint) -> None:
-        """Give one miner request after request."""
-        pause = 1.0
-        while True:
-            request = self._request(endpoint.hotkey)
-            began = time.monotonic()
-            try:
-                answer = await dendrite.call(
-                    endpoint,
-                    request,
-                    # Its own time, the time of the one before it, and some for the way.
-                    timeout_seconds=REQUESTS_AT_ONCE * request.timeout_seconds + 30.0,
-                )
-            except MinerError as error:
-                logger.warning("%s", error)
-                self.metrics.log("refused", {"hotkey": endpoint.hotkey, "reason": error.reason})
-                await asyncio.sleep(error.retry_after_seconds or pause)
-                pause = min(60.0, 2 * pause)
-                continue
-            pause = 1.0
-            self._take(endpoint.hotkey, request, answer, seconds=time.monotonic() - began)
-            await asyncio.sleep(max(0.0, began + LEAST_SECONDS - time.monotonic()))
-
-    def _request(self, hotkey: str) -> Train:
-        work = self.settings.validator
-        return Train(
-            request_id=uuid.uuid4().hex,
-            run_id=str(self.run_id),
-            data_hash=self.dataset.hash,
-            version=__version__,
-            dataset_indices=self.assign(hotkey),
-            batch_size=work.batch_size,
-            gradient_accumulation_steps=work.gradient_accumulation_steps,
-            timeout_seconds=work.timeout_seconds,
-        )
-
-    def _take(self, hotkey: str, request: Train, answer: Train, *, seconds: float) -> None:
-        """Count an answer, and perhaps keep it for a replay."""
-        rows = request.dataset_indices[: min(answer.samples, len(request.dataset_indices))]
-        mask = self.task.tensors(self.dataset.texts(rows))["attention_mask"] if rows else None
-        tokens = min(answer.tokens, int(mask.sum()) if mask is not None else 0)
-        if answer.samples:
-            self._worked_at[hotkey] = time.monotonic()
-        if self._is_timely(answer):
+    async def _take(self, answered: Answered) -> None:
+        """Count an answer's work, and perhaps have it replayed."""
+        hotkey, answer = answered.hotkey, answered.answer
+        rows, tokens = await self._in(self._io, lambda: credited(answered, self.task))
+        if self.states.is_timely(answer.epoch, now=self.observer.epoch):
             self.table.add_work(hotkey, tokens)
         else:
             logger.warning("an answer of %s for epoch %s is not counted", hotkey[:8], answer.epoch)
@@ -401,139 +233,83 @@ class Validator:
             "answer",
             {
                 "hotkey": hotkey,
-                "request_id": request.request_id,
+                "request_id": answered.request.request_id,
                 "loss": answer.loss,
-                "samples": len(rows),
+                "samples": rows,
                 "tokens": tokens,
                 "discarded": answer.discarded,
                 "epoch": answer.epoch,
-                "seconds": round(seconds, 3),
+                "seconds": round(answered.seconds, 3),
             },
         )
-        self._keep_sample(Sample(request, answer, hotkey))
-
-    def _is_timely(self, answer: Train) -> bool:
-        """Whether the epoch that an answer names can be true: a replay needs that one."""
-        now = max(self.observer.epoch, *self.states)
-        return answer.epoch is not None and now - STALE_EPOCHS <= answer.epoch <= now + 1
-
-    def _keep_sample(self, sample: Sample) -> None:
-        """Queue an answer for a replay, if chance will have it or nothing is known yet.
-
-        Only a miner's first answer of an epoch: it began nearest to the state that the
-        replay begins from. Later ones began from what the miner has learnt since.
-        """
-        hotkey = sample.hotkey
-        if self._last_epoch.get(hotkey) == sample.epoch:
-            return
-        self._last_epoch[hotkey] = sample.epoch
         unproved = self.table.of(hotkey).replays == 0
-        waiting = any(other.hotkey == hotkey for other in self._samples)
-        by_chance = self._chance.random() < self.settings.validator.sample_rate
-        if (unproved and not waiting) or by_chance:
-            self._samples.append(sample)
-            del self._samples[:-MAX_SAMPLES_WAITING]
+        self.samples.offer(Sample(hotkey, answered.request, answer), unproved=unproved)
 
-    async def _watch_swarm(self, _: None) -> None:
-        """Download the swarm's state when an epoch begins, and measure it."""
-        if not self._measured_start:
-            self._measured_start = True
-            await self._measure(self.states[0])
-        if self.observer.epoch <= max(self.states):
+    async def _follow(self) -> None:
+        """Download the global state when an epoch begins, and evaluate it."""
+        if self.observer.epoch <= self.states.newest:
             return
         state = await self._in(self._io, self.observer.fetch)
-        if state is None or state.epoch in self.states:
-            return
-        self.states[state.epoch] = state
-        waited_for = {sample.epoch for sample in self._samples}
-        for old in sorted(self.states)[:-KEPT_STATES]:
-            if old not in waited_for or old < state.epoch - 2 * KEPT_STATES:
-                del self.states[old]
-        await self._measure(state)
+        if state is not None and self.states.add(state, wanted=self.samples.epochs):
+            await self._evaluate(state)
 
-    async def _measure(self, state: GlobalState) -> None:
-        texts = self.dataset.texts(list(self._held_out_rows)[:HELD_OUT_ROWS])
-        if not texts:
+    async def _evaluate(self, state: GlobalState) -> None:
+        rows = list(self._held_out_rows)[:HELD_OUT_ROWS]
+        if not rows:
             return
-        loss = await self._in(self._compute, lambda: self.replayer.loss(state, texts))
+        try:
+            loss = await self._in(
+                self._compute, lambda: self.replayer.loss(state, texts(self.task, rows))
+            )
+        except HiveminerError as error:
+            logger.warning("epoch %d: no held-out loss: %s", state.epoch, error)
+            return
         logger.info("epoch %d: held-out loss %s", state.epoch, loss and f"{loss:.3f}")
         self.metrics.log("held_out", {"epoch": state.epoch, "loss": loss})
 
-    async def _replay_next(self, _: None) -> None:
-        """Replay the waiting answer of the miner that was looked at least."""
-        newest = max(self.states)
-        # What there is no state for any more cannot be replayed.
-        self._samples = [s for s in self._samples if s.epoch >= newest or s.epoch in self.states]
-        ready = [s for s in self._samples if s.epoch in self.states]
-        if not ready:
+    async def _judge_next(self) -> None:
+        """Replay the waiting answer of the miner that was replayed least, and score it."""
+        sample = self.samples.next(self.states, replays=lambda who: self.table.of(who).replays)
+        if sample is None:
             return
-        sample = min(ready, key=lambda s: self.table.of(s.hotkey).replays)
-        self._samples.remove(sample)
-        if len(sample.losses) < scoring.FEWEST_STEPS:
-            self._count_evasion(sample)
-            return
-        self._evasions.pop(sample.hotkey, None)
-        texts = self.dataset.texts(sample.rows)
         state = self.states[sample.epoch]
-        try:
-            curves = await self._in(self._compute, lambda: self._replay(state, texts, sample))
-        except TrainingError as error:
-            logger.warning("an answer of %s cannot be replayed: %s", sample.hotkey[:8], error)
-            return
-        if curves is not None:
-            self._judge(sample, curves)
+        evidence = await self._in(self._compute, lambda: self.judge.judge(sample, state))
+        if evidence is not None:
+            self._record(evidence)
 
-    def _count_evasion(self, sample: Sample) -> None:
-        """The swarm's averaging may cut a curve short; a miner whose curves are always cut
-        short is telling stories."""
-        count = self._evasions.get(sample.hotkey, 0) + 1
-        self._evasions[sample.hotkey] = count % EVASIONS
-        if count == EVASIONS:
-            self._judge(sample, Curves((), ()))
-
-    def _replay(self, state: GlobalState, texts: list[str], sample: Sample) -> Curves | None:
-        return self.replayer.curves(
-            state,
-            texts,
-            batch_size=sample.request.batch_size,
-            gradient_accumulation_steps=sample.request.gradient_accumulation_steps,
-            stopped=self.neuron.stopping.is_set,
-        )
-
-    def _judge(self, sample: Sample, curves: Curves) -> None:
+    def _record(self, evidence: Evidence) -> None:
         """Score one answer, and write the evidence down."""
-        evidence = Evidence(
-            hotkey=sample.hotkey,
-            request_id=sample.request.request_id,
-            epoch=sample.epoch,
-            answered=sample.losses,
-            trained=curves.trained,
-            untrained=curves.untrained,
-            claimed_samples=sample.answer.samples,
-            given_samples=len(sample.request.dataset_indices),
-            tokens=sample.answer.tokens,
-        )
-        value = min(1.0, max(0.0, self.score(evidence)))
-        self.table.add_score(sample.hotkey, value)
-        same = len(evidence.answered) == len(evidence.trained) > 0
-        fit = round(evidence.fit, 3) if same else None
-        learning = round(evidence.learning, 3) if same else None
+        hotkey, judged = evidence.hotkey, not evidence.is_flat
+        value = min(1.0, max(0.0, self.score(evidence))) if judged else 1.0
+        if judged:
+            self.table.add_score(hotkey, value)
+        else:
+            self.table.add_unjudged(hotkey)
+        average = self.table.of(hotkey).score
+        comparable = len(evidence.answered) == len(evidence.trained) > 0
+        fit = round(evidence.explained_variance, 3) if comparable else None
+        learning = round(evidence.learning, 3) if comparable else None
         logger.info(
-            "score of %s: %.2f (fit %s, learning %s), on average %.2f",
-            sample.hotkey[:8], value, fit, learning, self.table.of(sample.hotkey).score,
-        )  # fmt: skip
+            "score of %s: %s (fit %s, learning %s), on average %.2f",
+            hotkey[:8],
+            f"{value:.2f}" if judged else "none, its rows' losses are too much alike",
+            fit,
+            learning,
+            average,
+        )
         if value < 1:
-            why = "; ".join(scoring.shortfalls(evidence)) or "by this subnet's own score"
-            cause = f"{sample.hotkey[:8]} scores {value:.2f} of 1 with this answer: {why}"
+            why = "; ".join(curves.shortfalls(evidence)) or "by this subnet's own score"
+            cause = f"{hotkey[:8]} scores {value:.2f} of 1 with this answer: {why}"
             events.tell(logger, "score", cause, level=logging.INFO)
         self.metrics.log(
             "evidence",
             {
-                "hotkey": sample.hotkey,
+                "hotkey": hotkey,
                 "request_id": evidence.request_id,
                 "epoch": evidence.epoch,
                 "score": value,
-                "average": self.table.of(sample.hotkey).score,
+                "judged": judged,
+                "average": average,
                 "fit": fit,
                 "learning": learning,
                 "answered": evidence.answered,
@@ -542,13 +318,18 @@ class Validator:
             },
         )
 
-    async def _set_weights(self, _: None) -> None:
-        """Set weights from the scores when it is time, by the uids of that moment."""
-        sent = await self._in(self._io, lambda: self.weights.set_if_due(self._earned))
+    async def _set_weights(self, live: Collection[str]) -> None:
+        """Set weights from the scores when it is time, by the uids of that moment.
+
+        live: hotkeys of the miners that are being fed.
+        """
+        sent = await self._in(
+            self._io, lambda: self.weights.set_if_due(lambda graph: self._earned(graph, live))
+        )
         if sent is None:
             return
         if not sent.burnt:
-            self.table.fade_work()
+            self.table.decay_work()
         shares = dict(sorted(sent.shares.items()))
         logger.info(
             "weights set: %s%s",
@@ -560,46 +341,45 @@ class Validator:
             {"weights": {str(uid): w for uid, w in shares.items()}, "burnt": sent.burnt},
         )
 
-    def _earned(self, graph: Metagraph) -> dict[str, float] | None:
-        """Weights by hotkey; None while the table is only half filled."""
+    def _earned(self, graph: Metagraph, live: Collection[str]) -> dict[str, float] | None:
+        """Weights by hotkey; None while too few of the live miners were replayed."""
         registered = {neuron.hotkey for neuron in graph}
-        self.table.keep(registered)
+        self.table.retain(registered)
         self._save()
-        standings = self.table.standings
-        enough = filled(
-            registered.intersection(list(self._miners)),
-            replayed=[who for who, standing in list(standings.items()) if standing.replays],
+        return weights_of(
+            self.table,
+            registered.intersection(live),
             waited_seconds=time.monotonic() - self._began,
             patience=EMBEDDED_FILL_SECONDS if self.settings.embedded else FILL_SECONDS,
         )
-        return self.table.weights() if enough else None
+
+    async def _save_scores(self) -> None:
+        await self._in(self._io, self._save)
+
+    def _save(self) -> None:
+        self.scores.save(self.table)
 
     async def _in(self, pool: ThreadPoolExecutor, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(pool, call)
 
-    # --- what survives a restart ---------------------------------------------------------
 
-    _saved: dict[str, Any] | None = None
-    """What the newest checkpoint says."""
-
-    async def _keep_scores(self, _: None) -> None:
-        await self._in(self._io, self._save)
-
-    def _save(self) -> None:
-        said = {"run_id": str(self.run_id), "scores": self.table.dump()}
-        if said != self._saved and self.checkpoints.save(None, said) is not None:
-            self._saved = said
-
-    def _restore(self) -> None:
-        found = self.checkpoints.load(of_run(str(self.run_id)))
-        if found is None:
-            return
+async def _again(act: Callable[[], Awaitable[None]], *, pause_seconds: float) -> None:
+    """Do something, pause, and do it again; a trouble that passes is logged."""
+    while True:
         try:
-            self.table = ScoreTable.restore(found.metadata["scores"])
-        except (KeyError, ValueError) as error:
-            events.tell(logger, "checkpoint", f"{found.name} is not used: {error!s:.200}")
-            return
-        logger.info("resumed %d scores, from %s", len(self.table.standings), found.name)
+            await act()
+        except HiveminerError as error:
+            logger.warning("%s", error)
+        await asyncio.sleep(pause_seconds)
+
+
+def weights_of(
+    table: ScoreTable, live: Collection[str], *, waited_seconds: float, patience: float
+) -> dict[str, float] | None:
+    """Weights by hotkey; None while too few of the live miners were replayed."""
+    paid = [who for who, standing in list(table.standings.items()) if standing.is_known]
+    enough = filled(live, replayed=paid, waited_seconds=waited_seconds, patience=patience)
+    return table.weights() if enough else None
 
 
 def main(settings: ValidatorSettings) -> int:

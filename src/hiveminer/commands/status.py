@@ -30,7 +30,7 @@ from hiveminer.protocol import IsAlive
 from hiveminer.rpc.dendrite import Dendrite, Endpoint, endpoint_of
 from hiveminer.runtime.program import rendered
 from hiveminer.training.checkpoint import SCORES_FOLDER, newest
-from hiveminer.validation.scoring import ScoreTable
+from hiveminer.validation.scores import ScoreTable
 
 ALIVE_SECONDS = 3.0
 TAIL_BYTES = 512 * 1024

@@ -1,0 +1,202 @@
+"""Who gets rows: finds the miners of a run, and keeps requests at each of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from dataclasses import dataclass, field
+
+from bittensor import MetagraphNeuron
+
+from hiveminer.__version__ import __version__
+from hiveminer.config.settings import WorkSettings
+from hiveminer.errors import HiveminerError, MinerError
+from hiveminer.protocol import IsAlive, Train
+from hiveminer.rpc.dendrite import Dendrite, Endpoint, endpoint_of
+from hiveminer.runtime.metrics import Metrics
+from hiveminer.training.task import Task
+
+logger = logging.getLogger(__name__)
+
+REQUESTS_AT_ONCE = 2
+"""Requests at one miner: the next waits there when the last one ends."""
+
+LEAST_SECONDS = 1.0
+"""A miner that answers sooner gets its next request only after this: otherwise a validator
+would be busy with whoever answers at once, and without work."""
+
+PROBE_SECONDS = 5.0
+TRANSFER_SECONDS = 30.0
+MAX_PAUSE_SECONDS = 60.0
+
+WORKING_SECONDS = 60.0
+"""A miner that answered with work this recently counts as working."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A request, and what a miner answered."""
+
+    hotkey: str
+    request: Train
+    answer: Train
+    seconds: float
+
+
+@dataclass
+class LiveMiner:
+    """A miner that answered `IsAlive` and is in our run. worked_at: a monotonic time."""
+
+    endpoint: Endpoint
+    tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    worked_at: float | None = None
+
+    def cancel(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+
+
+class Feed:
+    """Finds live miners, and feeds them.
+
+    work: what is asked of them. assign: the rows for a hotkey. take: is given each answer.
+    """
+
+    def __init__(
+        self,
+        *,
+        task: Task,
+        work: WorkSettings,
+        assign: Callable[[str], list[int]],
+        take: Callable[[Answered], Awaitable[None]],
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.task = task
+        self.work = work
+        self.assign = assign
+        self.take = take
+        self.metrics = metrics
+        self._clock = clock
+        self._miners: dict[str, LiveMiner] = {}
+        self._complaints: dict[str, str] = {}
+
+    @property
+    def hotkeys(self) -> Collection[str]:
+        """The live miners."""
+        return list(self._miners)
+
+    @property
+    def working(self) -> int:
+        """How many miners have answered with work lately."""
+        since = self._clock() - WORKING_SECONDS
+        times = [miner.worked_at for miner in list(self._miners.values())]
+        return sum(at is not None and at > since for at in times)
+
+    async def find(self, dendrite: Dendrite, neurons: Iterable[MetagraphNeuron]) -> None:
+        """Probe every served axon; feed the live miners, and drop the others."""
+        endpoints = [each for neuron in neurons if (each := endpoint_of(neuron)) is not None]
+        alive = await asyncio.gather(*(self._probe(dendrite, each) for each in endpoints))
+        live = {each.hotkey: each for each, good in zip(endpoints, alive, strict=True) if good}
+        for hotkey in set(self._miners) - set(live):
+            logger.info("miner %s is gone", hotkey[:8])
+            self._miners.pop(hotkey).cancel()
+        for hotkey, endpoint in live.items():
+            known = self._miners.get(hotkey)
+            if known is not None and known.endpoint == endpoint:
+                continue
+            if known is not None:
+                known.cancel()
+            logger.info("miner %s is alive at %s:%d", hotkey[:8], endpoint.ip, endpoint.port)
+            miner = self._miners[hotkey] = LiveMiner(endpoint)
+            miner.tasks = [
+                asyncio.create_task(self._feed(dendrite, miner)) for _ in range(REQUESTS_AT_ONCE)
+            ]
+
+    async def stop(self) -> None:
+        """Cancel all requests."""
+        tasks = [task for miner in self._miners.values() for task in miner.tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _probe(self, dendrite: Dendrite, endpoint: Endpoint) -> bool:
+        """Whether this miner is there and in our run; why not is logged once."""
+        began = self._clock()
+        try:
+            answer = await dendrite.call(endpoint, IsAlive(), timeout_seconds=PROBE_SECONDS)
+        except MinerError as error:
+            self._complain(endpoint.hotkey, error.reason)
+            # A slow answer from a miner that is being fed is no reason to take its work away.
+            known = self._miners.get(endpoint.hotkey)
+            return known is not None and known.endpoint == endpoint and error.status is not None
+        milliseconds = 1000 * (self._clock() - began)
+        self.metrics.log("alive", {"hotkey": endpoint.hotkey, "milliseconds": milliseconds})
+        problem = self._problem_with(answer)
+        self._complain(endpoint.hotkey, problem)
+        return problem is None
+
+    def _problem_with(self, answer: IsAlive) -> str | None:
+        run, data_hash = self.task.run, self.task.dataset.hash
+        if not answer.completion:
+            return "it takes no work"
+        if not run.accepts_version(answer.version):
+            return (
+                f"its version {answer.version or 'unknown'} is older than {run.oldest_version}, "
+                "the oldest of this run"
+            )
+        if answer.data_hash != data_hash:
+            return f"its data differs: hash {answer.data_hash} there, {data_hash} here"
+        return self.task.run_id.difference(answer.run_id)
+
+    def _complain(self, hotkey: str, problem: str | None) -> None:
+        if problem is None:
+            self._complaints.pop(hotkey, None)
+        elif self._complaints.get(hotkey) != problem:
+            self._complaints[hotkey] = problem
+            logger.warning("miner %s is not asked: %s", hotkey[:8], problem)
+
+    async def _feed(self, dendrite: Dendrite, miner: LiveMiner) -> None:
+        """Send one miner request after request."""
+        hotkey, pause = miner.endpoint.hotkey, 1.0
+        while True:
+            began = self._clock()
+            try:
+                answered = await self._ask(dendrite, miner.endpoint)
+            except MinerError as error:
+                logger.warning("%s", error)
+                self.metrics.log("refused", {"hotkey": hotkey, "reason": error.reason})
+                await asyncio.sleep(error.retry_after_seconds or pause)
+                pause = min(MAX_PAUSE_SECONDS, 2 * pause)
+                continue
+            pause = 1.0
+            if answered.answer.samples:
+                miner.worked_at = self._clock()
+            try:
+                await self.take(answered)
+            except HiveminerError as error:
+                logger.warning("an answer of %s is not counted: %s", hotkey[:8], error)
+            await asyncio.sleep(max(0.0, began + LEAST_SECONDS - self._clock()))
+
+    async def _ask(self, dendrite: Dendrite, endpoint: Endpoint) -> Answered:
+        request = self._request(endpoint.hotkey)
+        began = self._clock()
+        # Its own time, the time of the one before it, and some for the transfer.
+        limit = REQUESTS_AT_ONCE * request.timeout_seconds + TRANSFER_SECONDS
+        answer = await dendrite.call(endpoint, request, timeout_seconds=limit)
+        return Answered(endpoint.hotkey, request, answer, self._clock() - began)
+
+    def _request(self, hotkey: str) -> Train:
+        return Train(
+            request_id=uuid.uuid4().hex,
+            run_id=str(self.task.run_id),
+            data_hash=self.task.dataset.hash,
+            version=__version__,
+            dataset_indices=self.assign(hotkey),
+            batch_size=self.work.batch_size,
+            gradient_accumulation_steps=self.work.gradient_accumulation_steps,
+            timeout_seconds=self.work.timeout_seconds,
+        )

@@ -1,0 +1,200 @@
+"""What came back: picks answers, replays them, and gives the evidence."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from hiveminer.errors import HiveminerError, TrainingError
+from hiveminer.protocol import Train
+from hiveminer.strategies.base import GlobalState
+from hiveminer.training.task import Task
+from hiveminer.validation.curves import FEWEST_STEPS, Evidence
+from hiveminer.validation.feed import Answered
+from hiveminer.validation.replay import Curves, Replayer
+
+KEPT_STATES = 3
+"""Epochs whose state is kept for replays."""
+
+MAX_REPLAYED_STEPS = 10
+"""Optimizer steps of one answer that are replayed; more would add little."""
+
+MAX_SAMPLES = 16
+"""Answers that wait to be replayed; the oldest gives way."""
+
+STALE_EPOCHS = 3
+"""An answer that says it began longer ago than this is not counted as work."""
+
+EVASIONS = 3
+"""This many answers in a row that are too short to replay are judged as one worth nothing."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer that is to be replayed."""
+
+    hotkey: str
+    request: Train
+    answer: Train
+
+    @property
+    def epoch(self) -> int:
+        return self.answer.epoch or 0
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """The part of the answered curve that started from the epoch's state, or its head."""
+        return tuple(self.answer.losses[: min(self.answer.epoch_steps, MAX_REPLAYED_STEPS)])
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows of that part."""
+        group = self.request.batch_size * self.request.gradient_accumulation_steps
+        return self.request.dataset_indices[: group * len(self.losses)]
+
+
+class States:
+    """The global states of the last epochs, and the run's first one until there are others."""
+
+    def __init__(self, first: GlobalState):
+        self._states = {first.epoch: first}
+
+    @property
+    def newest(self) -> int:
+        return max(self._states)
+
+    @property
+    def epochs(self) -> Collection[int]:
+        return self._states.keys()
+
+    def __getitem__(self, epoch: int) -> GlobalState:
+        return self._states[epoch]
+
+    def add(self, state: GlobalState, *, wanted: Collection[int]) -> bool:
+        """Keep a state, and drop old ones: a wanted epoch's a little later. False for an epoch
+        that is here already."""
+        if state.epoch in self._states:
+            return False
+        self._states[state.epoch] = state
+        for old in sorted(self._states)[:-KEPT_STATES]:
+            if old not in wanted or old < state.epoch - 2 * KEPT_STATES:
+                del self._states[old]
+        return True
+
+    def is_timely(self, epoch: int | None, *, now: int) -> bool:
+        """Whether the epoch that an answer names can be true. now: the run's epoch."""
+        now = max(now, self.newest)
+        return epoch is not None and now - STALE_EPOCHS <= epoch <= now + 1
+
+
+class Samples:
+    """Answers that wait for a replay.
+
+    Only a miner's first answer of an epoch is taken: it began nearest to the state that the
+    replay begins from. Later ones began from what the miner has learned since.
+    """
+
+    def __init__(self, *, rate: float, chance: random.Random):
+        self._rate = rate
+        self._chance = chance
+        self._waiting: list[Sample] = []
+        self._last_epoch: dict[str, int] = {}
+
+    @property
+    def epochs(self) -> Collection[int]:
+        return {sample.epoch for sample in self._waiting}
+
+    def offer(self, sample: Sample, *, unproved: bool) -> None:
+        """Take an answer, if chance will have it, or nothing is known of its miner yet."""
+        if self._last_epoch.get(sample.hotkey) == sample.epoch:
+            return
+        self._last_epoch[sample.hotkey] = sample.epoch
+        waiting = any(other.hotkey == sample.hotkey for other in self._waiting)
+        by_chance = self._chance.random() < self._rate
+        if (unproved and not waiting) or by_chance:
+            self._waiting.append(sample)
+            del self._waiting[:-MAX_SAMPLES]
+
+    def next(self, states: States, *, replays: Callable[[str], int]) -> Sample | None:
+        """The answer to replay now: of the miner that was replayed least, and of an epoch whose
+        state is here. Answers whose state will not come any more are dropped."""
+        known = states.epochs
+        self._waiting = [s for s in self._waiting if s.epoch >= states.newest or s.epoch in known]
+        ready = [sample for sample in self._waiting if sample.epoch in known]
+        if not ready:
+            return None
+        sample = min(ready, key=lambda ready: replays(ready.hotkey))
+        self._waiting.remove(sample)
+        return sample
+
+
+class Judge:
+    """Replays answers, one at a time."""
+
+    def __init__(self, replayer: Replayer, *, task: Task, stopped: Callable[[], bool]):
+        self.replayer = replayer
+        self.task = task
+        self.stopped = stopped
+        self._evasions: dict[str, int] = {}
+
+    def judge(self, sample: Sample, state: GlobalState) -> Evidence | None:
+        """The evidence on one answer; None where there is none, or when stopped.
+
+        Raises TrainingError where its rows cannot be trained on.
+        """
+        if len(sample.losses) < FEWEST_STEPS:
+            return evidence(sample, Curves((), ())) if self._evades(sample.hotkey) else None
+        self._evasions.pop(sample.hotkey, None)
+        curves = self.replayer.curves(
+            state,
+            texts(self.task, sample.rows),
+            batch_size=sample.request.batch_size,
+            gradient_accumulation_steps=sample.request.gradient_accumulation_steps,
+            stopped=self.stopped,
+        )
+        return evidence(sample, curves) if curves is not None else None
+
+    def _evades(self, hotkey: str) -> bool:
+        """The swarm's averaging may cut a curve short; but not every time."""
+        count = self._evasions.get(hotkey, 0) + 1
+        self._evasions[hotkey] = count % EVASIONS
+        return count == EVASIONS
+
+
+def evidence(sample: Sample, curves: Curves) -> Evidence:
+    """An answer beside its replay."""
+    return Evidence(
+        hotkey=sample.hotkey,
+        request_id=sample.request.request_id,
+        epoch=sample.epoch,
+        answered=sample.losses,
+        trained=curves.trained,
+        untrained=curves.untrained,
+        claimed_samples=sample.answer.samples,
+        given_samples=len(sample.request.dataset_indices),
+        tokens=sample.answer.tokens,
+    )
+
+
+def credited(answered: Answered, task: Task) -> tuple[int, int]:
+    """Rows and tokens that an answer may claim: at most those that it was given.
+
+    Raises TrainingError where they cannot be read.
+    """
+    given = answered.request.dataset_indices
+    rows = given[: min(answered.answer.samples, len(given))]
+    if not rows:
+        return 0, 0
+    tokens = int(task.tensors(texts(task, rows))["attention_mask"].sum())
+    return len(rows), min(answered.answer.tokens, tokens)
+
+
+def texts(task: Task, rows: list[int]) -> list[str]:
+    """Rows of the data. Raises TrainingError for any reason why they cannot be read."""
+    try:
+        return task.dataset.texts(rows)
+    except HiveminerError:
+        raise
+    except Exception as error:  # readers raise whatever they meet, and no row ends a validator
+        raise TrainingError(f"rows {min(rows)} to {max(rows)} cannot be read: {error}") from error
