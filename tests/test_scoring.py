@@ -307,3 +307,60 @@ def test_a_fall_that_all_share_does_not_hide_that_the_rows_were_others() -> None
     copied = [at + row for at, row in zip(fall, others, strict=True)]
     assert explained_variance(trained, trained) == 1.0
     assert explained_variance(copied, trained) < LEAST_VARIANCE
+
+
+# Curves that tell nothing ------------------------------------------------------------------------
+
+
+def evidence_of(answered: Any, *, trained: Any, untrained: Any) -> Evidence:
+    curves = {"answered": answered, "trained": trained, "untrained": untrained}
+    return replace(EVIDENCE, **{name: tuple(curve) for name, curve in curves.items()})
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_rows_that_are_all_alike_judge_nobody(seed: int) -> None:
+    """A few thousandths of a nat are what rounding and a little training make of them."""
+    draw = random.Random(seed)
+    noise = [[0.11 + draw.gauss(0, 0.003) for _ in range(STEPS)] for _ in range(3)]
+    found = evidence_of(noise[0], trained=noise[1], untrained=noise[2])
+    assert found.explained_variance < LEAST_VARIANCE, "there is something to see after all"
+    assert not found.tells
+    assert score(found) == 1.0
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_converged_model_judges_by_the_rows_alone(seed: int) -> None:
+    """Training moves each loss a little, up or down, and where the miner stands as well."""
+    draw = random.Random(seed)
+
+    def moved() -> list[float]:
+        return [loss + draw.gauss(0, 0.01) for loss in UNTRAINED]
+
+    honest = evidence_of(moved(), trained=moved(), untrained=UNTRAINED)
+    assert not honest.tells
+    assert score(honest) == 1.0
+    other_rows = replace(honest, answered=tuple(difficulty(seed + 1)))
+    assert other_rows.tells
+    assert score(other_rows) < 0.2
+
+
+def test_no_answer_can_make_the_curves_flat() -> None:
+    for answered in (UNTRAINED, [3.0] * STEPS, noisy(TRAINED, size=2.0), [1e30] * STEPS):
+        found = evidence_of(answered, trained=TRAINED, untrained=UNTRAINED)
+        assert found.tells
+        assert score(found) < 0.2
+    flat = evidence_of([3.0] * STEPS, trained=[3.0] * STEPS, untrained=[3.0] * STEPS)
+    for wrong in ({"answered": (3.0,)}, {"answered": (math.nan,) * STEPS}, {"claimed_samples": 65}):
+        assert score(replace(flat, **wrong)) == 0.0
+
+
+def test_a_hotkey_that_cannot_be_judged_is_paid_until_it_can() -> None:
+    table = ScoreTable()
+    table.add_work("new", 10)
+    assert table.weights() == {}
+    table.add_unjudged("new")
+    assert table.weights() == {"new": 1.0}
+    table.add_score("new", 0.0)
+    assert table.weights() == {}, "the first judgement replaces the benefit of the doubt"
+    table.add_unjudged("new")
+    assert table.weights() == {}

@@ -196,10 +196,7 @@ class Validator:
                     (self._follow, 0.5),
                     (self._judge_next, 0.1),
                     (self._save_scores, settings.neuron.checkpoint_seconds),
-                    (
-                        lambda: self._set_weights(self.feed.hotkeys),
-                        min(30.0, settings.weights_seconds / 4),
-                    ),
+                    (lambda: self._set_weights(self.feed.hotkeys), weights_seconds),
                 )
             ]
             loops.append(asyncio.create_task(self._evaluate(self.states[self.states.newest])))
@@ -279,7 +276,7 @@ class Validator:
 
     def _record(self, evidence: Evidence) -> None:
         """Score one answer, and write the evidence down."""
-        hotkey, judged = evidence.hotkey, not evidence.is_flat
+        hotkey, judged = evidence.hotkey, evidence.tells
         value = min(1.0, max(0.0, self.score(evidence))) if judged else 1.0
         if judged:
             self.table.add_score(hotkey, value)
@@ -292,7 +289,7 @@ class Validator:
         logger.info(
             "score of %s: %s (fit %s, learning %s), on average %.2f",
             hotkey[:8],
-            f"{value:.2f}" if judged else "none, its rows' losses are too much alike",
+            f"{value:.2f}" if judged else "none, the curves are too flat",
             fit,
             learning,
             average,

@@ -13,10 +13,10 @@ That gives three curves of loss by step: what the miner answered, what training 
 - `learning`: where the answer lies between the untrained curve (0) and the trained one
   (1), by least squares. A miner that only runs forward is at 0.
 
-Where a curve is too flat for a number to mean anything, that number is not used: rows that
-all have one loss give nothing to recognize, and a model that has converged learns nothing
-in a request. Flatness is read off the validator's own two curves, so that no answer can
-cause it.
+Where the curves are too flat for a number to mean anything, nobody is judged by it: rows
+that all have one loss give nothing to recognize, and a model that has converged learns
+nothing in a request. Flatness is read off the validator's own two curves, so that no answer
+can cause it.
 
 What this cannot see: a miner that trains and withholds, or one that forges a curve by
 replaying the training as the validator does (which costs it the training). So these
@@ -43,11 +43,15 @@ now and then lower; a miner that only ran forward is at 0.0."""
 
 LEAST_LEARNING = 0.1
 
-LEAST_SPREAD = 0.03
-"""Nats per token by which the trained curve has to vary for its variance to be explained."""
+LEAST_SPREAD = 0.01
+"""Nats per token by which the trained curve has to vary: rounding alone makes a part of that."""
 
-LEAST_GAIN = 0.2
-"""What training has to gain, over the spread of the curve, for learning to be seen in it."""
+CLEAR_SPREAD = 5.0
+CLEAR_GAIN = 1.2
+"""How many times the noise the spread of the trained curve, and the mean gain of training, have
+to be. An honest miner has trained a little between the epoch's begin and its answer, on rows that
+the validator's copy has not seen, and that moves each loss about as irregularly as the
+training in a replay does: by one to two times the spread of its gains."""
 
 TREND = 2
 """Degree of the polynomial that is taken off a curve as its trend."""
@@ -110,22 +114,34 @@ class Evidence:
         return None
 
     @property
-    def is_flat(self) -> bool:
-        """Whether the trained curve is too flat to tell an honest answer from an invented one."""
-        return self.problem is None and spread(self.trained) < LEAST_SPREAD
+    def tells(self) -> bool:
+        """Whether an honest answer to these rows can be told from an invented one, and an idle
+        miner's from a working one's; if not, the answer is not judged."""
+        if self.problem is not None:
+            return True
+        if self._is_flat:
+            return False
+        return self.shows_learning or self.explained_variance < FULL_VARIANCE
+
+    @property
+    def _is_flat(self) -> bool:
+        return spread(self.trained) < max(LEAST_SPREAD, CLEAR_SPREAD * spread(self._gains))
 
     @property
     def shows_learning(self) -> bool:
         """Whether training gains enough for its lack to be seen."""
-        gains = [u - t for u, t in zip(self.untrained, self.trained, strict=True)]
-        return _rms(gains) >= LEAST_GAIN * spread(self.trained)
+        return sum(self._gains) / len(self._gains) >= CLEAR_GAIN * spread(self._gains)
+
+    @property
+    def _gains(self) -> list[float]:
+        return [u - t for u, t in zip(self.untrained, self.trained, strict=True)]
 
 
 def score(evidence: Evidence) -> float:
-    """What one replayed answer is worth, between 0 and 1."""
+    """What one replayed answer is worth, between 0 and 1; 1 where it tells nothing."""
     if evidence.problem is not None:
         return 0.0
-    if evidence.is_flat:
+    if not evidence.tells:
         return 1.0
     value = ramp(evidence.explained_variance, LEAST_VARIANCE, FULL_VARIANCE)
     if evidence.shows_learning:
@@ -138,7 +154,7 @@ def shortfalls(evidence: Evidence) -> list[str]:
     short."""
     if evidence.problem is not None:
         return [evidence.problem]
-    if evidence.is_flat:
+    if not evidence.tells:
         return []
     reasons = []
     if evidence.explained_variance < FULL_VARIANCE:
