@@ -1,0 +1,1 @@
+"""SparseLoCo: peers train alone for a round and all apply the same compressed updates."""
