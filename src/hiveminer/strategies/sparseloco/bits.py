@@ -20,6 +20,11 @@ from numpy.typing import NDArray
 Packed = NDArray[np.uint8]
 """Eight flags a byte, the first in the lowest bit; the padding is zero."""
 
+PIECE = 1 << 18
+"""Values that are expanded at a time."""
+MOST = 2**30
+"""Integers in a list, at most."""
+
 _STREAM = struct.Struct("<BI")  # Rice parameter, bytes of unary code
 
 
@@ -71,7 +76,7 @@ def unpack(packed: Packed, start: int, stop: int) -> NDArray[np.uint8]:
     return flags[start - 8 * first : stop - 8 * first]
 
 
-def write_integers(values: NDArray[np.int64]) -> bytes:
+def write_integers(values: NDArray[Any]) -> bytes:
     """Rice code of integers >= 0; nothing for none."""
     if not len(values):
         return b""
@@ -86,37 +91,54 @@ def write_integers(values: NDArray[np.int64]) -> bytes:
     return b"".join([_STREAM.pack(parameter, len(coded)), coded, *planes])
 
 
-def read_integers(reader: Reader, count: int, *, most: int) -> NDArray[np.int64]:
-    """`count` integers >= 0, the sum of which is at most `most`. Raises BlobError."""
+def read_integers(reader: Reader, count: int, *, largest: int) -> NDArray[np.uint32]:
+    """`count` integers from 0 to `largest`, itself below 2**31. Raises BlobError."""
     if not count:
-        return np.zeros(0, np.int64)
+        return np.zeros(0, np.uint32)
     parameter, size = reader.unpack(_STREAM)
-    # A larger parameter is never the best one for a sum within `most`.
-    if parameter and (parameter > 40 or count << (parameter - 1) >= most):
+    if parameter and (parameter > 32 or 1 << (parameter - 1) >= largest):
         raise BlobError(f"a Rice parameter of {parameter} is out of range")
-    if not packed_size(count) <= size <= packed_size(3 * count):
+    if count > MOST or not packed_size(count) <= size <= packed_size(3 * count):
         raise BlobError(f"{size} bytes of unary code for {count} integers")
-    planes_at = parameter * packed_size(count)
-    if size + planes_at > reader.left:
+    if size + parameter * packed_size(count) > reader.left:
         raise BlobError("the blob is truncated inside a list of integers")
-    coded = reader.take(size)
-    unary = np.unpackbits(coded, bitorder="little")
-    if np.count_nonzero(unary) != count or not coded[-1]:
-        raise BlobError(f"the unary code is not that of {count} integers")
-    values = np.diff(np.flatnonzero(unary), prepend=-1) - 1
-    del unary
-    values <<= parameter
+    values = _read_unary(reader.take(size), count)
+    if int(values.max()) << parameter > largest:
+        raise BlobError(f"an integer is above {largest}")
+    values <<= np.uint32(parameter)
     for bit in range(parameter):
-        values |= unpack(reader.flags(count), 0, count).astype(np.int64) << bit
-    if int(values.sum()) > most:
-        raise BlobError(f"integers add up to more than {most}")
-    if _gain(values, parameter) > count or (
-        parameter and _gain(values, parameter - 1) <= count
-    ):
+        plane = reader.flags(count)
+        for start in range(0, count, PIECE):
+            part = values[start : start + PIECE]
+            part |= unpack(plane, start, start + len(part)).astype(np.uint32) << np.uint32(bit)
+    if int(values.max()) > largest:
+        raise BlobError(f"an integer is above {largest}")
+    if _gain(values, parameter) > count or (parameter and _gain(values, parameter - 1) <= count):
         raise BlobError(f"{parameter} is not the shortest Rice parameter")
     return values
 
 
-def _gain(values: NDArray[np.int64], parameter: int) -> int:
+def _read_unary(coded: Packed, count: int) -> NDArray[np.uint32]:
+    """Zeros before each of `count` ones, the last of which is in the last byte."""
+    ends = np.empty(count, np.uint32)
+    done = 0
+    for start in range(0, len(coded), PIECE // 8):
+        flags = np.unpackbits(coded[start : start + PIECE // 8], bitorder="little")
+        ones = np.flatnonzero(flags)
+        if done + len(ones) > count:
+            break
+        ends[done : done + len(ones)] = ones + 8 * start
+        done += len(ones)
+    else:
+        if done == count and coded[-1]:
+            ends[1:] -= ends[:-1].copy()
+            ends[1:] -= np.uint32(1)
+            return ends
+    raise BlobError(f"the unary code is not that of {count} integers")
+
+
+def _gain(values: NDArray[Any], parameter: int) -> int:
     """Unary bits that the next parameter saves; it costs one bit for each value."""
-    return int((((values >> parameter) + 1) >> 1).sum())
+    parts = (values[start : start + PIECE] for start in range(0, len(values), PIECE))
+    shift = values.dtype.type(parameter)
+    return sum(int(((part >> shift) + 1 >> 1).sum()) for part in parts)

@@ -28,8 +28,8 @@ _PASSES = 3
 
 def fit_levels(
     magnitudes: NDArray[np.float32], counts: NDArray[np.int64], levels: int
-) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Codes of the levels, int64[chunks, levels], and each value's level, uint8[values].
+) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
+    """Codes of the levels, uint16[chunks, levels], and each value's level, uint8[values].
 
     `magnitudes` are those of all chunks in a row, `counts` how many each has (at least one);
     all are normal numbers. Codes of a chunk increase; those after the last one in use are 0.
@@ -74,7 +74,8 @@ def _means(
 
 def _codes(values: NDArray[np.float64]) -> NDArray[np.int64]:
     whole = _float32(values).view(np.uint32).astype(np.int64)
-    return np.clip((whole + (1 << (SHIFT - 1))) >> SHIFT, LOWEST, HIGHEST)
+    rounded: NDArray[np.int64] = (whole + (1 << (SHIFT - 1))) >> SHIFT
+    return rounded.clip(LOWEST, HIGHEST)
 
 
 def _float32(values: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -83,14 +84,14 @@ def _float32(values: NDArray[np.float64]) -> NDArray[np.float32]:
 
 def _compact(
     codes: NDArray[np.int64], chunk_of: NDArray[np.int64], nearest: NDArray[np.uint8]
-) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
     """Without unused levels and with those that round to the same code merged."""
     codes = np.maximum.accumulate(codes, axis=1)
     new = np.diff(codes, prepend=0, axis=1) > 0
     if new.all():
-        return codes, nearest
+        return codes.astype(np.uint16), nearest
     place = np.cumsum(new, axis=1) - 1
-    compact = np.zeros_like(codes)
+    compact = np.zeros(codes.shape, np.uint16)
     rows, columns = np.nonzero(new)
     compact[rows, place[rows, columns]] = codes[rows, columns]
     return compact, place[chunk_of, nearest].astype(np.uint8)
