@@ -8,9 +8,9 @@ which is harder to place levels in than a real update and takes as many bytes.
   these alone; `bytes_ratio_blob`: of the whole model over those of the whole blob.
 - `bits_per_index_bound`: log2 C(4096, 64) / 64; `bits_per_value`: of the blob, indices, levels
   and header included.
-- `encode_s`, `decode_apply_s` (eight blobs: decode, norms, clip, average, step), `hash_s` (SHA-256 of the parameters in pieces of 16 MiB): the best of
-  `--rounds`, by CPU seconds of one thread, since others may be at work on the machine; `_wall`
-  the best by the clock.
+- `encode_s`, `decode_apply_s` (eight blobs: decode, norms, clip, average, step) and `hash_s`
+  (SHA-256 of the parameters in pieces of 16 MiB): the best of `--rounds` by CPU seconds of one
+  thread, since others may be at work on the machine; `*_wall_s`: the best by the clock.
 - `peak_memory_mb`: resident memory while encoding and while decoding and applying, beyond what
   the process held before: model, update and blobs.
 - `dense_*`: the same for every value at 2 bits.
