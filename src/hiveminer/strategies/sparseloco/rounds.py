@@ -1,0 +1,449 @@
+"""Rounds: which blobs count, and what a peer does about it.
+
+Pure: dataclasses in, decisions out. There is no clock, disk or network here, so that the
+rule that moves everybody's weights can be tested, simulated and replayed from a log. The
+protocol is docs/sparseloco.md.
+
+- `decide` says from final chain state who counts in a round: the same for everybody.
+- `next_action` says what one peer must do about a decision.
+- `Position` follows one peer through the rounds: the states that the chain names, the one
+  that its local weights stand on, and its own blobs. It is what a checkpoint saves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+
+from hiveminer.strategies.sparseloco.records import (
+    MAX_UIDS,
+    Mark,
+    Record,
+    decode_mark,
+    decode_record,
+)
+from hiveminer.strategies.sparseloco.schedule import Schedule
+
+INCENTIVE_PLACES = Fraction(4, 5)
+"""The share of the places that goes by incentive; the rest goes by lot."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decides besides the chain: the same for everybody in the run.
+
+    run: its 8 bytes in records and marks. max_blob_bytes: the longest blob that counts.
+    quorum: the share of all permitted stake that must mark. It is exact: build it from
+    the text of run.toml, since the float 0.1 is not a tenth.
+    """
+
+    run: bytes
+    schedule: Schedule
+    max_blob_bytes: int
+    quorum: Fraction = Fraction(1, 2)
+    max_contributors: int = 20
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """One uid of the snapshot. hotkey: 32 bytes. stake: total_stake in rao. incentive: the
+    chain's 16-bit integer."""
+
+    uid: int
+    hotkey: bytes
+    permit: bool
+    stake: int
+    incentive: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block that was read; the hash tells forks apart."""
+
+    number: int
+    hash: bytes
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that decides a round, as read from the chain at three final blocks.
+
+    neurons: the snapshot at the round's first block. records, marks: raw commitments by
+    hotkey, whatever they contain, at the records' and at the marks' deadline.
+    Raises ValueError if the snapshot has a uid or a hotkey twice.
+    """
+
+    round: int
+    first_block: Block
+    records_block: Block
+    marks_block: Block
+    neurons: tuple[Neuron, ...]
+    records: Mapping[bytes, bytes]
+    marks: Mapping[bytes, bytes]
+
+    def __post_init__(self) -> None:
+        for values in ([n.uid for n in self.neurons], [n.hotkey for n in self.neurons]):
+            if len(set(values)) < len(values):
+                raise ValueError(f"round {self.round}: the snapshot has a uid or hotkey twice")
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A blob that counts, and whose it is."""
+
+    uid: int
+    hotkey: bytes
+    blob_bytes: int
+    blob_hash: bytes
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the chain decided for one round.
+
+    parent: hash of the state that the blobs are applied to; None for an empty round.
+    contributions: the blobs that count, by ascending uid. reason: why the round is empty.
+    left_out: (uid, why) for each record of this round that does not count.
+    """
+
+    round: int
+    parent: bytes | None
+    contributions: tuple[Contribution, ...] = ()
+    reason: str = ""
+    left_out: tuple[tuple[int, str], ...] = ()
+
+
+def decide(rules: Rules, facts: Facts) -> Decision:
+    """Who counts in a round. Same facts, same decision, on every machine.
+
+    Whoever wrote the commitments is not trusted: what is not a record or mark of this run
+    and round is ignored. Raises ValueError if the facts were read at the wrong blocks.
+    """
+    _check_blocks(rules.schedule, facts)
+    stakes = {n.hotkey: max(1, n.stake) for n in facts.neurons if n.permit}
+    marks = _marks(rules, facts, stakes)
+    marking = sum(stakes[hotkey] for hotkey in marks)
+    if not marks or marking < rules.quorum * sum(stakes.values()):
+        return Decision(facts.round, None, reason="too little stake marked")
+    by_state: defaultdict[bytes, int] = defaultdict(int)
+    for hotkey, mark in marks.items():
+        by_state[mark.state] += stakes[hotkey]
+    parent = next((state for state, stake in by_state.items() if 2 * stake > marking), None)
+    if parent is None:
+        return Decision(facts.round, None, reason="no state was named by more than half")
+    by_uid: defaultdict[int, int] = defaultdict(int)
+    for hotkey, mark in marks.items():
+        for uid in mark.uids if mark.state == parent else ():
+            by_uid[uid] += stakes[hotkey]
+    return _count(rules, facts, parent, lambda uid: 2 * by_uid[uid] > marking)
+
+
+def candidates(rules: Rules, facts: Facts, parent: bytes) -> tuple[Neuron, ...]:
+    """Whose records are of this run, round and parent and within bounds: what a validator
+    that holds `parent` may mark. `facts.marks` is not read."""
+    return tuple(
+        neuron
+        for neuron, record in _records(rules, facts)
+        if _record_problem(rules, record, parent) is None
+    )
+
+
+def first_places(
+    neurons: Iterable[Neuron], *, places: int, records_hash: bytes
+) -> tuple[Neuron, ...]:
+    """Who gets the places: four fifths by incentive, largest first, and the rest by lot.
+
+    The lot is SHA-256(hash of the records' block, hotkey), smallest first, and it settles
+    equal incentives too. A validator fetches the blobs of those whom this function names
+    among its candidates, leaves out who proves bad, and asks again until all are good.
+    """
+
+    def lot(neuron: Neuron) -> bytes:
+        return hashlib.sha256(records_hash + neuron.hotkey).digest()
+
+    by_incentive = sorted(neurons, key=lambda neuron: (-neuron.incentive, lot(neuron)))
+    first = int(places * INCENTIVE_PLACES)
+    rest = sorted(by_incentive[first:], key=lot)
+    return tuple(by_incentive[:first] + rest[: places - first])
+
+
+def _check_blocks(schedule: Schedule, facts: Facts) -> None:
+    read = (facts.first_block.number, facts.records_block.number, facts.marks_block.number)
+    due = (
+        schedule.first_block(facts.round),
+        schedule.records_block(facts.round),
+        schedule.marks_block(facts.round),
+    )
+    if read != due:
+        raise ValueError(f"round {facts.round} is decided at blocks {due}, these are {read}")
+
+
+def _marks(rules: Rules, facts: Facts, permitted: Iterable[bytes]) -> dict[bytes, Mark]:
+    """By hotkey, the permitted validators' marks of this run and round."""
+    marks = {}
+    for hotkey in permitted:
+        mark = decode_mark(facts.marks.get(hotkey))
+        if mark is not None and (mark.run, mark.round) == (rules.run, facts.round):
+            marks[hotkey] = mark
+    return marks
+
+
+def _records(rules: Rules, facts: Facts) -> list[tuple[Neuron, Record]]:
+    """The records of this run and round by ascending uid, whatever their parent."""
+    records = []
+    for neuron in sorted(facts.neurons, key=lambda neuron: neuron.uid):
+        record = decode_record(facts.records.get(neuron.hotkey))
+        if (
+            record is not None
+            and (record.run, record.round) == (rules.run, facts.round)
+            and 0 <= neuron.uid < MAX_UIDS
+        ):
+            records.append((neuron, record))
+    return records
+
+
+def _record_problem(rules: Rules, record: Record, parent: bytes) -> str | None:
+    if record.parent != parent:
+        return "based on another state"
+    if not 0 < record.blob_bytes <= rules.max_blob_bytes:
+        return "blob size out of bounds"
+    return None
+
+
+def _count(rules: Rules, facts: Facts, parent: bytes, marked: Callable[[int], bool]) -> Decision:
+    records = _records(rules, facts)
+    left_out, eligible = {}, []
+    for neuron, record in records:
+        problem = _record_problem(rules, record, parent)
+        if problem is None and not marked(neuron.uid):
+            problem = "not marked by more than half"
+        if problem is None:
+            eligible.append(neuron)
+        else:
+            left_out[neuron.uid] = problem
+    chosen = first_places(
+        eligible, places=rules.max_contributors, records_hash=facts.records_block.hash
+    )
+    counted = {neuron.uid for neuron in chosen}
+    left_out |= {n.uid: "more contributors than places" for n in eligible if n.uid not in counted}
+    contributions = tuple(
+        Contribution(neuron.uid, neuron.hotkey, record.blob_bytes, record.blob_hash)
+        for neuron, record in records
+        if neuron.uid in counted
+    )
+    return Decision(facts.round, parent, contributions, left_out=tuple(sorted(left_out.items())))
+
+
+@dataclass(frozen=True)
+class OwnBlob:
+    """A blob of this peer's: the round that it was cut in and its SHA-256."""
+
+    round: int
+    blob_hash: bytes
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where one peer is in the decided history.
+
+    hotkey: the peer's. round: the newest round that it settled; None for a joiner.
+    confirmed: the state that the last decided round named as its parent. contributions:
+    that round's blobs. newest: the state after them, None until this peer has made it.
+    held: the state that the local weights stand on; None if there is none yet.
+
+    Own blobs, whose q (and, until it is taken off, e) must be kept. cut: waits for its
+    round's decision. counted: is among `contributions`; taken: q + (1 - rho) e was taken
+    off what the peer has learned (u). owed: counted for good, but not taken off yet.
+    """
+
+    hotkey: bytes
+    round: int | None = None
+    confirmed: bytes | None = None
+    contributions: tuple[Contribution, ...] = ()
+    newest: bytes | None = None
+    held: bytes | None = None
+    cut: OwnBlob | None = None
+    counted: OwnBlob | None = None
+    taken: bool = False
+    owed: tuple[OwnBlob, ...] = ()
+
+    @property
+    def base(self) -> bytes | None:
+        """What to commit and mark on: the newest state that this peer holds.
+
+        None while it holds neither the newest nor the confirmed state."""
+        current = self.held is not None and self.held in {self.confirmed, self.newest}
+        return self.held if current else None
+
+    @property
+    def missing_state(self) -> bytes | None:
+        """The state to take whole from another peer, if one is needed: then `take_state`."""
+        return None if self.base is not None else self.confirmed
+
+    @property
+    def missing_blobs(self) -> tuple[Contribution, ...]:
+        """The blobs to fetch and apply to the confirmed state, if any: then `make_newest`."""
+        ready = self.base is not None and self.newest is None
+        return self.contributions if ready else ()
+
+    @property
+    def states_to_keep(self) -> frozenset[bytes]:
+        """The states that this peer keeps and serves as far as it has them."""
+        return frozenset(state for state in (self.confirmed, self.newest) if state is not None)
+
+    @property
+    def own_blobs(self) -> tuple[OwnBlob, ...]:
+        """The own blobs that a checkpoint needs."""
+        return (*self.owed, *(blob for blob in (self.counted, self.cut) if blob is not None))
+
+
+@dataclass(frozen=True)
+class Empty:
+    """Nothing moves and nothing is dropped."""
+
+
+@dataclass(frozen=True)
+class Apply:
+    """The peer stands on `parent`: apply the blobs to it."""
+
+    parent: bytes
+    contributions: tuple[Contribution, ...]
+
+
+@dataclass(frozen=True)
+class VoidAndApply(Apply):
+    """The last counted round is void: return to the confirmed state, then apply the blobs.
+
+    returned: the own blob of the void round whose q goes back into u, if there is one.
+    """
+
+    returned: OwnBlob | None = None
+
+
+@dataclass(frozen=True)
+class Repair(VoidAndApply):
+    """The peer does not hold `parent`: take it whole, then apply the blobs.
+
+    differs: the peer made another newest state from the same log. It takes the named one
+    only if the two are equal within rounding; otherwise it stops committing and keeps its
+    own, because a majority cannot rewrite history for those who hold it.
+    """
+
+    differs: bool = False
+
+
+Action = Empty | Apply | VoidAndApply | Repair
+
+
+def start(hotkey: bytes, state: bytes) -> Position:
+    """The position before the first round, on the state whose hash is in the run id."""
+    return Position(hotkey, round=-1, confirmed=state, newest=state, held=state)
+
+
+def next_action(position: Position, decision: Decision) -> Action:
+    """What the peer must do about the decision of the round after its last one."""
+    parent, blobs = decision.parent, decision.contributions
+    if parent is None:
+        return Empty()
+    if position.base is not None and parent == position.newest:
+        return Apply(parent, blobs)
+    returned = position.counted if position.taken and _is_void(position, parent) else None
+    if position.base is not None and parent == position.confirmed:
+        return VoidAndApply(parent, blobs, returned)
+    made = position.base is not None and position.newest is not None
+    return Repair(parent, blobs, returned, differs=made)
+
+
+def settle(position: Position, decision: Decision) -> tuple[Position, Action]:
+    """The position after a decision, and what to do to get there.
+
+    Rounds are settled one after the other, empty ones too; a joiner (`Position(hotkey)`)
+    starts with the newest decided one. Afterwards the peer fetches `missing_state` and
+    `missing_blobs`, in that order, for as long as it takes. Raises ValueError for a round
+    out of turn.
+    """
+    if position.round is not None and decision.round != position.round + 1:
+        raise ValueError(f"round {decision.round} cannot be settled after {position.round}")
+    action = next_action(position, decision)
+    cut = position.cut
+    position = replace(position, round=decision.round, cut=None)
+    if decision.parent is None:
+        return position, action
+    owed = position.owed
+    if position.counted and not position.taken and not _is_void(position, decision.parent):
+        owed = (*owed, position.counted)
+    counts = cut is not None and any(
+        (blob.hotkey, blob.blob_hash) == (position.hotkey, cut.blob_hash)
+        for blob in decision.contributions
+    )
+    return (
+        replace(
+            position,
+            confirmed=decision.parent,
+            contributions=decision.contributions,
+            newest=None if decision.contributions else decision.parent,
+            held=position.held if isinstance(action, Repair) else decision.parent,
+            counted=cut if counts else None,
+            taken=False,
+            owed=owed,
+        ),
+        action,
+    )
+
+
+def take_state(position: Position) -> tuple[Position, tuple[OwnBlob, ...]]:
+    """The position once the local weights stand on the confirmed state, taken whole.
+
+    Also returns the own blobs that are in that state and whose q + (1 - rho) e has to be
+    taken off u first; then local = state - u. Raises ValueError if no state is missing.
+    """
+    if position.missing_state is None:
+        raise ValueError(f"round {position.round}: no state is missing")
+    newest = None if position.contributions else position.confirmed
+    return replace(position, held=position.confirmed, newest=newest, owed=()), position.owed
+
+
+def make_newest(position: Position, state: bytes) -> tuple[Position, tuple[OwnBlob, ...]]:
+    """The position once the missing blobs were applied to the confirmed state.
+
+    state: the hash of the result, on which the local weights stand from now on. Also
+    returns the own blob, if one is among them, whose q + (1 - rho) e has to be taken off
+    u. Raises ValueError unless the peer holds the confirmed state and has not done this.
+    """
+    if position.held != position.confirmed or position.newest is not None:
+        raise ValueError(f"round {position.round}: there is nothing to apply the blobs to")
+    own = position.counted
+    off = () if own is None or position.taken else (own,)
+    return replace(position, newest=state, held=state, taken=own is not None), off
+
+
+def cut_blob(position: Position, number: int, blob_hash: bytes) -> Position:
+    """The position once a blob of round `number` was cut against `position.base`.
+
+    Save it with the blob, q and e before the record is committed. Raises ValueError if
+    the round before is not settled, there is no state to cut against, or this round
+    already has its blob: a restart serves the old one and never cuts a second.
+    """
+    if position.round != number - 1:
+        raise ValueError(f"no cut in round {number}: the newest settled one is {position.round}")
+    if position.base is None:
+        raise ValueError(f"no cut in round {number}: the confirmed state is missing")
+    if position.cut is not None:
+        raise ValueError(f"round {number} already has its blob")
+    return replace(position, cut=OwnBlob(number, blob_hash))
+
+
+def restart(position: Position, states: Collection[bytes]) -> Position:
+    """The position of a checkpoint after a restart that has only `states` left on disk.
+
+    Without both of its states the peer stands on none: it takes the confirmed one whole.
+    """
+    return position if position.states_to_keep <= set(states) else replace(position, held=None)
+
+
+def _is_void(position: Position, parent: bytes) -> bool:
+    """Whether naming `parent` makes the last counted round void."""
+    return parent == position.confirmed and parent != position.newest
