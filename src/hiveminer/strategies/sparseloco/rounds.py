@@ -338,9 +338,12 @@ class Repair(VoidAndApply):
 Action = Empty | Apply | VoidAndApply | Repair
 
 
-def start(hotkey: bytes, state: bytes) -> Position:
-    """The position before the first round, on the state whose hash is in the run id."""
-    return Position(hotkey, round=-1, confirmed=state, newest=state, held=state)
+def start(hotkey: bytes, state: bytes, *, settled: int = -1) -> Position:
+    """The position on the state whose hash is in the run id, before any round has counted.
+
+    settled: the newest round that is final, for a joiner that finds only empty ones.
+    """
+    return Position(hotkey, round=settled, confirmed=state, newest=state, held=state)
 
 
 def next_action(position: Position, decision: Decision) -> Action:
