@@ -12,8 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from hiveminer.strategies.sparseloco import rounds
@@ -33,20 +32,19 @@ from hiveminer.strategies.sparseloco.rounds import (
 )
 from hiveminer.strategies.sparseloco.schedule import Schedule
 
-DIMENSIONS = 3
 RUN = b"the run."
 MAX_BLOB_BYTES = 1000
-Vector = tuple[int, ...]
-ZERO: Vector = (0,) * DIMENSIONS
-START: Vector = (7, 8, 9)
+Vector = tuple[int, int]
+ZERO: Vector = (0, 0)
+START: Vector = (7, 8)
 
 
 def add(a: Vector, b: Vector) -> Vector:
-    return tuple(x + y for x, y in zip(a, b, strict=True))
+    return a[0] + b[0], a[1] + b[1]
 
 
 def subtract(a: Vector, b: Vector) -> Vector:
-    return tuple(x - y for x, y in zip(a, b, strict=True))
+    return a[0] - b[0], a[1] - b[1]
 
 
 def state_hash(state: Vector) -> bytes:
@@ -57,8 +55,8 @@ def apply(state: Vector, updates: list[Vector]) -> Vector:
     """The outer step: subtract the floored mean."""
     if not updates:
         return state
-    total = [sum(column) for column in zip(*updates, strict=True)]
-    return subtract(state, tuple(value // len(updates) for value in total))
+    first, second = (sum(column) for column in zip(*updates, strict=True))
+    return subtract(state, (first // len(updates), second // len(updates)))
 
 
 def encode(hotkey: bytes, number: int, parent: bytes, q: Vector) -> bytes:
@@ -66,18 +64,20 @@ def encode(hotkey: bytes, number: int, parent: bytes, q: Vector) -> bytes:
 
 
 def decode(blob: bytes) -> Vector:
-    return tuple(json.loads(blob)[3])
+    first, second = json.loads(blob)[3]
+    return first, second
 
 
 def largest(u: Vector) -> Vector:
-    """q: the two largest coordinates, to within a unit of 16."""
-    kept = sorted(range(DIMENSIONS), key=lambda i: -abs(u[i]))[:2]
-    return tuple(value - value % 16 if i in kept else 0 for i, value in enumerate(u))
+    """q: the larger coordinate, to within a unit of 16."""
+    if abs(u[0]) > abs(u[1]):
+        return u[0] - u[0] % 16, 0
+    return 0, u[1] - u[1] % 16
 
 
 def forgotten(e: Vector) -> Vector:
     """(1 - rho) e, in whole numbers."""
-    return tuple(value // 4 for value in e)
+    return e[0] // 4, e[1] // 4
 
 
 # --- the chain ----------------------------------------------------------------------
@@ -130,9 +130,7 @@ class Chain:
         commitments = dict(self.head.commitments)
         for call in ready:
             commitments[call.hotkey] = call.raw
-        self.blocks.append(
-            ChainBlock(number, self.rng.randbytes(32), ready, neurons, commitments)
-        )
+        self.blocks.append(ChainBlock(number, self.rng.randbytes(32), ready, neurons, commitments))
         if number >= self.stalled_until:
             self.final = max(self.final, number - self.lag)
 
@@ -163,7 +161,9 @@ class Chain:
 
 def facts_to_json(facts: Facts) -> str:
     """One line of the log."""
-    plain = asdict(facts)
+    plain = {**vars(facts), "neurons": [vars(neuron) for neuron in facts.neurons]}
+    for key in ("first_block", "records_block", "marks_block"):
+        plain[key] = vars(plain[key])
     for key in ("records", "marks"):
         plain[key] = {hotkey.hex(): raw.hex() for hotkey, raw in plain[key].items()}
     return json.dumps(plain, default=bytes.hex)
@@ -276,11 +276,11 @@ class Truth:
         for neuron in neurons:
             raw = calls.get(neuron.hotkey, b"")
             stake = sum(stake for stake, mask in behind if mask & (1 << neuron.uid))
-            if len(raw) == 81 and raw[:45] == b"\x11" + header + parent and stake > half:
-                if 1 <= int.from_bytes(raw[45:49], "little") <= MAX_BLOB_BYTES:
-                    lot = hashlib.sha256(block.hash + neuron.hotkey).digest()
-                    eligible.append((neuron, lot))
-                    self.shares[number].append(Fraction(stake, everything))
+            stands = len(raw) == 81 and raw[:45] == b"\x11" + header + parent
+            if stands and stake > half and 1 <= int.from_bytes(raw[45:49], "little") <= 1000:
+                lot = hashlib.sha256(block.hash + neuron.hotkey).digest()
+                eligible.append((neuron, lot))
+                self.shares[number].append(Fraction(stake, everything))
         eligible.sort(key=lambda pair: pair[1])
         eligible.sort(key=lambda pair: pair[0].incentive, reverse=True)
         first = self.places * 4 // 5
@@ -401,7 +401,7 @@ class SimulatedPeer:
 
     def _train(self) -> None:
         if self.mines and self.position.held is not None and self.rng.random() < 0.6:
-            step = tuple(self.rng.randint(-(10**9), 10**9) for _ in range(DIMENSIONS))
+            step = self.rng.getrandbits(30) - 2**29, self.rng.getrandbits(30) - 2**29
             self.local = add(self.local, step)
             self.trained = add(self.trained, step)
 
@@ -507,11 +507,13 @@ class SimulatedPeer:
     # Records and marks.
 
     def _commit(self) -> None:
+        if not self.mines:
+            return
         schedule, block = self.world.schedule, self.world.chain.head.number
         number = schedule.round_at(block)
         due = schedule.cut_block(number) <= block < schedule.records_block(number)
         ready = self.position.round == number - 1 and self.position.base is not None
-        if not (self.mines and due and ready) or self.rng.random() < 0.15:
+        if not (due and ready) or self.rng.random() < 0.15:
             return
         if self.position.cut is None:
             q = largest(self.learned)
@@ -547,7 +549,7 @@ class SimulatedPeer:
         record = Record(RUN, number, base, size, hashlib.sha256(blob).digest())
         self.world.send(self, record.encode())
         if self.fault == "overwrites":
-            other = encode(self.hotkey, number, base, (1, 2, self.rng.randint(3, 99)))
+            other = encode(self.hotkey, number, base, (1, self.rng.randint(3, 99)))
             self.blobs[hashlib.sha256(other).digest()] = other
             self.world.truth.blobs[hashlib.sha256(other).digest()] = other
             record = replace(record, blob_hash=hashlib.sha256(other).digest())
@@ -558,9 +560,9 @@ class SimulatedPeer:
         world, schedule = self.world, self.world.schedule
         block = world.chain.head.number
         number = schedule.round_at(block)
-        records_block = schedule.records_block(number)
-        ready = self.position.round == number - 1 and self.position.base is not None
-        if number <= self.marked or world.chain.final < records_block or not ready:
+        if number <= self.marked or world.chain.final < schedule.records_block(number):
+            return
+        if self.position.round != number - 1 or self.position.base is None:
             return
         if not world.permitted(self.hotkey, number) or self.rng.random() < 0.1:
             return
@@ -582,9 +584,7 @@ class SimulatedPeer:
         while True:
             left = [n for n in names if n.uid not in missing]
             places = world.rules.max_contributors
-            wanted = rounds.first_places(
-                left, places=places, records_hash=facts.records_block.hash
-            )
+            wanted = rounds.first_places(left, places=places, records_hash=facts.records_block.hash)
             todo = [neuron for neuron in wanted if neuron.uid not in good]
             if not todo:
                 return {n.uid: good[n.uid] for n in wanted}, not missing
@@ -639,10 +639,15 @@ class SimulatedPeer:
             return self.world.chain.final >= self.world.schedule.records_block(cut.round)
         return blob_hash in self.blobs
 
+    @property
+    def own_hashes(self) -> set[bytes]:
+        """The blobs that are its own: nobody else can bring them back before D is final."""
+        return {blob.blob_hash for blob in self.position.own_blobs}
+
     def _fetch(self, blob_hash: bytes) -> bytes | None:
         if blob_hash not in self.blobs:
             blob = self.world.fetch_blob(self, blob_hash)
-            if blob is not None and hashlib.sha256(blob).digest() == blob_hash:
+            if blob is not None:
                 self.blobs[blob_hash] = blob
         return self.blobs.get(blob_hash)
 
@@ -659,8 +664,8 @@ def _well_formed(blob: bytes, hotkey: bytes, record: Record) -> bool:
 # --- the world --------------------------------------------------------------------------
 
 FAULTS = ("withholds", "overwrites", "malformed", "junk record", "rounds")
-CHAOS_ROUNDS = 6
-CALM_ROUNDS = 4
+CHAOS_ROUNDS = 5
+CALM_ROUNDS = 3
 
 
 class World:
@@ -668,7 +673,7 @@ class World:
 
     def __init__(self, seed: int):
         rng = self.rng = random.Random(seed)
-        self.schedule = Schedule(rng.randint(10, 13), mark_blocks=5, cut_blocks=2)
+        self.schedule = Schedule(rng.randint(9, 12), mark_blocks=4, cut_blocks=2)
         quorum = rng.choice([Fraction(1, 2), Fraction(1, 2), Fraction(2, 3), Fraction(9, 10)])
         places = rng.choice([1, 2, 5, 20])
         self.rules = Rules(RUN, self.schedule, MAX_BLOB_BYTES, quorum, places)
@@ -677,12 +682,15 @@ class World:
         self.crash_rate = rng.choice([0, 0.002, 0.01])
         self.loss = rng.choice([0, 0.1, 0.4])
         self.longest_delay = rng.choice([0, 1, 4])
+        self.outage_from = self.outage_until = 0
+        self.withholding = rng.choice([0, 0, 0.5])
         self.unrest = rng.choice([0.02, 0.1, 0.2])
         self.peers: dict[bytes, SimulatedPeer] = {}
         self.gone: set[bytes] = set()
         self.cuts: dict[tuple[int, bytes], Vector] = {}
         self.decisions: dict[int, Decision] = {}
         self.log: list[str] = []
+        self._sums: dict[tuple[bytes, bytes], Vector] = {}
         self.events: dict[str, int] = {}
         self.neurons = self._register()
         self.chain = Chain(rng, self.neurons, lag=rng.choice([1, 2]))
@@ -694,11 +702,13 @@ class World:
     def _register(self) -> tuple[Neuron, ...]:
         rng = self.rng
         uids = rng.sample([0, 255, *rng.sample(range(1, 255), 10)], 12)
-        neurons: list[Neuron] = []
-        for _ in range(rng.randint(1, 5)):
-            neurons.append(self._neuron(uids.pop(), permit=True, mines=rng.random() < 0.2))
-        for _ in range(rng.randint(2, 4)):
-            neurons.append(self._neuron(uids.pop(), permit=False, mines=True))
+        neurons = [
+            self._neuron(uids.pop(), permit=True, mines=rng.random() < 0.2)
+            for _ in range(rng.randint(1, 5))
+        ]
+        neurons += [
+            self._neuron(uids.pop(), permit=False, mines=True) for _ in range(rng.randint(2, 4))
+        ]
         for neuron in sorted(neurons, key=lambda neuron: neuron.stake):
             peer = self.peers[neuron.hotkey]
             if neuron.permit:
@@ -741,6 +751,10 @@ class World:
     def _tick(self) -> None:
         self.chain.advance(self.neurons)
         self._follow()
+        if self.chain.head.number == self.outage_from:
+            for peer in self.peers.values():
+                if self.rng.random() < 0.8:
+                    peer.blobs = {h: b for h, b in peer.blobs.items() if h in peer.own_hashes}
         peers = [peer for peer in self.peers.values() if peer.hotkey not in self.gone]
         self.rng.shuffle(peers)
         for peer in peers:
@@ -757,6 +771,9 @@ class World:
 
     def _disturb(self) -> None:
         rng = self.rng
+        starts = self.chain.head.number % self.schedule.round_blocks == 0
+        if starts and rng.random() < self.withholding:
+            EVENTS["withhold"](self, next(iter(self.peers.values())))
         if rng.random() > self.unrest:
             return
         peer = rng.choice(list(self.peers.values()))
@@ -765,7 +782,7 @@ class World:
 
     def _heal(self) -> None:
         self.loss = self.longest_delay = self.crash_rate = 0
-        self.chain.stalled_until = 0
+        self.chain.stalled_until = self.outage_until = 0
         for peer in self.peers.values():
             peer.group, peer.sees_chain = 0, True
             if peer.fault == "rounds":
@@ -792,7 +809,9 @@ class World:
         self.chain.submit(Call(peer.hotkey, raw, arrives, arrives + 7))
 
     def decide(self, number: int) -> Decision:
-        """What a peer decides from what it reads itself."""
+        """What a peer decides from what it reads itself; often enough, the first one's."""
+        if number in self.decisions and self.rng.random() < 0.7:
+            return self.decisions[number]
         decision = rounds.decide(self.rules, self.chain.facts(self.schedule, number))
         truth = self.truth.decided[number]
         if truth is None:
@@ -820,29 +839,33 @@ class World:
 
     def permitted(self, hotkey: bytes, number: int) -> bool:
         neurons = self.chain.blocks[self.schedule.first_block(number)].neurons
-        return any(neuron.hotkey == hotkey and neuron.permit for neuron in neurons)
+        return hotkey in {neuron.hotkey for neuron in neurons if neuron.permit}
 
-    def _others(self, peer: SimulatedPeer) -> Iterator[SimulatedPeer]:
+    def _others(self, peer: SimulatedPeer, *, blobs: bool) -> list[SimulatedPeer]:
+        outage = blobs and self.outage_from <= self.chain.head.number < self.outage_until
+        if outage or self.rng.random() < self.loss:
+            return []
         others = [
             other
             for other in self.peers.values()
             if other.alive and other is not peer and other.group == peer.group
         ]
         self.rng.shuffle(others)
-        return iter(others)
+        return others
 
     def fetch_blob(self, peer: SimulatedPeer, blob_hash: bytes) -> bytes | None:
-        for other in self._others(peer):
+        """From a random holder first, and from another if that fails."""
+        for other in self._others(peer, blobs=True):
             if other.serves(blob_hash) and self.rng.random() >= self.loss:
-                if other.fault == "lies":
-                    return b"something else"
-                return other.blobs[blob_hash]
+                blob = b"something else" if other.fault == "lies" else other.blobs[blob_hash]
+                if hashlib.sha256(blob).digest() == blob_hash:
+                    return blob
         return None
 
     def fetch_state(self, peer: SimulatedPeer, wanted: bytes) -> Vector | None:
-        for other in self._others(peer):
+        for other in self._others(peer, blobs=False):
             if wanted in other.states and self.rng.random() >= self.loss:
-                state = (0, 0, 1) if other.fault == "lies" else other.states[wanted]
+                state = (0, 1) if other.fault == "lies" else other.states[wanted]
                 if state_hash(state) == wanted:
                     return state
         return None
@@ -854,7 +877,7 @@ class World:
 
     def fork(self, state: Vector) -> Vector:
         """The same state with a rounding error."""
-        other = (state[0] + 1, *state[1:])
+        other = (state[0] + 1, state[1])
         self.truth.states[state_hash(other)] = other
         self.truth.lineage[state_hash(other)] = self.truth.lineage[state_hash(state)]
         return other
@@ -881,10 +904,18 @@ class World:
         if peer.fault == "overwrites":  # it publishes what it does not keep account of
             return
         total = add(peer.learned, add(peer.forgotten, peer.trained))
-        for number, hotkey in self.truth.lineage[position.held]:
-            if hotkey == peer.hotkey:
-                total = add(total, self.cuts[number, hotkey])
+        total = add(total, self._counted(position.held, peer.hotkey))
         assert total == ZERO, "learning was lost or counted twice"
+
+    def _counted(self, state: bytes, hotkey: bytes) -> Vector:
+        """The sum of a peer's blobs that are in a state."""
+        if (state, hotkey) not in self._sums:
+            total = ZERO
+            for number, author in self.truth.lineage[state]:
+                if author == hotkey:
+                    total = add(total, self.cuts[number, hotkey])
+            self._sums[state, hotkey] = total
+        return self._sums[state, hotkey]
 
     def _check_healed(self, last: int) -> None:
         for peer in self.peers.values():
@@ -939,7 +970,14 @@ def _reunite(world: World, peer: SimulatedPeer) -> None:
 
 
 def _stall(world: World, peer: SimulatedPeer) -> None:
-    world.chain.stalled_until = world.chain.head.number + world.rng.randint(3, 30)
+    world.chain.stalled_until = world.chain.head.number + world.rng.randint(3, 18)
+
+
+def _withhold(world: World, peer: SimulatedPeer) -> None:
+    """After the next marks nobody serves blobs for a while, and some lose what they had."""
+    number = world.schedule.round_at(world.chain.head.number)
+    world.outage_from = world.schedule.marks_block(number) - 1
+    world.outage_until = world.outage_from + world.rng.randint(5, 14)
 
 
 def _reorganize(world: World, peer: SimulatedPeer) -> None:
@@ -987,6 +1025,7 @@ EVENTS = {
     "partition": _partition,
     "reunite": _reunite,
     "stall": _stall,
+    "withhold": _withhold,
     "reorganize": _reorganize,
     "deregister": _deregister,
     "change": _change,

@@ -16,6 +16,7 @@ HASH_BYTES = 32
 RUN_BYTES = 8
 WITNESS_BYTES = 16
 MAX_UIDS = 256
+_UIDS = frozenset(range(MAX_UIDS))
 
 RECORD_KIND = 0x11
 """First byte of a record: kind 1 in the high half, version 1 in the low half."""
@@ -79,8 +80,8 @@ class Mark:
         _check_length(run=(self.run, RUN_BYTES), state=(self.state, HASH_BYTES))
         _check_length(witness=(self.witness, WITNESS_BYTES))
         _check_range(round=(self.round, MAX_ROUND))
-        for uid in self.uids:
-            _check_range(uid=(uid, MAX_UIDS - 1))
+        if not self.uids <= _UIDS:
+            raise ValueError(f"uids must be from 0 to {MAX_UIDS - 1}: {sorted(self.uids)}")
 
     def encode(self) -> bytes:
         """The 93 bytes to commit."""
@@ -116,7 +117,7 @@ def pack_uids(uids: Iterable[int]) -> bytes:
 def unpack_uids(mask: bytes) -> frozenset[int]:
     """The uids whose bit is set in a 32-byte mask."""
     bits = int.from_bytes(mask, "little")
-    return frozenset(uid for uid in range(bits.bit_length()) if bits >> uid & 1)
+    return frozenset(uid for uid, bit in enumerate(reversed(f"{bits:b}")) if bit == "1")
 
 
 def witness(hotkey: bytes, blobs: Mapping[int, bytes]) -> bytes:

@@ -134,11 +134,12 @@ def decide(rules: Rules, facts: Facts) -> Decision:
     parent = next((state for state, stake in by_state.items() if 2 * stake > marking), None)
     if parent is None:
         return Decision(facts.round, None, reason="no state was named by more than half")
-    by_uid: defaultdict[int, int] = defaultdict(int)
-    for hotkey, mark in marks.items():
-        for uid in mark.uids if mark.state == parent else ():
-            by_uid[uid] += stakes[hotkey]
-    return _count(rules, facts, parent, lambda uid: 2 * by_uid[uid] > marking)
+    behind = [(stakes[hotkey], mark) for hotkey, mark in marks.items() if mark.state == parent]
+
+    def is_marked(uid: int) -> bool:
+        return 2 * sum(stake for stake, mark in behind if uid in mark.uids) > marking
+
+    return _count(rules, facts, parent, is_marked)
 
 
 def candidates(rules: Rules, facts: Facts, parent: bytes) -> tuple[Neuron, ...]:
@@ -213,12 +214,12 @@ def _record_problem(rules: Rules, record: Record, parent: bytes) -> str | None:
     return None
 
 
-def _count(rules: Rules, facts: Facts, parent: bytes, marked: Callable[[int], bool]) -> Decision:
+def _count(rules: Rules, facts: Facts, parent: bytes, is_marked: Callable[[int], bool]) -> Decision:
     records = _records(rules, facts)
     left_out, eligible = {}, []
     for neuron, record in records:
         problem = _record_problem(rules, record, parent)
-        if problem is None and not marked(neuron.uid):
+        if problem is None and not is_marked(neuron.uid):
             problem = "not marked by more than half"
         if problem is None:
             eligible.append(neuron)
