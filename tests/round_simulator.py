@@ -24,10 +24,10 @@ from hiveminer.strategies.sparseloco.rounds import (
     Empty,
     Facts,
     Neuron,
-    OwnBlob,
     Position,
     Repair,
     Rules,
+    Transfer,
     VoidAndApply,
 )
 from hiveminer.strategies.sparseloco.schedule import Schedule
@@ -475,9 +475,9 @@ class SimulatedPeer:
 
     def _take(self, wanted: bytes, state: Vector) -> None:
         learned = self.learned
-        self.position, off = rounds.take_state(self.position)
+        self.position, transfer = rounds.take_state(self.position)
         self.states[wanted] = state
-        self._stand_on(wanted, self._less(learned, off))
+        self._stand_on(wanted, self._moved(learned, transfer))
         self._tidy()
 
     def _make_newest(self, updates: list[Vector]) -> None:
@@ -487,21 +487,21 @@ class SimulatedPeer:
         if self.fault == "rounds" and self.rng.random() < 0.5:
             state = self.world.fork(state)
             self.forked = True
-        self.position, off = rounds.make_newest(self.position, state_hash(state))
+        learned = self.learned
+        self.position, transfer = rounds.make_newest(self.position, state_hash(state))
         self.states[state_hash(state)] = state
-        moved = subtract(state, self.states[confirmed])
-        self.local = add(self.local, moved)
-        for blob in off:
-            q, e = self.own[blob.round]
-            self.local = add(self.local, add(q, forgotten(e)))
-            self.forgotten = add(self.forgotten, forgotten(e))
+        self._stand_on(state_hash(state), self._moved(learned, transfer))
         self._tidy()
 
-    def _less(self, learned: Vector, off: tuple[OwnBlob, ...]) -> Vector:
-        for blob in off:
+    def _moved(self, learned: Vector, transfer: Transfer) -> Vector:
+        for blob in transfer.off:
             q, e = self.own[blob.round]
-            learned = subtract(learned, add(q, forgotten(e)))
-            self.forgotten = add(self.forgotten, forgotten(e))
+            learned = subtract(learned, q)
+            if not blob.forgotten:
+                learned = subtract(learned, forgotten(e))
+                self.forgotten = add(self.forgotten, forgotten(e))
+        for blob in transfer.back:
+            learned = add(learned, self.own[blob.round][0])
         return learned
 
     # Records and marks.

@@ -240,10 +240,26 @@ def _count(rules: Rules, facts: Facts, parent: bytes, is_marked: Callable[[int],
 
 @dataclass(frozen=True)
 class OwnBlob:
-    """A blob of this peer's: the round that it was cut in and its SHA-256."""
+    """A blob of this peer's: the round that it was cut in and its SHA-256.
+
+    forgotten: (1 - rho) e has been taken off u already, which happens only once.
+    """
 
     round: int
     blob_hash: bytes
+    forgotten: bool = False
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What moves between u, the learning that no state has yet, and the state.
+
+    off: their q is taken off u, and (1 - rho) e with it unless `forgotten`.
+    back: their q is added to u.
+    """
+
+    off: tuple[OwnBlob, ...] = ()
+    back: tuple[OwnBlob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -255,9 +271,9 @@ class Position:
     that round's blobs. newest: the state after them, None until this peer has made it.
     held: the state that the local weights stand on; None if there is none yet.
 
-    Own blobs, whose q (and, until it is taken off, e) must be kept. cut: waits for its
-    round's decision. counted: is among `contributions`; taken: q + (1 - rho) e was taken
-    off what the peer has learned (u). owed: counted for good, but not taken off yet.
+    Own blobs, whose q and e must be kept. cut: waits for its round's decision. counted: is
+    among `contributions`; taken: its q was taken off u, since `held` is the newest state.
+    owed: counted for good, but not taken off yet, since no state that has them is held.
     """
 
     hotkey: bytes
@@ -398,30 +414,35 @@ def settle(position: Position, decision: Decision) -> tuple[Position, Action]:
     )
 
 
-def take_state(position: Position) -> tuple[Position, tuple[OwnBlob, ...]]:
-    """The position once the local weights stand on the confirmed state, taken whole.
+def take_state(position: Position) -> tuple[Position, Transfer]:
+    """The position once the peer has taken the confirmed state whole.
 
-    Also returns the own blobs that are in that state and whose q + (1 - rho) e has to be
-    taken off u first; then local = state - u. Raises ValueError if no state is missing.
+    First apply the transfer to u, then local = state - u. Raises ValueError if no state
+    is missing.
     """
     if position.missing_state is None:
         raise ValueError(f"round {position.round}: no state is missing")
     newest = None if position.contributions else position.confirmed
-    return replace(position, held=position.confirmed, newest=newest, owed=()), position.owed
+    back = (position.counted,) if position.counted and position.taken else ()
+    transfer = Transfer(position.owed, back)
+    held = position.confirmed
+    return replace(position, held=held, newest=newest, taken=False, owed=()), transfer
 
 
-def make_newest(position: Position, state: bytes) -> tuple[Position, tuple[OwnBlob, ...]]:
+def make_newest(position: Position, state: bytes) -> tuple[Position, Transfer]:
     """The position once the missing blobs were applied to the confirmed state.
 
-    state: the hash of the result, on which the local weights stand from now on. Also
-    returns the own blob, if one is among them, whose q + (1 - rho) e has to be taken off
-    u. Raises ValueError unless the peer holds the confirmed state and has not done this.
+    state: the hash of the result, on which the local weights stand from now on: local +=
+    result - confirmed, less the transfer. Raises ValueError unless the peer stands on the
+    confirmed state and has not done this yet.
     """
     if position.held != position.confirmed or position.newest is not None:
         raise ValueError(f"round {position.round}: there is nothing to apply the blobs to")
+    position = replace(position, newest=state, held=state)
     own = position.counted
-    off = () if own is None or position.taken else (own,)
-    return replace(position, newest=state, held=state, taken=own is not None), off
+    if own is None:
+        return position, Transfer()
+    return replace(position, counted=replace(own, forgotten=True), taken=True), Transfer((own,))
 
 
 def cut_blob(position: Position, number: int, blob_hash: bytes) -> Position:
