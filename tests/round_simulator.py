@@ -611,7 +611,7 @@ class SimulatedPeer:
         assert position.base is not None
         assert position.confirmed is not None
         self.marked = number
-        everyone = frozenset(range(256))
+        everyone = frozenset(neuron.uid for neuron in self.world.neurons)
         if self.fault == "lazy":  # vouches for all it has not seen, or says nothing
             if rng.random() < 0.7:
                 mark = Mark(RUN, number, position.base, everyone, bytes(16))

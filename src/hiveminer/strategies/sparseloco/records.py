@@ -116,8 +116,9 @@ def pack_uids(uids: Iterable[int]) -> bytes:
 
 def unpack_uids(mask: bytes) -> frozenset[int]:
     """The uids whose bit is set in a 32-byte mask."""
-    bits = int.from_bytes(mask, "little")
-    return frozenset(uid for uid, bit in enumerate(reversed(f"{bits:b}")) if bit == "1")
+    return frozenset(
+        8 * i + bit for i, byte in enumerate(mask) if byte for bit in range(8) if byte >> bit & 1
+    )
 
 
 def witness(hotkey: bytes, blobs: Mapping[int, bytes]) -> bytes:

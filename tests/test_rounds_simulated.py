@@ -1,0 +1,36 @@
+"""Thousands of random schedules of sparseloco's rounds; see round_simulator for the checks."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from round_simulator import EVENTS, World
+
+SCHEDULES = 2000
+CHUNK = 250
+
+ACTIONS = {"Apply", "VoidAndApply", "Repair", "Empty"}
+"""What peers had to do."""
+
+OUTCOMES = {"returned", "differs"}
+"""A blob given back to its author by a void, and a state that differed by rounding."""
+
+
+@pytest.mark.parametrize("first", range(0, SCHEDULES, CHUNK))
+def test_peers_agree_and_lose_nothing_whatever_happens(first: int) -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(first, first + CHUNK):
+        world = World(seed)
+        try:
+            world.run()
+        except (AssertionError, KeyError, ValueError) as error:
+            error.add_note(f"seed {seed}, block {world.chain.head.number}")
+            raise
+        seen.update(world.events)
+        seen["rounds that counted"] += sum(map(bool, world.truth.decided.values()))
+        seen["void rounds"] += world.truth.voids
+    # The schedules are as bad as they claim to be, and rounds count all the same.
+    assert set(EVENTS) | ACTIONS | OUTCOMES <= set(seen)
+    assert seen["void rounds"] > 0
+    assert seen["rounds that counted"] > 4 * CHUNK
