@@ -987,7 +987,14 @@ def _reorganize(world: World, peer: SimulatedPeer) -> None:
 
 
 def _deregister(world: World, peer: SimulatedPeer) -> None:
-    """Another hotkey takes the uid; it joins late."""
+    """Another hotkey takes the uid; it joins late.
+
+    Not the only holder of a state: what is lost for good nobody can bring back.
+    """
+    others = [p for p in world.peers.values() if p is not peer and p.hotkey not in world.gone]
+    held = {state for other in others for state in other.checkpoint.states}
+    if not {world.truth.confirmed, world.truth.newest} <= held:
+        return
     for neuron in world.neurons:
         if neuron.hotkey == peer.hotkey:
             new = world._neuron(neuron.uid, permit=False, mines=True)
