@@ -529,8 +529,11 @@ class SimulatedPeer:
     def _cut(self, number: int, q: Vector) -> bytes:
         base = self.position.base
         assert base is not None
-        header = b"not a blob" if self.fault == "malformed" else b""
-        blob = header + encode(self.hotkey, number, base, q)
+        blob = encode(self.hotkey, number, base, q)
+        if self.fault == "malformed":
+            blob = b"not a blob" + blob
+        elif self.fault == "too long":
+            blob = blob.ljust(MAX_BLOB_BYTES + 1)
         blob_hash = hashlib.sha256(blob).digest()
         self.position = rounds.cut_blob(self.position, number, blob_hash)
         self.own[number] = q, subtract(self.learned, q)
@@ -583,7 +586,7 @@ class SimulatedPeer:
         missing: set[int] = set()
         while True:
             left = [n for n in names if n.uid not in missing]
-            places = world.rules.max_contributors
+            places = 256 if world.marks_all else world.rules.max_contributors
             wanted = rounds.first_places(left, places=places, records_hash=facts.records_block.hash)
             todo = [neuron for neuron in wanted if neuron.uid not in good]
             if not todo:
@@ -663,7 +666,7 @@ def _well_formed(blob: bytes, hotkey: bytes, record: Record) -> bool:
 
 # --- the world --------------------------------------------------------------------------
 
-FAULTS = ("withholds", "overwrites", "malformed", "junk record", "rounds")
+FAULTS = ("withholds", "overwrites", "malformed", "too long", "junk record", "rounds")
 CHAOS_ROUNDS = 5
 CALM_ROUNDS = 3
 
@@ -683,6 +686,7 @@ class World:
         self.loss = rng.choice([0, 0.1, 0.4])
         self.longest_delay = rng.choice([0, 1, 4])
         self.outage_from = self.outage_until = 0
+        self.marks_all = rng.random() < 0.5
         self.withholding = rng.choice([0, 0, 0.5])
         self.unrest = rng.choice([0.02, 0.1, 0.2])
         self.peers: dict[bytes, SimulatedPeer] = {}
