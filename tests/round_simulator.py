@@ -304,6 +304,7 @@ class Checkpoint:
     states: dict[bytes, Vector]
     trained: Vector
     forgotten: Vector
+    forgot: frozenset[int]
     marked: int
 
 
@@ -331,6 +332,7 @@ class SimulatedPeer:
         self.own: dict[int, tuple[Vector, Vector]] = {}
         self.trained = ZERO
         self.forgotten = ZERO
+        self.forgot: frozenset[int] = frozenset()
         self.marked = -1
         self.forked = False
         self.checkpoint = self._snapshot()
@@ -355,6 +357,7 @@ class SimulatedPeer:
             {h: s for h, s in self.states.items() if h in self.position.states_to_keep},
             self.trained,
             self.forgotten,
+            self.forgot,
             self.marked,
         )
 
@@ -369,7 +372,8 @@ class SimulatedPeer:
         saved = self.checkpoint
         self.alive = True
         self.own, self.states = dict(saved.own), dict(saved.states)
-        self.trained, self.forgotten, self.marked = saved.trained, saved.forgotten, saved.marked
+        self.trained, self.marked = saved.trained, saved.marked
+        self.forgotten, self.forgot = saved.forgotten, saved.forgot
         if self.mines and self.rng.random() < 0.3:
             self.states.pop(self.rng.choice(sorted(self.states) or [b""]), None)
         self.position = rounds.restart(saved.position, self.states)
@@ -498,6 +502,8 @@ class SimulatedPeer:
             q, e = self.own[blob.round]
             learned = subtract(learned, q)
             if not blob.forgotten:
+                assert blob.round not in self.forgot, "rho forgot twice"
+                self.forgot = self.forgot | {blob.round}
                 learned = subtract(learned, forgotten(e))
                 self.forgotten = add(self.forgotten, forgotten(e))
         for blob in transfer.back:
@@ -905,6 +911,7 @@ class World:
             return
         state = peer.states[position.held]
         assert self.truth.states[position.held] == state
+        assert position.base is None or position.states_to_keep <= set(peer.states)
         if peer.fault == "overwrites":  # it publishes what it does not keep account of
             return
         total = add(peer.learned, add(peer.forgotten, peer.trained))

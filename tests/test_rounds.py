@@ -619,6 +619,14 @@ def test_a_void_round_gives_the_blob_back_after_a_restart_too() -> None:
     assert position.base == PARENT
 
 
+def test_a_round_whose_blobs_cancel_out_is_not_void_when_its_state_is_named_again() -> None:
+    position, _ = rounds.make_newest(after_round(made=False), PARENT)
+    for known in (position, rounds.restart(position, states=[])):
+        settled, action = rounds.settle(known, decision(ROUND + 1, PARENT, blobs=False))
+        assert getattr(action, "returned", None) is None
+        assert settled.own_blobs == ()
+
+
 def test_a_peer_that_was_away_still_owes_what_counted_meanwhile() -> None:
     position = rounds.restart(rounds.cut_blob(before_round(), ROUND, MINE.blob_hash), states=[])
     position, _ = rounds.settle(position, decision(ROUND, PARENT))
