@@ -131,7 +131,8 @@ class World:
         if self.chain.head.number == self.outage_from:
             for peer in self.peers.values():
                 if self.rng.random() < 0.8:
-                    peer.blobs = {h: b for h, b in peer.blobs.items() if h in peer.own_hashes}
+                    kept = peer.kept_hashes
+                    peer.blobs = {h: b for h, b in peer.blobs.items() if h in kept}
         peers = [peer for peer in self.peers.values() if peer.hotkey not in self.gone]
         self.rng.shuffle(peers)
         for peer in peers:

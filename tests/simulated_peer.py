@@ -400,9 +400,11 @@ class SimulatedPeer:
         return blob_hash in self.blobs
 
     @property
-    def own_hashes(self) -> set[bytes]:
-        """The blobs that are its own: nobody else can bring them back before D is final."""
-        return {blob.blob_hash for blob in self.position.own_blobs}
+    def kept_hashes(self) -> set[bytes]:
+        """The blobs that no peer loses: its own, and those between its two states. If all
+        lost the latter, validators that are split between the states would stay so."""
+        own = {blob.blob_hash for blob in self.position.own_blobs}
+        return own | {blob.blob_hash for blob in self.position.contributions}
 
     def _fetch(self, blob_hash: bytes) -> bytes | None:
         if blob_hash not in self.blobs:

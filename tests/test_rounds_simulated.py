@@ -8,7 +8,7 @@ import pytest
 from round_simulator import EVENTS, World
 
 SCHEDULES = 2000
-CHUNK = 250
+CHUNK = 200
 
 ACTIONS = {"Apply", "VoidAndApply", "Repair", "Empty"}
 """What peers had to do."""
