@@ -1,0 +1,117 @@
+"""What a peer has learned beyond the global state, and how that moves from round to round.
+
+One quantity describes it: u = θ - local, where θ is the global state that the peer stands
+on and `local` its own weights. Training moves `local`, and u follows by itself, so there is
+no separate error-feedback buffer that could lose learning or count it twice. A tensor of
+`local` may live on any device; the global state and everything kept here is float32 on the
+CPU. Only the global state must be the same bits for all peers: what is computed here is one
+peer's own, and rounding in it stays in its u.
+
+After a cut, q is what the blob holds, e = u - q what it leaves out. For each peer, at any
+time and up to rounding:
+
+    u + (its own q that count) + (what was forgotten) = -(the sum of its own training steps)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Tensors = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One cut, from the moment it is made until its round is confirmed.
+
+    sent: q, what everybody decodes from this peer's blob.
+    left: e = u - q. It is needed until the cut settles; see `settled`.
+    """
+
+    sent: list[Tensor]
+    left: list[Tensor]
+
+    def settled(self) -> Cut:
+        """Without e: all that a later `void` needs."""
+        return Cut(self.sent, [])
+
+    def taken(self, index: int, *, keep: float) -> Tensor:
+        """What leaves tensor `index` of u when the cut counts: q + (1 - keep) e."""
+        sent = self.sent[index]
+        return sent if keep == 1 else self.left[index].mul(1 - keep).add_(sent)
+
+
+@torch.no_grad()
+def learned(state: Tensors, local: Tensors) -> list[Tensor]:
+    """u = state - local, float32 on the CPU."""
+    return [
+        theirs.sub(own.to("cpu", torch.float32)) for theirs, own in zip(state, local, strict=True)
+    ]
+
+
+def cut(state: Tensors, local: Tensors, *, compress: Callable[[list[Tensor]], list[Tensor]]) -> Cut:
+    """Cut what was learned so far; `local` does not change.
+
+    compress: u to q, the values that a decoder reads from the blob of u.
+    """
+    update = learned(state, local)
+    sent = compress(update)
+    with torch.no_grad():
+        return Cut(sent, [u.sub(q) for u, q in zip(update, sent, strict=True)])
+
+
+@torch.no_grad()
+def settle(
+    local: Tensors, old: Tensors, new: Tensors, *, counted: Cut | None = None, keep: float = 1.0
+) -> None:
+    """Move `local` in place from the global state `old` to `new`, when a round is decided.
+
+    counted: the peer's own cut if its blob counts in `new`. In every other case (no mark, no
+        record, another parent, no cut) None: nothing is lost, since u does not change.
+    keep: the share of e that stays to be sent later; the rest is forgotten. 1 keeps all, and
+        nothing is ever forgotten from a cut that does not count.
+    """
+    for index, (own, before, after) in enumerate(zip(local, old, new, strict=True)):
+        move = after.sub(before)
+        if counted is not None:
+            move.add_(counted.taken(index, keep=keep))
+        own.add_(move.to(own.device))
+
+
+@torch.no_grad()
+def void(local: Tensors, old: Tensors, new: Tensors, *, counted: Cut | None = None) -> None:
+    """Undo a `settle` from `old` to `new` in place: later marks name `old` again.
+
+    counted: the cut that counted in `new`, if there was one; it need not hold e. What was
+    forgotten then stays forgotten.
+    """
+    for index, (own, before, after) in enumerate(zip(local, old, new, strict=True)):
+        move = after.sub(before)
+        if counted is not None:
+            move.add_(counted.sent[index])
+        own.sub_(move.to(own.device))
+
+
+@torch.no_grad()
+def rebase(
+    local: Tensors,
+    state: Tensors,
+    *,
+    update: Tensors,
+    counted: Cut | None = None,
+    keep: float = 1.0,
+) -> None:
+    """Set `local` to state - u in place: after a repair, a restart or a late start.
+
+    update: u, as `learned` returned it for the state on which the peer stood.
+    counted, keep: as for `settle`, for a cut in `update` that has counted meanwhile.
+    """
+    for index, (own, theirs, u) in enumerate(zip(local, state, update, strict=True)):
+        value = theirs.sub(u)
+        if counted is not None:
+            value.add_(counted.taken(index, keep=keep))
+        own.copy_(value)
