@@ -1,0 +1,221 @@
+"""The global state, and the outer step that moves it: the same bits on every machine.
+
+All peers apply the same blobs to the same state and must get the same hash, whatever their
+processor, thread count and the order in which blobs arrived. So everything here is float32
+on the CPU, in the order of the uids, and only uses operations that IEEE 754 rounds in one
+way: elementwise multiply, add and subtract, each a pass of its own, since fused forms
+(`alpha=`, `addcmul`, `lerp`) round once or twice depending on the instruction set. What
+would need a sum, a root or a division is computed from a few Python floats and enters a
+tensor as one float32 factor. `torch.sum` depends on the number of threads and `pow` on the
+math library; neither is used.
+
+The outer step has no momentum: it made short rounds worse in every setting tried, and would
+double the state. Its rate may follow the number of the round, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hiveminer.strategies.sparseloco.codec import BlobError, Header, Update, decode
+
+PIECE_BYTES = 16 * 2**20
+"""The pieces in which a tensor is hashed and served."""
+
+GROWTH = 2.0
+"""The largest factor by which a tensor's clip norm rises from one counted round to the next."""
+
+MANIFEST = b"hiveminer state 1\n"
+
+ContributorPower = Literal[0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+@dataclass(frozen=True)
+class State:
+    """The global state: what the chain names by its hash. Never changed in place.
+
+    weights: the trained parameters by name, float32 on the CPU; tied ones once.
+    clip_norms: by the same names, the norm to which the last counted round clipped a tensor,
+        in float32's precision; 0 before the first one. It bounds the next round's, so a
+        peer that downloads a state needs it too, and it is part of the hash.
+    """
+
+    weights: Mapping[str, Tensor]
+    clip_norms: Mapping[str, float]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> State:
+        """The state from which a run starts: a copy of the model's trained parameters."""
+        weights = {
+            name: value.detach().to("cpu", torch.float32, copy=True).contiguous()
+            for name, value in model.named_parameters()
+            if value.requires_grad
+        }
+        return cls(weights, dict.fromkeys(weights, 0.0))
+
+    def manifest(self) -> bytes:
+        """Name, shape, clip norm and the pieces' hashes of each tensor, in name order.
+
+        Whoever downloads a state checks the manifest against the state's hash first, and
+        then each piece against the manifest.
+        """
+        return MANIFEST + b"".join(
+            _entry(name, self.weights[name], self.clip_norms[name]) for name in sorted(self.weights)
+        )
+
+    def hash(self) -> bytes:
+        """SHA-256 of the manifest."""
+        return hashlib.sha256(self.manifest()).digest()
+
+
+@dataclass(frozen=True)
+class OuterStep:
+    """How the blobs of a round become one step.
+
+    rate: the outer learning rate: state - rate x average.
+    contributor_power: a in sum / (count^a x blobs^(1 - a)), where count is the number of
+        blobs that hold a value for the coordinate. 1 is the mean over a coordinate's
+        contributors, 0 the mean over all blobs, which takes up to that many times smaller
+        steps where blobs are sparse. In quarters, so that square roots suffice. Best at
+        1/64 density is 0.85, at 1/32 0.7, at 1/16 0.4 to 0.7; dense blobs do not feel it.
+    """
+
+    rate: float = 1.0
+    contributor_power: ContributorPower = 0.75
+
+    def factor(self, count: int, *, blobs: int) -> float:
+        """What a coordinate's sum over `count` of `blobs` blobs is multiplied with."""
+        a = self.contributor_power
+        return self.rate / (_power(max(count, 1), a) * _power(blobs, 1 - a))
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A blob that counts in a round.
+
+    header: what the blob's own header must be, according to the author's record.
+    """
+
+    uid: int
+    header: Header
+    blob: bytes
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A state after a round, and why blobs were left out, by uid."""
+
+    state: State
+    left_out: dict[int, str]
+
+
+@torch.no_grad()
+def apply_blobs(
+    state: State, contributions: Iterable[Contribution], *, step: OuterStep | None = None
+) -> Applied:
+    """The state after a round in which these blobs count; in any order, one per uid.
+
+    A blob that does not decode, or whose header is not its author's, is left out: the bytes
+    are the same for everybody, and so is the verdict. Where no blob remains, the state is
+    returned as it is.
+    """
+    shapes = {name: weight.shape for name, weight in state.weights.items()}
+    updates: list[Update] = []
+    left_out: dict[int, str] = {}
+    for contribution in sorted(contributions, key=lambda each: each.uid):
+        try:
+            updates.append(_update(contribution, shapes))
+        except BlobError as error:
+            left_out[contribution.uid] = str(error)
+    if not updates:
+        return Applied(state, left_out)
+    weights: dict[str, Tensor] = {}
+    clip_norms: dict[str, float] = {}
+    for name, weight in state.weights.items():
+        norms = [math.sqrt(update.squared_norm(name)) for update in updates]
+        limit = clip_limit(norms, last=state.clip_norms[name])
+        factors = [limit / norm if norm > limit else 1.0 for norm in norms]
+        weights[name] = _stepped(weight, name, updates, factors, step or OuterStep())
+        clip_norms[name] = next_clip_norm(limit, last=state.clip_norms[name])
+    return Applied(State(weights, clip_norms), left_out)
+
+
+def clip_limit(norms: Iterable[float], *, last: float) -> float:
+    """The norm to which a tensor is clipped in each blob of a round; 0 if all are empty.
+
+    It is the lower median of the blobs' norms, at most twice the last counted round's. A
+    blob without a value in this tensor has no say, so that empty blobs cannot silence it.
+    """
+    sizes = sorted(norm for norm in norms if norm > 0)
+    if not sizes:
+        return 0.0
+    median = sizes[(len(sizes) - 1) // 2]
+    return min(median, GROWTH * last) if last else median
+
+
+def next_clip_norm(limit: float, *, last: float) -> float:
+    """What the next round's limit is measured against, in float32's precision.
+
+    It follows `limit`, but falls by half at most, so that one round of tiny updates does not
+    throttle the rounds after it.
+    """
+    largest = float(np.finfo(np.float32).max)
+    return float(np.float32(min(max(limit, last / GROWTH), largest)))
+
+
+def _update(contribution: Contribution, shapes: Mapping[str, torch.Size]) -> Update:
+    update = decode(contribution.blob, shapes=shapes)
+    if update.header != contribution.header:
+        raise BlobError("the blob's header is not its author's for this round and state")
+    return update
+
+
+def _stepped(
+    weight: Tensor, name: str, updates: list[Update], factors: list[float], step: OuterStep
+) -> Tensor:
+    total = torch.zeros_like(weight)
+    for update, factor in zip(updates, factors, strict=True):
+        update.add_to(name, total, factor=factor)
+    if step.contributor_power == 0:
+        total.mul_(step.factor(1, blobs=len(updates)))
+    else:
+        counts = torch.zeros(weight.shape, dtype=torch.int32)
+        for update in updates:
+            update.count_into(name, counts)
+        table = [step.factor(count, blobs=len(updates)) for count in range(len(updates) + 1)]
+        by_count = torch.tensor(table, dtype=torch.float32)
+        total.mul_(by_count.index_select(0, counts.flatten()).view_as(total))
+    stepped = weight.sub(total)
+    # Huge values overflow for everybody alike; one such tensor would end the run.
+    return stepped if bool(torch.isfinite(stepped).all()) else weight
+
+
+def _power(number: int, exponent: float) -> float:
+    """number^exponent for an exponent in quarters, the same bits everywhere: IEEE 754 defines
+    how a square root is rounded, and leaves `pow` to the math library."""
+    root = math.sqrt(number)
+    powers = {0.0: 1.0, 0.25: math.sqrt(root), 0.5: root, 1.0: float(number)}
+    return root * math.sqrt(root) if exponent == 0.75 else powers[exponent]
+
+
+def _entry(name: str, tensor: Tensor, clip_norm: float) -> bytes:
+    encoded = name.encode()
+    head = struct.pack("<I", len(encoded)) + encoded + struct.pack("<I", tensor.dim())
+    shape = b"".join(struct.pack("<Q", size) for size in tensor.shape)
+    return head + shape + struct.pack("<f", clip_norm) + b"".join(_piece_hashes(tensor))
+
+
+def _piece_hashes(tensor: Tensor) -> Iterator[bytes]:
+    numbers = tensor.detach().contiguous().numpy().astype("<f4", copy=False)
+    data = numbers.reshape(-1).view(np.uint8)
+    for start in range(0, len(data), PIECE_BYTES):
+        yield hashlib.sha256(data[start : start + PIECE_BYTES]).digest()
