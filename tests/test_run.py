@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from hiveminer.__version__ import __version__
-from hiveminer.config.run import Run, RunId, is_local, load_run
+from hiveminer.config.run import OptimizerSection, Run, RunId, is_local, load_run
 from hiveminer.errors import OperatorError
 
 BASE: dict[str, Any] = {
@@ -50,8 +50,8 @@ OTHER_VALUES: dict[str, Any] = {
     "limits.timeout_seconds": 60.0,
 }
 
-ONLY_VALUE = {"strategy"}
-"""Keys that know one value so far."""
+ONLY_VALUE = {"strategy", "optimizer.name"}
+"""Keys that know one value so far: the strategy, and the optimizer that works with it."""
 
 
 def write(folder: Path, text: str) -> Path:
@@ -105,6 +105,62 @@ def test_every_key_has_another_value_in_this_file() -> None:
 @pytest.mark.parametrize("key", OTHER_VALUES)
 def test_hash_changes_with_every_key(key: str) -> None:
     assert with_value(BASE, key, OTHER_VALUES[key]).hash != Run.model_validate(BASE).hash
+
+
+@pytest.mark.parametrize(
+    ("values", "golden"),
+    [
+        ({}, "b4845b34560f3855aadea4a0e0ccba92542ad66eaed799bb087098006210a76d"),
+        (
+            {
+                "name": "small",
+                "optimizer": {
+                    "learning_rate": 1e-3,
+                    "betas": [0.8, 0.9],
+                    "schedule": "cosine",
+                    "warmup_epochs": 2,
+                    "total_epochs": 50,
+                },
+            },
+            "d51bffa1912d510a661f9fc9a04134637d03c431410b35004f4972d935ce4d6c",
+        ),
+        (
+            {
+                "model": {"name": "owner/model", "revision": "main", "sequence_length": 1024},
+                "data": {"name": "./rows.jsonl", "column": "body", "held_out": 0.05},
+                "swarm": {"epoch_samples": 4096, "compression": "none"},
+            },
+            "82380f76d1ab6a6d4421f743b5ea47483bf399029652a00f5b0d886a5dc2c54d",
+        ),
+        (
+            {
+                "oldest_version": "0.2.0",
+                "data": {"name": "owner/data", "streaming": True, "rows": 1_000_000},
+                "limits": {"rows": 64, "batch_size": 8, "timeout_seconds": 60},
+            },
+            "a15650213a3242d512eedd6184ec43c8ba087e2a274d81b3bc32d7b1b20591ac",
+        ),
+    ],
+)
+def test_hash_of_a_run_does_not_change_with_the_version_of_this_package(
+    values: dict[str, Any], golden: str
+) -> None:
+    assert Run.model_validate(values).hash == golden
+
+
+def test_hash_sees_the_optimizer_only_where_it_is_not_the_default(tmp_path: Path) -> None:
+    written = write(tmp_path, '[optimizer]\nname = "adamw"\n')
+    assert load_run(written).hash == Run().hash
+    muon = Run().model_copy(update={"optimizer": OptimizerSection(name="muon")})
+    assert muon.hash != Run().hash
+
+
+def test_muon_is_refused_with_hivemind_in_one_line(tmp_path: Path) -> None:
+    path = write(tmp_path, '[optimizer]\nname = "muon"\n')
+    with pytest.raises(OperatorError, match=r"'muon' does not work with strategy 'hivemind'") as at:
+        load_run(path)
+    assert str(at.value).startswith(f"{path}: ")
+    assert "\n" not in str(at.value)
 
 
 def test_hash_does_not_see_where_local_data_and_models_lie(tmp_path: Path) -> None:
@@ -161,6 +217,7 @@ def test_values_are_read(tmp_path: Path) -> None:
         ('[optimizer]\nlearning_rate = "fast"', "optimizer.learning_rate"),
         ("[optimizer]\nbetas = [0.9]", "optimizer.betas"),
         ("[optimizer]\nbetas = [0.9, 1.0]", "optimizer.betas.1"),
+        ('[optimizer]\nname = "sgd"', "optimizer.name"),
         ('[optimizer]\nschedule = "steep"', "optimizer.schedule"),
         ('[optimizer]\nschedule = "cosine"', "optimizer.total_epochs"),
         ("[data]\nstreaming = true", "data.rows"),

@@ -59,7 +59,7 @@ PYTHONS = ((3, 11), (3, 14))
 PACKAGES: Mapping[str, tuple[str, str]] = {
     "bittensor": ("11.1", "12"),
     "hivemind": ("1.1.12", "1.2"),
-    "torch": ("2.4", "2.14"),
+    "torch": ("2.9", "2.14"),
     "transformers": ("5", "6"),
     "datasets": ("4", "6"),
     "pydantic": ("2.11", "3"),

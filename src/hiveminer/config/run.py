@@ -83,6 +83,9 @@ class DataSection(_Section):
 
 
 class OptimizerSection(_Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    """`muon` is Muon for the matrices inside the model and AdamW for everything else. It
+    moves a weight about as far per step as AdamW does at the same learning rate."""
     learning_rate: Positive = 3e-3
     # TOML knows lists and no tuples.
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
@@ -115,6 +118,25 @@ class LimitsSection(_Section):
     timeout_seconds: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] = 600.0
 
 
+_FIRST_KEYS: dict[str, tuple[str, ...]] = {
+    "": ("name", "strategy", "oldest_version"),
+    "model": ("name", "revision", "sequence_length"),
+    "data": (
+        *("name", "hash", "column", "config", "split", "revision"),
+        *("streaming", "rows", "shard_rows", "held_out"),
+    ),
+    "optimizer": (
+        *("learning_rate", "betas", "eps", "weight_decay", "max_grad_norm"),
+        *("schedule", "warmup_epochs", "total_epochs"),
+    ),
+    "swarm": ("epoch_samples", "matchmaking_seconds", "averaging_timeout_seconds", "compression"),
+    "limits": ("rows", "batch_size", "timeout_seconds"),
+}
+"""The keys that are always part of a run's hash. A key that is not listed came later and is
+only part of it where it differs from its default, so that a new version of this package,
+with more keys, does not change the run id of a run that was already under way."""
+
+
 class Run(_Section):
     """A run as `run.toml` writes it; every key has a default.
 
@@ -134,9 +156,14 @@ class Run(_Section):
     limits: LimitsSection = LimitsSection()
 
     @model_validator(mode="after")
-    def _rates_fit(self) -> Run:
+    def _keys_fit(self) -> Run:
         if self.optimizer.schedule != "constant" and not self.optimizer.total_epochs:
             raise ValueError(f"schedule {self.optimizer.schedule!r} needs optimizer.total_epochs")
+        if self.optimizer.name == "muon" and self.strategy == "hivemind":
+            raise ValueError(
+                "optimizer.name 'muon' does not work with strategy 'hivemind', which takes one "
+                "optimizer for all parameters: use 'adamw'"
+            )
         if self.data.streaming and not self.data.rows:
             raise ValueError("a streaming source needs data.rows, the number of its rows")
         return self
@@ -148,11 +175,12 @@ class Run(_Section):
         Where a model or data set lies on one machine's disk is not part of it: its
         content is compared by the other two parts of the run id.
         """
-        said = self.model_dump(mode="json")
+        defaults = Run().model_dump(mode="json")
+        hashed = _without_later_defaults(self.model_dump(mode="json"), defaults)
         for part in ("model", "data"):
-            if is_local(said[part]["name"]):
-                said[part]["name"] = "local"
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+            if is_local(hashed[part]["name"]):
+                hashed[part]["name"] = "local"
+        return hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
 
     def check_version(self) -> None:
         """Raise OperatorError when this program is too old for the run."""
@@ -241,6 +269,20 @@ def run_from_table(table: dict[str, Any], *, source: str) -> Run:
         key = ".".join(str(part) for part in first["loc"]) or "the run"
         words = first["msg"].removeprefix("Value error, ")
         raise OperatorError(f"{source}: {key}: {words}") from None
+
+
+def _without_later_defaults(
+    values: dict[str, Any], defaults: dict[str, Any], *, section: str = ""
+) -> dict[str, Any]:
+    """The values that are part of a run's hash; see `_FIRST_KEYS`."""
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            part = _without_later_defaults(value, defaults[key], section=key)
+            kept |= {key: part} if part else {}
+        elif key in _FIRST_KEYS.get(section, ()) or value != defaults[key]:
+            kept[key] = value
+    return kept
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""AdamW and its learning rate, as the run wants them: what a peer does between averagings."""
+"""The inner optimizer and its learning rate: what a peer does between averagings."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hiveminer.config.run import OptimizerSection
 
@@ -23,6 +24,83 @@ def build_optimizer(
     return torch.optim.AdamW(
         groups, lr=section.learning_rate, betas=section.betas, eps=section.eps, fused=True
     )
+
+
+def inner_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
+    """The optimizer that the run names, for all trained parameters of a model."""
+    if section.name == "muon":
+        return MuonAndAdamW(model, section)
+    return build_optimizer(trainable_parameters(model), section)
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Muon for the matrices inside a model, AdamW for the rest, as one optimizer.
+
+    Muon orthogonalizes a matrix's step, which suits hidden layers and neither embeddings nor
+    the output layer. Its learning rate is scaled by 0.2 sqrt(max(rows, columns))
+    (`match_rms_adamw`, arXiv:2502.16982): steps are then about as large as AdamW's, one
+    learning rate and weight decay serve both, and it does not matter whether a layer stores
+    its matrix as [out, in] or, like GPT-2's, as [in, out].
+
+    The parameter groups and the state are shared with the two inner optimizers, so learning
+    rate schedulers and state dicts work as for any other optimizer.
+    """
+
+    def __init__(self, model: nn.Module, section: OptimizerSection):
+        hidden = hidden_matrices(model)
+        inside = {id(matrix) for matrix in hidden}
+        rest = [each for each in trainable_parameters(model) if id(each) not in inside]
+        # An optimizer needs parameters; a model may lack those of one kind.
+        self._inner: list[torch.optim.Optimizer] = []
+        if hidden:
+            self._inner.append(
+                torch.optim.Muon(
+                    hidden,
+                    lr=section.learning_rate,
+                    weight_decay=section.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        if rest:
+            self._inner.append(build_optimizer(rest, section))
+        super().__init__([group for inner in self._inner for group in inner.param_groups], {})
+        self._share()
+
+    def step(self, closure: Any = None) -> Any:
+        """One step of both."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for inner in self._inner:
+            inner.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def _share(self) -> None:
+        groups = iter(self.param_groups)
+        for inner in self._inner:
+            inner.param_groups = [next(groups) for _ in inner.param_groups]
+            inner.state = self.state
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trained matrices of a model, without its embeddings and its output layer."""
+    outside = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    if isinstance(model, PreTrainedModel):
+        output: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        outside |= {id(each) for each in output.parameters()} if output is not None else set()
+    return [
+        each for each in trainable_parameters(model) if each.dim() == 2 and id(each) not in outside
+    ]
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model that are trained, tied ones once."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def parameter_groups(

@@ -1,0 +1,164 @@
+"""The inner optimizers: which parameter goes where, and one object for both."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from hiveminer.config.run import OptimizerSection
+from hiveminer.training.optimizer import build_scheduler, hidden_matrices, inner_optimizer
+
+MUON = OptimizerSection(name="muon", learning_rate=0.01)
+
+
+def names(model: nn.Module, parameters: list[nn.Parameter]) -> set[str]:
+    wanted = {id(each) for each in parameters}
+    return {name for name, value in model.named_parameters() if id(value) in wanted}
+
+
+def set_gradients(model: nn.Module, *, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=random)
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_muon_gets_the_matrices_between_the_embeddings_and_the_output(architecture: str) -> None:
+    model = tiny_model(architecture)
+    chosen = names(model, hidden_matrices(model))
+    inside = ".h." if architecture == "gpt2" else ".layers."
+    layers = {
+        name for name, value in model.named_parameters() if value.dim() == 2 and inside in name
+    }
+    assert chosen == layers
+    assert len(chosen) >= 8
+
+
+def test_an_output_layer_of_its_own_stays_with_adamw() -> None:
+    model = tiny_model("llama")
+    assert isinstance(model.lm_head, nn.Linear)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    assert "lm_head.weight" in dict(model.named_parameters())
+    assert "lm_head.weight" not in names(model, hidden_matrices(model))
+
+
+def test_a_frozen_matrix_is_not_trained() -> None:
+    model = tiny_model("llama")
+    frozen = hidden_matrices(model)[0]
+    frozen.requires_grad_(False)
+    before = frozen.detach().clone()
+    optimizer = inner_optimizer(model, MUON)
+    set_gradients(model, seed=1)
+    optimizer.step()
+    assert torch.equal(frozen, before)
+
+
+def test_each_parameter_takes_the_step_of_its_own_optimizer() -> None:
+    model, reference = tiny_model("llama"), tiny_model("llama")
+    optimizer = inner_optimizer(model, MUON)
+    hidden = hidden_matrices(reference)
+    inside = {id(each) for each in hidden}
+    rest = [each for each in reference.parameters() if id(each) not in inside]
+    groups = [
+        {"params": [each for each in rest if each.dim() > 1], "weight_decay": 0.1},
+        {"params": [each for each in rest if each.dim() < 2], "weight_decay": 0.0},
+    ]
+    parts = [
+        torch.optim.Muon(hidden, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, lr=0.01, betas=MUON.betas, eps=MUON.eps, fused=True),
+    ]
+    for seed in range(3):
+        set_gradients(model, seed=seed)
+        set_gradients(reference, seed=seed)
+        optimizer.step()
+        for part in parts:
+            part.step()
+    ours, theirs = weights(model), weights(reference)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_step_of_muon_is_a_fifth_of_the_learning_rate(architecture: str) -> None:
+    """Per weight, as AdamW's steps typically are; the matrix's shape makes no difference."""
+    model = tiny_model(architecture)
+    chosen = names(model, hidden_matrices(model))
+    optimizer = inner_optimizer(model, MUON.model_copy(update={"weight_decay": 0.0}))
+    before = weights(model)
+    set_gradients(model, seed=1)
+    optimizer.step()
+    after = weights(model)
+    sizes = {name: float((after[name] - before[name]).square().mean().sqrt()) for name in chosen}
+    assert all(0.7 < size / (0.2 * MUON.learning_rate) < 1.3 for size in sizes.values()), sizes
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_restarted_optimizer_goes_on_with_the_same_steps(name: str) -> None:
+    section = OptimizerSection(name=name)  # type: ignore[arg-type]
+    model = tiny_model("llama")
+    optimizer = inner_optimizer(model, section)
+    set_gradients(model, seed=1)
+    optimizer.step()
+    other = copy.deepcopy(model)
+    restarted = inner_optimizer(other, section)
+    restarted.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for seed in (2, 3):
+        set_gradients(model, seed=seed)
+        set_gradients(other, seed=seed)
+        optimizer.step()
+        restarted.step()
+    ours, theirs = weights(model), weights(other)
+    assert all(torch.equal(ours[each], theirs[each]) for each in ours)
+    assert len(optimizer.state) == len(list(model.parameters()))
+
+
+def test_the_schedule_sets_the_rate_of_both() -> None:
+    section = OptimizerSection(
+        name="muon", learning_rate=0.01, schedule="linear", warmup_epochs=2, total_epochs=6
+    )
+    model = tiny_model("llama")
+    optimizer = inner_optimizer(model, section)
+    scheduler = build_scheduler(optimizer, section)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.001] * 3
+
+    def moved(model: PreTrainedModel) -> float:
+        before = weights(model)
+        set_gradients(model, seed=1)
+        optimizer.step()
+        matrix = next(iter(names(model, hidden_matrices(model))))
+        return float((weights(model)[matrix] - before[matrix]).norm())
+
+    slow = moved(model)
+    for _ in range(2):
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01] * 3
+    # The inner optimizers see it too, also after a state dict was loaded.
+    assert math.isclose(moved(model) / slow, 10, rel_tol=0.2)
+    optimizer.load_state_dict(optimizer.state_dict())
+    for _ in range(4):
+        scheduler.step()
+    assert math.isclose(moved(model) / slow, 1, rel_tol=0.2)
+
+
+def test_a_step_with_a_closure_returns_its_loss() -> None:
+    model = tiny_model("llama")
+    optimizer = inner_optimizer(model, MUON)
+    tokens = torch.arange(16).view(2, 8)
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value: torch.Tensor = model(input_ids=tokens, labels=tokens).loss
+        value.backward()
+        return value
+
+    losses = [optimizer.step(loss).item() for _ in range(5)]
+    assert losses[-1] < losses[0]
