@@ -99,7 +99,7 @@ class OuterStep:
 
 
 @dataclass(frozen=True)
-class Contribution:
+class CountedBlob:
     """A blob that counts in a round.
 
     header: what the blob's own header must be, according to the author's record.
@@ -120,7 +120,7 @@ class Applied:
 
 @torch.no_grad()
 def apply_blobs(
-    state: State, contributions: Iterable[Contribution], *, step: OuterStep | None = None
+    state: State, blobs: Iterable[CountedBlob], *, step: OuterStep | None = None
 ) -> Applied:
     """The state after a round in which these blobs count; in any order, one per uid.
 
@@ -131,11 +131,11 @@ def apply_blobs(
     shapes = {name: weight.shape for name, weight in state.weights.items()}
     updates: list[Update] = []
     left_out: dict[int, str] = {}
-    for contribution in sorted(contributions, key=lambda each: each.uid):
+    for counted in sorted(blobs, key=lambda each: each.uid):
         try:
-            updates.append(_update(contribution, shapes))
+            updates.append(_update(counted, shapes))
         except BlobError as error:
-            left_out[contribution.uid] = str(error)
+            left_out[counted.uid] = str(error)
     if not updates:
         return Applied(state, left_out)
     weights: dict[str, Tensor] = {}
@@ -172,9 +172,9 @@ def next_clip_norm(limit: float, *, last: float) -> float:
     return float(np.float32(min(max(limit, last / GROWTH), largest)))
 
 
-def _update(contribution: Contribution, shapes: Mapping[str, torch.Size]) -> Update:
-    update = decode(contribution.blob, shapes=shapes)
-    if update.header != contribution.header:
+def _update(counted: CountedBlob, shapes: Mapping[str, torch.Size]) -> Update:
+    update = decode(counted.blob, shapes=shapes)
+    if update.header != counted.header:
         raise BlobError("the blob's header is not its author's for this round and state")
     return update
 
