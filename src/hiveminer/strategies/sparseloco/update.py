@@ -97,21 +97,25 @@ def void(local: Tensors, old: Tensors, new: Tensors, *, counted: Cut | None = No
 
 
 @torch.no_grad()
-def rebase(
-    local: Tensors,
-    state: Tensors,
-    *,
-    update: Tensors,
-    counted: Cut | None = None,
-    keep: float = 1.0,
-) -> None:
+def rebase(local: Tensors, state: Tensors, *, update: Tensors) -> None:
     """Set `local` to state - u in place: after a repair, a restart or a late start.
 
-    update: u, as `learned` returned it for the state on which the peer stood.
-    counted, keep: as for `settle`, for a cut in `update` that has counted meanwhile.
+    update: u, as `learned` returned it for the state on which the peer stood, after
+    `take_off` and `give_back` for own blobs whose fate was decided meanwhile.
     """
-    for index, (own, theirs, u) in enumerate(zip(local, state, update, strict=True)):
-        value = theirs.sub(u)
-        if counted is not None:
-            value.add_(counted.taken(index, keep=keep))
-        own.copy_(value)
+    for own, theirs, u in zip(local, state, update, strict=True):
+        own.copy_(theirs.sub(u))
+
+
+@torch.no_grad()
+def take_off(update: Tensors, counted: Cut, *, keep: float = 1.0) -> None:
+    """Take q + (1 - keep) e of a cut that counts off u, in place; see `settle`."""
+    for index, u in enumerate(update):
+        u.sub_(counted.taken(index, keep=keep))
+
+
+@torch.no_grad()
+def give_back(update: Tensors, counted: Cut) -> None:
+    """Add q of a cut that no longer counts to u, in place; see `void`."""
+    for u, q in zip(update, counted.sent, strict=True):
+        u.add_(q)
