@@ -87,7 +87,7 @@ def apply_to(start: Tensor, *updates: list[float], last: float = 0.0, **step: fl
     """One raw tensor `w` after the updates."""
     blobs = [blob(uid, w=torch.tensor(update)) for uid, update in enumerate(updates)]
     state = State({"w": start}, {"w": last})
-    applied = apply_blobs(state, blobs, step=OuterStep(**step))  # type: ignore[arg-type]
+    applied = apply_blobs(state, blobs, step=OuterStep(**step))
     return applied.state.weights["w"]
 
 
@@ -113,6 +113,11 @@ def test_the_average_is_over_contributors_or_over_all_or_between() -> None:
     for power in (0.0, 0.25, 0.5, 0.75, 1.0):
         check(power)
         check(power, rate=0.65)
+
+
+def test_a_power_that_square_roots_cannot_give_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"0\.25, 0\.5, 0\.75"):
+        OuterStep(contributor_power=0.7)
 
 
 def test_a_large_update_is_clipped_to_the_lower_median() -> None:

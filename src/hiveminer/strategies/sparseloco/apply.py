@@ -20,7 +20,6 @@ import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -35,8 +34,6 @@ GROWTH = 2.0
 """The largest factor by which a tensor's clip norm rises from one counted round to the next."""
 
 MANIFEST = b"hiveminer state 1\n"
-
-ContributorPower = Literal[0.0, 0.25, 0.5, 0.75, 1.0]
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,11 @@ class OuterStep:
     """
 
     rate: float = 1.0
-    contributor_power: ContributorPower = 0.75
+    contributor_power: float = 0.75
+
+    def __post_init__(self) -> None:
+        if self.contributor_power not in (0, 0.25, 0.5, 0.75, 1):
+            raise ValueError("contributor_power must be 0, 0.25, 0.5, 0.75 or 1")
 
     def factor(self, count: int, *, blobs: int) -> float:
         """What a coordinate's sum over `count` of `blobs` blobs is multiplied with."""
@@ -216,6 +217,6 @@ def _entry(name: str, tensor: Tensor, clip_norm: float) -> bytes:
 
 def _piece_hashes(tensor: Tensor) -> Iterator[bytes]:
     numbers = tensor.detach().contiguous().numpy().astype("<f4", copy=False)
-    data = numbers.reshape(-1).view(np.uint8)
+    data = numbers.reshape(-1).view(np.uint8).data
     for start in range(0, len(data), PIECE_BYTES):
         yield hashlib.sha256(data[start : start + PIECE_BYTES]).digest()
