@@ -183,6 +183,14 @@ def test_a_blob_under_another_name_is_left_out() -> None:
     assert "header" in applied.left_out[1]
 
 
+def test_a_blob_that_is_larger_than_the_run_allows_is_left_out() -> None:
+    dense = blob(0, w=torch.linspace(1, 2, 5000))
+    state = State({"w": torch.zeros(5000)}, {"w": 0.0})
+    for density, left_out in ((1.0, []), (1 / 64, [0])):
+        allowed = Compression(density, 4)
+        assert list(apply_blobs(state, [dense], compression=allowed).left_out) == left_out
+
+
 def test_a_round_without_a_sound_blob_changes_nothing() -> None:
     state = first_state()
     assert apply_blobs(state, []).state.hash() == state.hash()

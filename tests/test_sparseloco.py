@@ -123,7 +123,7 @@ class Peer(Replica):
         ]
         random.Random(self.uid).shuffle(counted)  # the order of arrival is one's own
         before = self.weights
-        applied = apply_blobs(self.state, counted, step=STEP)
+        applied = apply_blobs(self.state, counted, step=STEP, compression=COMPRESSION)
         assert not applied.left_out
         self.state = applied.state
         self.position, transfer = rounds.make_newest(self.position, self.state.hash())

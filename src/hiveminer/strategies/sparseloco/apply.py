@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hiveminer.strategies.sparseloco.codec import BlobError, Header, Update, decode
+from hiveminer.strategies.sparseloco.codec import BlobError, Compression, Header, Update, decode
 
 PIECE_BYTES = 16 * 2**20
 """The pieces in which a tensor is hashed and served."""
@@ -121,12 +121,17 @@ class Applied:
 
 @torch.no_grad()
 def apply_blobs(
-    state: State, blobs: Iterable[CountedBlob], *, step: OuterStep | None = None
+    state: State,
+    blobs: Iterable[CountedBlob],
+    *,
+    step: OuterStep | None = None,
+    compression: Compression | None = None,
 ) -> Applied:
     """The state after a round in which these blobs count; in any order, one per uid.
 
     A blob that does not decode, or whose header is not its author's, is left out: the bytes
-    are the same for everybody, and so is the verdict. Where no blob remains, the state is
+    are the same for everybody, and so is the verdict. With `compression`, the run's, a blob
+    that holds more than that allows is left out too. Where no blob remains, the state is
     returned as it is.
     """
     shapes = {name: weight.shape for name, weight in state.weights.items()}
@@ -134,7 +139,7 @@ def apply_blobs(
     left_out: dict[int, str] = {}
     for counted in sorted(blobs, key=lambda each: each.uid):
         try:
-            updates.append(_update(counted, shapes))
+            updates.append(_update(counted, shapes, compression))
         except BlobError as error:
             left_out[counted.uid] = str(error)
     if not updates:
@@ -173,8 +178,10 @@ def next_clip_norm(limit: float, *, last: float) -> float:
     return float(np.float32(min(max(limit, last / GROWTH), largest)))
 
 
-def _update(counted: CountedBlob, shapes: Mapping[str, torch.Size]) -> Update:
-    update = decode(counted.blob, shapes=shapes)
+def _update(
+    counted: CountedBlob, shapes: Mapping[str, torch.Size], compression: Compression | None
+) -> Update:
+    update = decode(counted.blob, shapes=shapes, compression=compression)
     if update.header != counted.header:
         raise BlobError("the blob's header is not its author's for this round and state")
     return update
