@@ -26,9 +26,9 @@ RUN = bytes(8)
 # A block per step. The blob of a cut counts half a round of steps later.
 SCHEDULE = Schedule(round_blocks=20, mark_blocks=6, cut_blocks=4)
 RULES = rounds.Rules(RUN, SCHEDULE, max_blob_bytes=10**6)
-COMPRESSION = Compression(density=1 / 16, bits=2)
-STEP = OuterStep(contributor_power=0.75)
-KEEP = 0.8
+COMPRESSION = Compression(density=1 / 4, bits=2)
+STEP = OuterStep(contributor_power=0.5)
+KEEP = 0.9
 VALIDATORS = (bytes([100]) * 32, bytes([101]) * 32)
 
 
