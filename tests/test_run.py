@@ -50,6 +50,19 @@ OTHER_VALUES: dict[str, Any] = {
     "limits.timeout_seconds": 60.0,
 }
 
+SPARSELOCO: dict[str, Any] = {
+    "round_blocks": 60,
+    "mark_blocks": 12,
+    "cut_blocks": 5,
+    "quorum": 0.6,
+    "density": 1.0,
+    "bits": 3,
+    "rho": 0.8,
+    "outer_rate": 0.5,
+    "contributor_power": 0,
+    "max_contributors": 8,
+}
+
 ONLY_VALUE = {"strategy", "optimizer.name"}
 """Keys that know one value so far: the strategy, and the optimizer that works with it."""
 
@@ -99,12 +112,47 @@ def test_hash_sees_an_integer_as_the_same_number(tmp_path: Path) -> None:
 
 
 def test_every_key_has_another_value_in_this_file() -> None:
-    assert keys(Run) == set(OTHER_VALUES) | ONLY_VALUE
+    sparseloco = {f"sparseloco.{key}" for key in SPARSELOCO}
+    assert keys(Run) == set(OTHER_VALUES) | ONLY_VALUE | sparseloco
 
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
 def test_hash_changes_with_every_key(key: str) -> None:
     assert with_value(BASE, key, OTHER_VALUES[key]).hash != Run.model_validate(BASE).hash
+
+
+@pytest.mark.parametrize("key", SPARSELOCO)
+def test_hash_sees_a_key_of_sparseloco_with_that_strategy_only(key: str) -> None:
+    section = {key: SPARSELOCO[key]}
+    assert Run.model_validate({"sparseloco": section}).hash == Run().hash
+    with_default = Run.model_validate({"strategy": "sparseloco"}).hash
+    changed = Run.model_validate({"strategy": "sparseloco", "sparseloco": section})
+    assert changed.hash != with_default != Run().hash
+
+
+def test_sparseloco_takes_muon() -> None:
+    run = Run.model_validate({"strategy": "sparseloco", "optimizer": {"name": "muon"}})
+    assert run.optimizer.name == "muon"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[sparseloco]\nround_blocks = 201\n", "sparseloco.round_blocks"),
+        ("[sparseloco]\nmark_blocks = 46\n", "together must be below round_blocks"),
+        ("[sparseloco]\nquorum = 0.4\n", "sparseloco.quorum"),
+        ("[sparseloco]\ndensity = 0\n", "sparseloco.density"),
+        ("[sparseloco]\nbits = 5\n", "sparseloco.bits"),
+        ("[sparseloco]\ncontributor_power = 0.6\n", "sparseloco.contributor_power"),
+        ('strategy = "sparseloco"\n[optimizer]\nwarmup_epochs = 2\n', "warmup_epochs 0"),
+    ],
+)
+def test_what_no_round_can_have_is_refused_in_one_line(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    with pytest.raises(OperatorError, match=words) as at:
+        load_run(write(tmp_path, text))
+    assert "\n" not in str(at.value)
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,37 @@ class SwarmSection(_Section):
     """What weights are sent as."""
 
 
+class SparselocoSection(_Section):
+    """Rounds of strategy `sparseloco`; docs/sparseloco.md says what they are."""
+
+    round_blocks: Annotated[int, Field(ge=1, le=200)] = 50
+    """Blocks per round. The embedded network's blocks are short: 15 there."""
+    mark_blocks: Annotated[int, Field(ge=1, le=199)] = 10
+    """Blocks between the deadline of records and that of marks, which end the round."""
+    cut_blocks: Annotated[int, Field(ge=1, le=199)] = 4
+    """Blocks between the earliest cut of an update and the deadline of records."""
+    quorum: Annotated[float, Field(ge=0.5, le=1)] = 0.5
+    """Share of all permitted stake that has to mark, or the round is empty."""
+    density: Annotated[float, Field(gt=0, le=1)] = 0.015625
+    """Share of the values that an update carries: by default 64 of each 4,096."""
+    bits: Annotated[int, Field(ge=1, le=4)] = 2
+    """Bits per value that is sent."""
+    rho: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Share of the compression error that its author keeps once its update counts."""
+    outer_rate: Annotated[float, Field(gt=0, le=2)] = 1.0
+    """Factor on the averaged update."""
+    contributor_power: Annotated[float, Field(ge=0, le=1, multiple_of=0.25)] = 0.75
+    """1 divides the sum of a coordinate by its contributors, 0 by all updates of the round."""
+    max_contributors: Annotated[int, Field(ge=1, le=256)] = 20
+    """Updates that count in one round."""
+
+    @model_validator(mode="after")
+    def _fits_round(self) -> SparselocoSection:
+        if self.mark_blocks + self.cut_blocks >= self.round_blocks:
+            raise ValueError("mark_blocks and cut_blocks together must be below round_blocks")
+        return self
+
+
 class LimitsSection(_Section):
     rows: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 1024
     """Rows in one `Train`."""
@@ -145,7 +176,7 @@ class Run(_Section):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,31}$")] = "embedded"
     """What the run is called; lower case, part of the run id."""
-    strategy: Literal["hivemind"] = "hivemind"
+    strategy: Literal["hivemind", "sparseloco"] = "hivemind"
     """How peers learn from each other."""
     oldest_version: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")] = "0.1.0"
     """The oldest version of this package that may take part."""
@@ -153,6 +184,7 @@ class Run(_Section):
     data: DataSection = DataSection()
     optimizer: OptimizerSection = OptimizerSection()
     swarm: SwarmSection = SwarmSection()
+    sparseloco: SparselocoSection = SparselocoSection()
     limits: LimitsSection = LimitsSection()
 
     @model_validator(mode="after")
@@ -163,6 +195,13 @@ class Run(_Section):
             raise ValueError(
                 "optimizer.name 'muon' does not work with strategy 'hivemind', which takes one "
                 "optimizer for all parameters: use 'adamw'"
+            )
+        if self.strategy == "sparseloco" and (
+            self.optimizer.schedule != "constant" or self.optimizer.warmup_epochs
+        ):
+            raise ValueError(
+                "strategy 'sparseloco' counts rounds by the chain's blocks, so a schedule has no "
+                "first epoch: use optimizer.schedule 'constant' and warmup_epochs 0"
             )
         if self.data.streaming and not self.data.rows:
             raise ValueError("a streaming source needs data.rows, the number of its rows")
@@ -176,7 +215,11 @@ class Run(_Section):
         content is compared by the other two parts of the run id.
         """
         defaults = Run().model_dump(mode="json")
-        hashed = _without_later_defaults(self.model_dump(mode="json"), defaults)
+        values = self.model_dump(mode="json")
+        sparseloco = values.pop("sparseloco")
+        hashed = _without_later_defaults(values, defaults)
+        if self.strategy == "sparseloco":  # all of it: it decides which bits the weights have
+            hashed["sparseloco"] = sparseloco
         for part in ("model", "data"):
             if is_local(hashed[part]["name"]):
                 hashed[part]["name"] = "local"

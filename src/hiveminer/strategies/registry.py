@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from hiveminer.config.run import Run
+from hiveminer.errors import OperatorError
 from hiveminer.strategies.base import Context, Observer, ObserverFactory, Strategy, StrategyFactory
 from hiveminer.strategies.hivemind.observer import open_hivemind_observer
 from hiveminer.strategies.hivemind.state import weights_by_name
@@ -24,12 +25,22 @@ STRATEGIES: dict[str, tuple[StrategyFactory, ObserverFactory]] = {
 
 def open_strategy(context: Context) -> Strategy:
     """The strategy that the run names, for a miner."""
-    return STRATEGIES[context.task.run.strategy][0](context)
+    return _factories(context)[0](context)
 
 
 def open_observer(context: Context) -> Observer:
     """The observer of the strategy that the run names, for a validator."""
-    return STRATEGIES[context.task.run.strategy][1](context)
+    return _factories(context)[1](context)
+
+
+def _factories(context: Context) -> tuple[StrategyFactory, ObserverFactory]:
+    name = context.task.run.strategy
+    if name not in STRATEGIES:
+        raise OperatorError(
+            f"strategy {name!r} is not available in this version yet: set strategy = 'hivemind' "
+            "in run.toml"
+        )
+    return STRATEGIES[name]
 
 
 def checkpoint_weights(
