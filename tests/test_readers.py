@@ -14,9 +14,8 @@ from row_files import all_texts, load, refused, write_lines, write_parquet
 
 from hiveminer.config.run import DataSection
 from hiveminer.errors import OperatorError
-from hiveminer.training.data import (
-    load_rows,
-)
+from hiveminer.training.data import load_rows
+from hiveminer.training.readers import find_files
 
 TEXTS = [f"row {number}: " + "word " * (number % 7) for number in range(25)]
 
@@ -287,3 +286,16 @@ def test_a_split_that_cannot_be_told_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, "no file of the split 'test'", split="test")
     for path in (tmp_path, tmp_path / "more.txt"):
         refused(path, r"data\.split 'train\[:10%\]'", split="train[:10%]")
+
+
+def test_markdown_is_read_where_there_is_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "garden.md").write_text("# Garden\n\nThe beans need water.\n")
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG")
+    kind, files, others = find_files(tmp_path, split="train")
+    assert (kind, [file.name for file in files]) == ("text", ["garden.md"])
+    assert [file.name for file in others] == ["photo.png"]
+    assert find_files(tmp_path / "garden.md", split="train")[1] == [tmp_path / "garden.md"]
+    (tmp_path / "data.txt").write_text("beside data, Markdown is about the data\n")
+    _, files, others = find_files(tmp_path, split="train")
+    assert [file.name for file in files] == ["data.txt"]
+    assert {file.name for file in others} == {"garden.md", "photo.png"}

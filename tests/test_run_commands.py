@@ -10,10 +10,10 @@ import pytest
 from tiny import save_tiny
 
 from hiveminer.cli import main
-from hiveminer.commands.run_check import usual_learning_rate
 from hiveminer.config.run import Run, load_run
 from hiveminer.config.run_file import commented_toml, to_toml
 from hiveminer.training.data import load_rows
+from hiveminer.training.optimizer import usual_learning_rate
 
 TEXT = "".join(f"This is line {n} of a text about nothing much at all.\n" for n in range(4000))
 

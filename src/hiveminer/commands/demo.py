@@ -28,7 +28,12 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
+from hiveminer.commands.demo_model import keep_model, samples
+from hiveminer.commands.demo_run import DemoRun, demo_run
+from hiveminer.config.run import Run
+from hiveminer.config.run_file import to_toml
 from hiveminer.config.settings import DemoSettings
 from hiveminer.errors import OperatorError
 from hiveminer.runtime.program import rendered
@@ -93,11 +98,21 @@ class Program:
 class Demo:
     """Runs the programs and gathers what they say.
 
-    miners: how many; seconds: how long, from the first answer on; out: the folder.
+    miners: how many; seconds: how long, from the first answer on; out: the folder; task: the
+    run to train by.
     """
 
-    def __init__(self, *, miners: int, seconds: float, out: Path, console: Console | None = None):
+    def __init__(
+        self,
+        *,
+        miners: int,
+        seconds: float,
+        out: Path,
+        task: DemoRun | None = None,
+        console: Console | None = None,
+    ):
         self.miners = miners
+        self.task = task or DemoRun()
         self.seconds = seconds
         self.out = out
         self.console = console or Console(stderr=True)
@@ -127,7 +142,10 @@ class Demo:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+        kept = keep_model(self.out / "state" / "validator", self.lines, self.out / "model")
         summary = summarise(self.lines, miners=self.miners) | {"exit_clean": clean}
+        if kept and not self.interrupted:
+            summary["sample"] = samples(self.task.run or Run(), self.out / "model")
         (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         plot(self.lines, self.out / "loss.png")
         return summary
@@ -136,14 +154,26 @@ class Demo:
         """An empty folder; only what an earlier demo left there is removed."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            if (self.out / "model" / "hiveminer.json").exists():
+                shutil.rmtree(self.out / "model")
+            elif (self.out / "model").exists():
+                raise OperatorError(f"{self.out / 'model'} is not a demo's; choose another --out")
             for name in ("network", "state", "logs"):
                 shutil.rmtree(self.out / name, ignore_errors=True)
             (self.out / "logs").mkdir()
+            if self.task.run is not None:
+                self._run_file.write_text(to_toml(self.task.run), encoding="utf-8")
         except OSError as error:
             raise OperatorError(f"--out {self.out}: {error.strerror}; choose another") from None
 
+    @property
+    def _run_file(self) -> Path:
+        return self.out.resolve() / "run.toml"
+
     def _start(self) -> None:
-        self.programs.append(self._launch("validator", "validator", []))
+        rows = self.task.request_rows
+        work = [] if rows is None else ["--validator.rows", str(rows)]
+        self.programs.append(self._launch("validator", "validator", work))
         for number in range(self.miners):
             flags = ["--axon.port", "0", "--dht.port", "0"]
             self.programs.append(self._launch(f"miner-{number}", "miner", flags))
@@ -155,6 +185,7 @@ class Demo:
             *("--subtensor.network", "embedded"),
             *("--subtensor.path", str(self.out.resolve() / "network")),
             *("--neuron.path", str(state.resolve())),
+            *(("--neuron.run", str(self._run_file)) if self.task.run is not None else ()),
         ]
         env = {key: value for key, value in os.environ.items() if not key.startswith("HIVEMINER_")}
         with log.open("wb") as stream:
@@ -355,15 +386,21 @@ def plot(lines: Sequence[Line], path: Path) -> None:
 def main(settings: DemoSettings) -> int:
     """Run the demo and print its summary; 0 when it went as it should, 130 after Ctrl-C."""
     console = Console(stderr=True)
+    task = demo_run(settings)
     console.print(
         f"One validator and {settings.miners} miners on the embedded network: a chain in "
         f"{settings.out / 'network'}, on this machine alone.",
         highlight=False,
     )
-    demo = Demo(miners=settings.miners, seconds=settings.seconds, out=settings.out, console=console)
+    demo = Demo(
+        miners=settings.miners, seconds=settings.seconds, out=settings.out, task=task,
+        console=console,
+    )  # fmt: skip
     summary = demo.run()
     table = Table(show_header=False)
     for key, value in summary.items():
+        if key == "sample":
+            continue
         shown = f"{value:.3f}" if isinstance(value, float) else json.dumps(value)
         table.add_row(key, shown)
     print(rendered(table))
@@ -373,9 +410,20 @@ def main(settings: DemoSettings) -> int:
         highlight=False,
         soft_wrap=True,
     )
+    if "sample" in summary:
+        _print_sample(console, summary["sample"], settings.out / "model")
     if demo.interrupted:
         return 130
     return 0 if summary["exit_clean"] and summary["train_requests"] else 1
+
+
+def _print_sample(console: Console, sample: dict[str, str], model: Path) -> None:
+    table = Table(title="What the model wrote", title_justify="left", show_header=False)
+    for name in ("prompt", "before", "after"):
+        if name in sample:
+            table.add_row(name, Text(sample[name]))
+    console.print(table)
+    console.print(f'Go on: hiveminer generate "text" --model {model}', soft_wrap=True)
 
 
 def _row(name: str, lines: Sequence[Line]) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from hiveminer.config.run import Run, load_run
@@ -10,6 +9,7 @@ from hiveminer.config.settings import RunCheckSettings, WorkSettings
 from hiveminer.errors import OperatorError
 from hiveminer.training.data import load_rows, split_held_out
 from hiveminer.training.model import parameter_count, shape_of_model
+from hiveminer.training.optimizer import usual_learning_rate
 
 
 def main(settings: RunCheckSettings) -> int:
@@ -39,15 +39,6 @@ def main(settings: RunCheckSettings) -> int:
     if not wrong and not remarks:
         print(f"{settings.file}: nothing to complain of")
     return 1 if wrong else 0
-
-
-def usual_learning_rate(parameters: int) -> float:
-    """The rate for training a transformer of this size from scratch with Adam.
-
-    Source: Kaplan et al. 2020, Scaling Laws for Neural Language Models, equation D.1; not
-    below 1e-4, where the fit ends.
-    """
-    return max(1e-4, 0.003239 - 0.0001395 * math.log(parameters))
 
 
 def about_model(run: Run, *, parameters: int, positions: int | None) -> Iterator[str]:

@@ -25,7 +25,7 @@ from hiveminer.protocol import MAX_BATCH_SIZE, MAX_ROWS, MAX_TIMEOUT_SECONDS
 BUILTIN = "builtin"
 """The model or the data set that comes with this package."""
 
-LOCAL_SUFFIXES = frozenset({".txt", ".jsonl", ".ndjson", ".json", ".parquet"})
+LOCAL_SUFFIXES = frozenset({".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet"})
 """A name that ends so is a file's, never the hub's."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -57,7 +57,7 @@ class ModelSection(_Section):
 
 class DataSection(_Section):
     name: Name = BUILTIN
-    """`builtin` (the Python standard library's source), a local .txt, .jsonl, .json or
+    """`builtin` (the Python standard library's source), a local .txt, .md, .jsonl, .json or
     .parquet file or a folder of them, or a hub name."""
     hash: str = ""
     """The data's content hash; a machine that holds other data refuses to start. Empty:

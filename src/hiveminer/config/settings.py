@@ -231,6 +231,13 @@ class NeuronSettings(Group):
         "seconds between two checkpoints at least; a miner writes one when an epoch "
         "begins, and within an epoch that is ten times as long",
     )
+    keep_models: int = number(
+        1,
+        0,
+        1000,
+        "models that a validator keeps as folders: so many of the newest, and the best by held-out "
+        "loss; 0: none",
+    )
 
 
 class LoggingSettings(Group):

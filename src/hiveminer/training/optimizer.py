@@ -137,3 +137,12 @@ def rate_factor(epoch: int, section: OptimizerSection) -> float:
     done = min(1.0, (epoch - section.warmup_epochs) / span)
     left = 1 - done if section.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
     return low + (1 - low) * left
+
+
+def usual_learning_rate(parameters: int) -> float:
+    """The rate for training a transformer of this size from scratch with Adam.
+
+    Source: Kaplan et al. 2020, Scaling Laws for Neural Language Models, equation D.1; not
+    below 1e-4, where the fit ends.
+    """
+    return max(1e-4, 0.003239 - 0.0001395 * math.log(parameters))

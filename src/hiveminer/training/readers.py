@@ -28,6 +28,9 @@ KINDS = {
 }
 """What a file is, by the end of its name."""
 
+MARKDOWN = ".md"
+"""Read as text where a folder has nothing else, or when the file itself is named."""
+
 ABOUT_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "state.json"})
 """Files that `datasets` writes beside data; they hold no rows."""
 
@@ -85,8 +88,10 @@ def find_files(path: Path, *, split: str) -> tuple[str, list[Path], list[Path]]:
     except OSError as error:
         refuse(path, f"cannot be read: {error.strerror or error}")
     files = [entry for entry in entries if _kind(entry) is not None]
+    if not files:  # a folder of notes; beside other data, Markdown is about the data
+        files = [entry for entry in entries if _is_markdown(entry)]
     if not files:
-        kinds = ", ".join(KINDS)
+        kinds = ", ".join((*KINDS, MARKDOWN))
         names = f"; it holds {_names(path, entries)}" if entries else ""
         refuse(path, f"no file in it ends in {kinds}{names}")
     files = _of_split(path, files, split)
@@ -95,15 +100,19 @@ def find_files(path: Path, *, split: str) -> tuple[str, list[Path], list[Path]]:
         names = _names(path, sorted(kinds_found.values()))
         refuse(path, f"files of more than one kind ({names}): keep one kind in the folder")
     chosen = set(files)
-    return str(_kind(files[0])), files, [entry for entry in entries if entry not in chosen]
+    return _kind(files[0]) or "text", files, [entry for entry in entries if entry not in chosen]
 
 
 def _kind(path: Path) -> str | None:
     return None if path.name in ABOUT_DATA else KINDS.get(path.suffix.lower())
 
 
+def _is_markdown(path: Path) -> bool:
+    return path.suffix.lower() == MARKDOWN and path.is_file()
+
+
 def _kind_of_file(path: Path) -> str:
-    kind = KINDS.get(path.suffix.lower())
+    kind = "text" if _is_markdown(path) else KINDS.get(path.suffix.lower())
     if kind is None:
         refuse(path, f"its name ends in none of {', '.join(KINDS)}: convert, unpack or rename it")
     if not path.is_file():

@@ -1,0 +1,68 @@
+"""The model that a demo leaves, and a line that it wrote before and after training."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hiveminer.config.run import Run
+from hiveminer.errors import OperatorError
+from hiveminer.validation.models import MODELS_FOLDER, name_of
+
+HELD_OUT_TRIED = 32
+PROMPT_CHARACTERS = 60
+SAMPLE_TOKENS = 120
+TEMPERATURE = 0.7
+
+
+def keep_model(state: Path, lines: Sequence[dict[str, Any]], out: Path) -> bool:
+    """Move the model that was last evaluated, and kept by the validator, to `out`.
+
+    state: the validator's folder. lines: the programs' metrics. Returns whether there was one.
+    """
+    evaluated = [line["epoch"] for line in lines if line["kind"] == "held_out" and line["loss"]]
+    if not evaluated:
+        return False
+    for folder in state.glob(f"*/*/*/{MODELS_FOLDER}/{name_of(evaluated[-1])}"):
+        shutil.rmtree(out, ignore_errors=True)
+        folder.rename(out)
+        return True
+    return False
+
+
+def samples(run: Run, model: Path) -> dict[str, str]:
+    """`prompt`, and what the run's start and the trained model wrote after it."""
+    import torch
+
+    from hiveminer.commands.generate import continuation
+    from hiveminer.training.data import load_rows, split_held_out
+    from hiveminer.training.model import load_model, load_tokenizer
+
+    rows = load_rows(run.data)
+    _, held_out = split_held_out(len(rows), run.data.held_out)
+    prompt = prompt_of(rows.texts(list(held_out)[:HELD_OUT_TRIED]))
+    written = {"prompt": prompt}
+    for name, place in (("before", run.model.name), ("after", str(model))):
+        torch.manual_seed(0)
+        with contextlib.suppress(OperatorError):
+            written[name] = continuation(
+                load_model(place, revision=run.model.revision if name == "before" else ""),
+                load_tokenizer(place),
+                prompt,
+                tokens=SAMPLE_TOKENS,
+                temperature=TEMPERATURE,
+            )
+    return written
+
+
+def prompt_of(texts: Sequence[str]) -> str:
+    """The beginning of the first row with enough text, cut at a space."""
+    for text in texts:
+        start = text.strip()
+        if len(start) > 2 * PROMPT_CHARACTERS:
+            cut = start[:PROMPT_CHARACTERS]
+            return cut[: max(cut.rfind(" "), PROMPT_CHARACTERS // 2)]
+    return next((text.strip()[:PROMPT_CHARACTERS] for text in texts if text.strip()), "The")

@@ -1,0 +1,92 @@
+"""The run that a demo trains by: the built-in one, or the user's text, model and run.toml."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hiveminer.config.run import BUILTIN, Run, is_local, load_run, run_from_table
+from hiveminer.config.settings import DemoSettings, WorkSettings
+from hiveminer.errors import OperatorError
+
+FEWEST_ROWS = 4
+"""Less cannot be split into rows to train on and rows to measure on."""
+
+HELD_OUT_ROWS = 8
+"""Of small data, so many rows are held out, but at most a quarter."""
+
+TRAINED_SHARE = 0.1
+"""A model that is trained already learns at this share of the rate for training from scratch."""
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """run: None for the built-in one. request_rows: rows in a request, None for the default."""
+
+    run: Run | None = None
+    request_rows: int | None = None
+
+
+def demo_run(settings: DemoSettings) -> DemoRun:
+    """The run for these settings. Raises OperatorError for data or a model that cannot be used."""
+    if settings.data is None and settings.model is None and settings.run is None:
+        return DemoRun()
+    table = load_run(settings.run).model_dump()
+    if settings.data is not None:
+        column = table["data"]["column"]
+        name = _absolute(settings.data)
+        table["data"] = {"name": name, "column": column, "split": _split(name)}
+    if settings.model is not None:
+        table["model"] = {"name": _absolute(settings.model)}
+        table |= _fitted(table, keep_rate=settings.run is not None)
+    return _with_rows(run_from_table(table, source="hiveminer demo"))
+
+
+def _split(name: str) -> str:
+    """All files of a folder where "test ideas.md" is no split, but a note among others."""
+    from hiveminer.training.readers import EVERY_SPLIT, find_files
+
+    if is_local(name):
+        try:
+            find_files(Path(name), split="train")
+        except OperatorError:
+            return EVERY_SPLIT
+    return "train"
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).expanduser().resolve()) if is_local(name) else name
+
+
+def _fitted(table: dict[str, Any], *, keep_rate: bool) -> dict[str, Any]:
+    """Sequence length and learning rate for the model that the user gave."""
+    from hiveminer.training.model import parameter_count, shape_of_model
+    from hiveminer.training.optimizer import usual_learning_rate
+
+    model = shape_of_model(table["model"]["name"])
+    positions = getattr(model.config, "max_position_embeddings", None) or 512
+    section = {**table["model"], "sequence_length": min(512, positions)}
+    if keep_rate or table["model"]["name"] == BUILTIN:
+        return {"model": section}
+    rate = TRAINED_SHARE * usual_learning_rate(parameter_count(model.parameters()))
+    optimizer = {**table["optimizer"], "learning_rate": float(f"{rate:.1e}")}
+    return {"model": section, "optimizer": optimizer}
+
+
+def _with_rows(run: Run) -> DemoRun:
+    """The held-out share and the rows of a request, as far as the data is small."""
+    from hiveminer.training.data import load_rows, split_held_out
+
+    rows = load_rows(run.data)
+    count = len(rows)
+    if count < FEWEST_ROWS:
+        raise OperatorError(
+            f"data {run.data.name}: {count} row{'s' * (count != 1)} of text; a demo needs "
+            f"{FEWEST_ROWS} at least: give it more text"
+        )
+    held_out = max(round(count * run.data.held_out), min(HELD_OUT_ROWS, count // 4))
+    data = run.data.model_copy(update={"held_out": held_out / count, "hash": rows.hash})
+    run = run.model_copy(update={"data": data})
+    train, _ = split_held_out(count, data.held_out)
+    return DemoRun(run, min(WorkSettings().rows, len(train), run.limits.rows))
