@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection
@@ -40,6 +41,7 @@ from hiveminer.validation import curves
 from hiveminer.validation.curves import Evidence
 from hiveminer.validation.feed import Answered, Feed
 from hiveminer.validation.judge import Judge, Sample, Samples, States, credited, texts
+from hiveminer.validation.models import MODELS_FOLDER, KeptModels
 from hiveminer.validation.replay import Replayer
 from hiveminer.validation.scores import SavedScores, ScoreTable
 
@@ -151,6 +153,9 @@ class Validator:
             device=model.choose_device(settings.neuron.device),
             step_from=self.observer.local_step,
         )
+        self.models = KeptModels(
+            neuron.folder / MODELS_FOLDER, task=self.task, keep=settings.neuron.keep_models
+        )
         self.judge = Judge(self.replayer, task=self.task, stopped=neuron.stopping.is_set)
         self._io = ThreadPoolExecutor(4, thread_name_prefix="chain")
         parts.callback(self._io.shutdown, wait=False, cancel_futures=True)
@@ -255,13 +260,17 @@ class Validator:
         if not rows:
             return
         try:
-            loss = await self._in(
-                self._compute, lambda: self.replayer.loss(state, texts(self.task, rows))
-            )
+            await self._in(self._compute, lambda: self._evaluate_on(rows, state))
         except HiveminerError as error:
             logger.warning("epoch %d: no held-out loss: %s", state.epoch, error)
-            return
+
+    def _evaluate_on(self, rows: list[int], state: GlobalState) -> None:
+        """Evaluate a state on held-out rows, and keep its model; runs in the compute thread."""
+        loss = self.replayer.loss(state, texts(self.task, rows))
+        if loss is not None and math.isfinite(loss):
+            self.models.save(self.replayer.model, epoch=state.epoch, loss=loss, rows=len(rows))
         logger.info("epoch %d: held-out loss %s", state.epoch, loss and f"{loss:.3f}")
+        # After the model, so that a loss that is reported has its folder.
         self.metrics.log("held_out", {"epoch": state.epoch, "loss": loss})
 
     async def _judge_next(self) -> None:
