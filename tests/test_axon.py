@@ -457,7 +457,7 @@ def test_only_a_validators_verified_call_ends_the_silence(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     forged = {**signed(b"{}", by=OTHER, path="/IsAlive"), http_auth.HEADER_HOTKEY: ss58(VALIDATOR)}
-    with serving(quiet_seconds=1.0) as served:
+    with serving() as served:
         silence = served.axon._silence
         begun = silence.last_call
         assert served.send(b"{}", forged, path="/IsAlive").status_code == 401

@@ -10,14 +10,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 MAX_ROWS = 4096
 """Rows in one `Train`."""
@@ -97,7 +90,7 @@ class Synapse(BaseModel):
 
 
 class IsAlive(Synapse):
-    """Are you there, and which run are you in? Answered at once, also while training."""
+    """Whether a miner is up, and which run it trains. Answered at once, also while training."""
 
     completion: bool = False
     """Set by the miner: it is up and takes work."""
@@ -114,7 +107,7 @@ class IsAlive(Synapse):
 
 
 class Train(Synapse):
-    """Train on these rows, and say what the loss was."""
+    """Train on these rows and report the loss."""
 
     max_request_bytes: ClassVar[int] = 128 * 1024
     max_response_bytes: ClassVar[int] = 512 * 1024
@@ -180,6 +173,3 @@ def _refuse_duplicate_keys(body: bytes) -> None:
         json.loads(body.decode(), object_pairs_hook=check, parse_int=str, parse_float=str)
     except json.JSONDecodeError:
         raise InvalidBody("the body is not JSON", is_json=False) from None
-
-
-SYNAPSES: tuple[type[Synapse], ...] = (IsAlive, Train)

@@ -22,7 +22,6 @@ before the time at which its request says it was signed.
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
 import os
 import socket
@@ -35,7 +34,6 @@ from collections.abc import Callable, MutableMapping
 from typing import Any, Self
 
 from bittensor import http_auth
-from prometheus_client import CollectorRegistry
 
 from hiveminer.errors import OperatorError, Refused, TrainingError
 from hiveminer.protocol import IsAlive, Synapse
@@ -78,8 +76,7 @@ class Axon:
 
     standing: what the chain knows of a hotkey; called on the event loop, so it must not block.
     policy: what the default blacklist requires.
-    registry: gets counts and latencies; served at http://metrics_host:metrics_port/metrics if
-        a port is given.
+    metrics_port: where Prometheus can read them, at http://127.0.0.1:metrics_port/metrics.
     requests_per_second, burst: the budget of each hotkey.
     quiet_seconds: without a validator's call for so long, a warning is logged.
     """
@@ -92,21 +89,17 @@ class Axon:
         port: int = 0,
         standing: Callable[[str], Standing] = nobody,
         policy: Policy | None = None,
-        registry: CollectorRegistry | None = None,
         metrics_port: int | None = None,
-        metrics_host: str = "127.0.0.1",
         max_connections: int = 512,
         max_connections_per_ip: int = 128,
         max_connections_per_hotkey: int = 64,
         max_unverified_bytes: int = MAX_UNVERIFIED_BYTES,
         header_seconds: float = 3.0,
         body_seconds: float = 10.0,
-        idle_seconds: float = 30.0,
         requests_per_second: float = 200.0,
         burst: int = 1000,
         quiet_seconds: float = 600.0,
     ) -> None:
-        self.wallet = wallet
         self.hotkey = own_hotkey(wallet)
         # The key itself: through a wallet, each signature reads its files again (2 ms).
         self._key = wallet.hotkey
@@ -114,10 +107,8 @@ class Axon:
         self.port = port
         self.standing = standing
         self.policy = policy or Policy()
-        self.metrics_host = metrics_host
         self.metrics_port = metrics_port
         self._body_seconds = body_seconds
-        self._idle_seconds = idle_seconds
         self._routes: dict[str, Route] = {}
         self._gate = Gate(
             max_connections=max_connections,
@@ -126,9 +117,7 @@ class Axon:
             header_seconds=header_seconds,
             count=lambda kind, ip: self.metrics.count(kind, "a connection was cut", ip),
         )
-        self.metrics = AxonMetrics(
-            registry or CollectorRegistry(), connections=lambda: len(self._gate.open)
-        )
+        self.metrics = AxonMetrics(connections=lambda: len(self._gate.open))
         self._callers = Callers(
             requests_per_second=requests_per_second,
             burst=burst,
@@ -155,7 +144,6 @@ class Axon:
         synapse: type[Synapse] | None = None,
         queue: WorkQueue | None = None,
         check_fn: Callable[[Any], None] = lambda synapse: None,
-        needs_permit: bool | None = None,
         wait_seconds: float = 900.0,
     ) -> Self:
         """Serve `POST /<synapse>` with `forward_fn(synapse) -> synapse`.
@@ -167,19 +155,17 @@ class Axon:
 
         - `blacklist_fn(synapse) -> (refused, reason)` gets a synapse of which only
           `dendrite` is filled, before the body is read and the signature is checked.
-          Default: the standing of the hotkey under `policy`; `needs_permit` says whether
-          a permit is required (default: for all but `IsAlive`).
+          Default: the standing of the hotkey under `policy`.
         - `check_fn(synapse)` gets the parsed one, before the queue, and raises `Refused`.
         - `priority_fn(synapse)` gets the parsed one. Default: the stake, in TAO.
 
         `forward_fn` may raise `Refused` (its status) and `TrainingError` (422).
         """
         kind = synapse or _annotated(forward_fn)
-        permit = not issubclass(kind, IsAlive) if needs_permit is None else needs_permit
         self._routes[f"/{kind.name()}"] = Route(
             synapse=kind,
             forward=forward_fn,
-            blacklist=blacklist_fn or functools.partial(self._default_blacklist, permit),
+            blacklist=blacklist_fn or self._blacklist,
             priority=priority_fn or self._stake,
             check=check_fn,
             queue=queue,
@@ -187,8 +173,9 @@ class Axon:
         )
         return self
 
-    def _default_blacklist(self, needs_permit: bool, synapse: Synapse) -> tuple[bool, str]:
+    def _blacklist(self, synapse: Synapse) -> tuple[bool, str]:
         standing = self.standing(synapse.dendrite.hotkey)
+        needs_permit = not isinstance(synapse, IsAlive)
         reason = blacklist.refusal(standing, self.policy, needs_permit=needs_permit)
         return reason is not None, reason or ""
 
@@ -213,19 +200,14 @@ class Axon:
         self.bind()
         try:
             if self.metrics_port is not None:
-                self.metrics_port = self.metrics.serve(self.metrics_host, self.metrics_port)
+                self.metrics_port = self.metrics.serve(self.metrics_port)
         except OperatorError:
             self.stop()
             raise
         self._callers.start(time.time_ns())
         self._silence.heard()
         assert self._socket is not None
-        self._server = Server(
-            self._serve,
-            self._gate,
-            idle_seconds=self._idle_seconds,
-            max_header_bytes=2 * MAX_HEADER_BYTES,
-        )
+        self._server = Server(self._serve, self._gate, max_header_bytes=2 * MAX_HEADER_BYTES)
         main = self._main(self._server, self._socket)
         self._thread = threading.Thread(target=asyncio.run, args=[main], name="axon", daemon=True)
         self._thread.start()

@@ -33,6 +33,9 @@ from hiveminer.errors import OperatorError
 WRITE_SECONDS = 10.0
 """How long a caller may leave its answer unread."""
 
+IDLE_SECONDS = 30
+"""How long a connection is kept open between requests."""
+
 BACKLOG = 128
 """Connections accepted at once before the open ones get their turn again."""
 
@@ -315,14 +318,7 @@ def _origin(host: str) -> tuple[str, str]:
 class Server(uvicorn.Server):
     """uvicorn's server over such connections; `ready` is set once it serves."""
 
-    def __init__(
-        self,
-        app: Callable[..., Any],
-        gate: Gate,
-        *,
-        idle_seconds: float,
-        max_header_bytes: int,
-    ) -> None:
+    def __init__(self, app: Callable[..., Any], gate: Gate, *, max_header_bytes: int) -> None:
         config = uvicorn.Config(
             app,
             http=cast(Any, functools.partial(Connection, gate)),
@@ -338,8 +334,7 @@ class Server(uvicorn.Server):
             log_config=None,
             log_level="critical",
             backlog=BACKLOG,
-            # uvicorn's annotations say whole seconds, its code takes any.
-            timeout_keep_alive=cast(int, idle_seconds),
+            timeout_keep_alive=IDLE_SECONDS,
             h11_max_incomplete_event_size=max_header_bytes,
         )
         super().__init__(config)
@@ -348,6 +343,7 @@ class Server(uvicorn.Server):
 
     def stop_within(self, timeout_seconds: float) -> None:
         """Accept no more; what has not ended in time is cancelled. From any thread."""
+        # uvicorn's annotation says whole seconds, its code takes any.
         self.config.timeout_graceful_shutdown = cast(int, timeout_seconds)
         self.should_exit = True
 

@@ -64,16 +64,14 @@ def endpoint_of(neuron: Any) -> Endpoint | None:
 class Dendrite:
     """Calls synapses of other neurons, over one pool of connections.
 
-    Use it as an async context manager, in one event loop. `keep_alive` is the number of
-    idle connections kept open; `retries` the further attempts of one call, the first after
-    about `retry_seconds`.
+    Use it as an async context manager, in one event loop. `retries` is the number of
+    further attempts of one call, the first after about `retry_seconds`.
     """
 
     def __init__(
         self,
         wallet: Any,
         *,
-        keep_alive: int = 256,
         retries: int = 2,
         retry_seconds: float = RETRY_SECONDS,
         connect_seconds: float = CONNECT_SECONDS,
@@ -93,7 +91,7 @@ class Dendrite:
             # Idle connections are closed before the axon closes them, so that a call is not
             # sent on one that is just being closed.
             limits=httpx.Limits(
-                max_connections=None, max_keepalive_connections=keep_alive, keepalive_expiry=10.0
+                max_connections=None, max_keepalive_connections=256, keepalive_expiry=10.0
             ),
             timeout=httpx.Timeout(None, connect=connect_seconds),
             cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=[])),

@@ -16,6 +16,7 @@ from hiveminer.rpc.connections import bind_error
 
 log = logging.getLogger(__name__)
 
+LOOPBACK = "127.0.0.1"
 LOG_SECONDS = 60.0
 BUCKET_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.1, 0.25, 1, 5, 20, 60, 300, 1200)
 
@@ -82,10 +83,10 @@ class SilenceWatch:
 
 
 class AxonMetrics:
-    """`counts` and, in `registry`, the same and latencies; refusals go to the log."""
+    """`counts`, the same and latencies for Prometheus, and refusals in the log."""
 
-    def __init__(self, registry: CollectorRegistry, *, connections: Callable[[], float]) -> None:
-        self.registry = registry
+    def __init__(self, *, connections: Callable[[], float]) -> None:
+        registry = self._registry = CollectorRegistry()
         self.counts: Counter[str] = Counter()
         self.log = RefusalLog()
         Gauge("hiveminer_axon_connections", "Open connections", registry=registry).set_function(
@@ -116,12 +117,12 @@ class AxonMetrics:
     def observe(self, synapse: str, seconds: float) -> None:
         self._seconds.labels(synapse).observe(seconds)
 
-    def serve(self, host: str, port: int) -> int:
-        """Serve the registry at /metrics; returns the port. Raises `OperatorError`."""
+    def serve(self, port: int) -> int:
+        """Serve /metrics on the loopback address; returns the port. Raises `OperatorError`."""
         try:
-            self._server, _ = start_http_server(port, addr=host, registry=self.registry)
+            self._server, _ = start_http_server(port, addr=LOOPBACK, registry=self._registry)
         except OSError as error:
-            raise bind_error(error, "--axon.metrics_port", host, port) from None
+            raise bind_error(error, "--axon.metrics_port", LOOPBACK, port) from None
         return int(self._server.server_port)
 
     def close(self) -> None:
