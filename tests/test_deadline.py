@@ -16,8 +16,8 @@ from hiveminer.rpc.queue import WorkQueue
 from hiveminer.training import model
 from hiveminer.training.trainer import LocalStep, Trainer
 
-ROWS = 256
-DEADLINE_SECONDS = 2.0
+ROWS = 1024
+DEADLINE_SECONDS = 3.0
 
 
 class RealTraining:
@@ -60,7 +60,7 @@ def test_training_stops_at_its_deadline_and_answers_with_whole_batches() -> None
         run_id="run",
         data_hash="data",
         dataset_indices=list(range(ROWS)),
-        batch_size=8,
+        batch_size=2,
         timeout_seconds=DEADLINE_SECONDS,
     )
 
@@ -73,5 +73,5 @@ def test_training_stops_at_its_deadline_and_answers_with_whole_batches() -> None
         answer = asyncio.run(call(axon.port))
     queue.stop(5)
     assert answer.loss is not None
-    assert answer.samples == 8 * answer.steps
+    assert answer.samples == 2 * answer.steps
     assert 0 < answer.samples < ROWS

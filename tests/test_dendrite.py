@@ -224,7 +224,7 @@ def test_a_refusal_is_not_tried_again() -> None:
 # On a real socket
 
 
-def on_socket(serve: Callable[[socket.socket], None], *, timeout_seconds: float = 5.0) -> None:
+def on_socket(serve: Callable[[socket.socket], None], *, timeout_seconds: float = 60.0) -> None:
     """Call a neuron that speaks as `serve` does, until it or the call has ended."""
 
     def accept() -> None:
