@@ -24,7 +24,8 @@ from hivemind.utils import auth
 
 from hiveminer.errors import OperatorError, SwarmError
 from hiveminer.swarm import Identity, identity
-from hiveminer.swarm.identity import Authorizer, peer_id_of_key
+from hiveminer.swarm.identity import Authorizer
+from hiveminer.swarm.keys import peer_id_of_key
 from programs import Network, started
 
 RUN = "embedded-11aa-22bb-33cc"

@@ -15,10 +15,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import hashlib
 import logging
 import math
-import os
 import tempfile
 import time
 from collections import OrderedDict
@@ -29,10 +27,7 @@ from typing import Any
 
 from bittensor import CRYPTO_SR25519
 from bittensor.keyfiles import Keypair
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import rsa
 from hivemind.p2p import PeerID
-from hivemind.proto import crypto_pb2
 from hivemind.proto.auth_pb2 import AccessToken
 from hivemind.utils.auth import AuthRole, AuthRPCWrapper, TokenAuthorizerBase
 from hivemind.utils.crypto import RSAPrivateKey
@@ -40,7 +35,7 @@ from hivemind.utils.timed_storage import get_dht_time
 
 from hiveminer.errors import OperatorError, SwarmError
 from hiveminer.runtime.events import tell
-from hiveminer.runtime.files import write_atomically
+from hiveminer.swarm.keys import MAX_PUBLIC_KEY, load_or_make, peer_id_of_key, write
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +51,9 @@ the payload of a transaction: the chain signs the hash of a long one."""
 
 MAX_HOTKEY = 64
 MAX_RUN_ID = 128
-MAX_PUBLIC_KEY = 800
-"""Bytes; an RSA key of 4,096 bits has 724."""
 MAX_TIME = 20
 MAX_NONCE = 32
 MAX_PEER_ID = 64
-MAX_KEY_FILE = 8192
-RSA_BITS = range(2048, 4097)
 
 REMEMBERED_TOKENS = 1024
 """Tokens that were proved are not proved again; the longest unused gives way."""
@@ -97,7 +88,7 @@ class Identity:
         self.hotkey = str(hotkey_keypair.ss58_address)
         self.run_id = run_id
         self.key_path = key_path
-        self.private_key = RSAPrivateKey() if key_path is None else _load_or_make(key_path)
+        self.private_key = RSAPrivateKey() if key_path is None else load_or_make(key_path)
         self.public_key: bytes = self.private_key.get_public_key().to_bytes()
         peer_id = peer_id_of_key(self.public_key)
         assert peer_id is not None
@@ -120,7 +111,9 @@ class Identity:
             yield self.key_path
             return
         with tempfile.TemporaryDirectory(prefix="hiveminer-") as folder:
-            yield _write(self.private_key, Path(folder) / "peer.key")
+            path = Path(folder) / "peer.key"
+            write(self.private_key, path)
+            yield path
 
 
 @dataclass(frozen=True)
@@ -399,29 +392,6 @@ async def identify(_dht: Any, node: Any, *, peer_id: str, timeout_seconds: float
     return found
 
 
-def peer_id_of_key(public_key: bytes) -> str | None:
-    """The libp2p peer id that belongs to an RSA public key in OpenSSH's format; None when it
-    is no such key, or of a size that nobody needs."""
-    return _peer_id_of_key(public_key) if len(public_key) <= MAX_PUBLIC_KEY else None
-
-
-@functools.lru_cache(maxsize=REMEMBERED_TOKENS)
-def _peer_id_of_key(public_key: bytes) -> str | None:
-    try:
-        key = serialization.load_ssh_public_key(public_key)
-    except Exception:  # noqa: BLE001 - the parser raises whatever it meets
-        return None
-    if not isinstance(key, rsa.RSAPublicKey) or key.key_size not in RSA_BITS:
-        return None
-    der = key.public_bytes(
-        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    )
-    message = crypto_pb2.PublicKey(key_type=crypto_pb2.RSA, data=der).SerializeToString()
-    # https://github.com/libp2p/specs/blob/master/peer-ids/peer-ids.md: a multihash, whose
-    # first bytes say SHA-256 and 32 bytes.
-    return str(PeerID(b"\x12\x20" + hashlib.sha256(message).digest()))
-
-
 def _statement(token: Any) -> bytes:
     """What the hotkey signs: every field, with its length, so that none runs into the next."""
     fields = (token.username.encode(), token.public_key, token.expiration_time.encode())
@@ -456,51 +426,3 @@ def _is_signed(token: Any, *, hotkey: str) -> bool:
         return bool(key.verify(_statement(token), token.signature))
     except ValueError:
         return False
-
-
-def _load_or_make(path: Path) -> Any:
-    """The RSA key in this file; a new one when there is no such file."""
-    try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            key = RSAPrivateKey()
-            _write(key, path)
-            return key
-        with path.open("rb") as stream:
-            # hivemind made it 400, and a copy from elsewhere may be open to all.
-            os.fchmod(stream.fileno(), 0o600)
-            data = stream.read(MAX_KEY_FILE + 1)
-    except OSError as error:
-        raise OperatorError(
-            f"the peer's key {path} cannot be used: {error.strerror}; it must be a file of "
-            "this user's"
-        ) from None
-    key = _parse(data)
-    if key is None:
-        raise OperatorError(
-            f"{path} is not a peer's key; put the right file there, or remove it to get a new "
-            "key and peer id"
-        )
-    return key
-
-
-def _parse(data: bytes) -> Any:
-    """The key in a file of hivemind's format: libp2p's protobuf around PKCS #1; or None."""
-    if len(data) > MAX_KEY_FILE:
-        return None
-    try:
-        message = crypto_pb2.PrivateKey.FromString(data)
-        key = RSAPrivateKey.__new__(RSAPrivateKey)
-        # The way in that hivemind has for pickle; there is no other for bytes.
-        key.__setstate__({"_private_key": message.data})
-        same = message.key_type == crypto_pb2.RSA and key.to_bytes() == message.data
-        return key if same and peer_id_of_key(key.get_public_key().to_bytes()) else None
-    except Exception:  # noqa: BLE001 - the parsers raise whatever they meet
-        return None
-
-
-def _write(key: Any, path: Path) -> Path:
-    """Write a key that only this user can read."""
-    data = crypto_pb2.PrivateKey(key_type=crypto_pb2.RSA, data=key.to_bytes()).SerializeToString()
-    write_atomically(path, data, mode=0o600)
-    return path

@@ -27,7 +27,8 @@ from hivemind.proto.auth_pb2 import AccessToken
 from hivemind.utils.crypto import RSAPublicKey
 from hivemind.utils.timed_storage import ValueWithExpiration, get_dht_time
 
-from hiveminer.swarm.identity import LIFETIME_SECONDS, Authorizer, peer_id_of_key
+from hiveminer.swarm.identity import LIFETIME_SECONDS, Authorizer
+from hiveminer.swarm.keys import peer_id_of_key
 
 LONGEST_SECONDS = 120.0
 """How far in the future a record may expire."""

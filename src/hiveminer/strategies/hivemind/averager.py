@@ -14,88 +14,48 @@ What differs from the stock one, each by overriding one of its hooks, and why:
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import multiprocessing
 import threading
-import time
-from collections.abc import Sequence
-from functools import partial
-from typing import Any, AsyncIterator, ClassVar  # noqa: UP035 - hivemind knows this one only
+from typing import Any
 
 import torch
-from hivemind.averaging.allreduce import AllreduceException
 from hivemind.averaging.averager import _background_thread_fetch_current_state
 from hivemind.averaging.control import StepControl
-from hivemind.averaging.matchmaking import Matchmaking
 from hivemind.compression import (
     CompressionBase,
     Float16Compression,
     NoCompression,
-    deserialize_torch_tensor,
 )
 from hivemind.optim.state_averager import TrainingStateAverager
-from hivemind.p2p import P2P, P2PContext, P2PHandlerError, PeerID
-from hivemind.proto import averaging_pb2
 from hivemind.utils.serializer import MSGPackSerializer
 from torch import Tensor
 
 from hiveminer.config.run import SwarmSection
 from hiveminer.runtime.events import tell
-from hiveminer.strategies.hivemind.admission import Admission, epoch_in
 from hiveminer.strategies.hivemind.bounds import Bounds
 from hiveminer.strategies.hivemind.failure_detector import Group
 from hiveminer.strategies.hivemind.records import averager_prefix
+from hiveminer.strategies.hivemind.round_server import SHUNNED, RoundServer
 from hiveminer.strategies.hivemind.sketch import sketch_of
-from hiveminer.strategies.hivemind.state_transfer import (
-    StateDownload,
-    StateInspector,
-    next_of,
-    tame_moments,
-)
-from hiveminer.strategies.hivemind.stub import CheckedStub
+from hiveminer.strategies.hivemind.state_transfer import tame_moments
 from hiveminer.swarm.peer import START_SECONDS
-from hiveminer.swarm.processes import before_fork, detach_from_parent
+from hiveminer.swarm.processes import before_fork
 
 logger = logging.getLogger(__name__)
-
-CHUNK_SECONDS = 30.0
-"""How long a peer waits for the next part of a tensor. Generous: a member of the group may
-be in the middle of a long step. One that died is left out long before."""
 
 IDLE_WEIGHT = 1e-3
 """An idle peer's weight in rows. Not zero: a group of idle peers would divide by it."""
 
-SEARCH = Matchmaking._request_join_potential_leaders.__name__
-END_SEARCH_SECONDS = 15.0
-CANCEL_AGAIN_SECONDS = 0.5
-"""A search for a group that was given up is cancelled every CANCEL_AGAIN_SECONDS, for longer
-than any call in it lasts."""
-
 TURN_SECONDS = 30.0
 """How long a state that is asked for in the middle of a round waits for its end."""
 
-LINGER_SECONDS = 10.0
-"""libp2p's daemon resets a stream that its server closes, and what is still in flight is
-lost: about one round in fifty. So the caller closes first; a server waits this long for it."""
-
-SILENCE_SECONDS = 5.0
-"""How much later than half of its group a member may begin to send, beyond one step of ours."""
-
 LONGEST_STEP_SECONDS = 15.0
 
-STALL_SECONDS = 10.0
-"""How long a member that has begun to send may pause."""
-
-CHECK_SECONDS = 0.25
-
 MAX_NEWS_BYTES = 2**20
-SHUNNED, GROUP = "shunned", "group"
-"""What hivemind's process reports to the program's."""
 
 
-class _WeightedAverager(StateDownload):
+class _WeightedAverager(RoundServer):
     """Sits between `TrainingStateAverager` and its base in the method resolution order."""
 
     rows_weight: float = IDLE_WEIGHT
@@ -120,9 +80,6 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
     lost on the way.
     """
 
-    _here: ClassVar[SwarmAverager | None] = None
-    """The instance that runs in this process; set in hivemind's process only."""
-
     group_size = 1
     is_whole = True
 
@@ -146,8 +103,6 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
         ]
         self.vouch()
 
-    # --- in the program's own process ----------------------------------------------------
-
     def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
         """As in the base class, but SIGINT is ignored in the new process only, so that a Ctrl-C
         during the start is not lost."""
@@ -164,8 +119,8 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
             self._averaged = False
             self.last_control = kwargs.get("averaging_control")
             if not self.is_sound():
-                self.go_back()
-                self.weigh(0, self.last_control)
+                self.rollback()
+                self.set_weight(0, self.last_control)
             self._in_round = True
             try:
                 result = super().step(*args, **kwargs)
@@ -210,7 +165,7 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
             return not self.bounds.ran_away(list(self._local_tensors()), start)
 
     @torch.no_grad()
-    def go_back(self) -> None:
+    def rollback(self) -> None:
         """Restore the weights that the epoch began with; drop moments that are not finite."""
         cause = f"epoch {self.local_epoch}: our weights are not finite, or far too large"
         tell(logger, "diverged", f"{cause}; the epoch's first weights are restored")
@@ -294,7 +249,7 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
             return 1
         return max(1, len(control.result() or ()))
 
-    def weigh(self, rows: float, control: StepControl | None) -> None:
+    def set_weight(self, rows: float, control: StepControl | None) -> None:
         """Count for this many rows in the next round, even if it is arranged already."""
         self.rows_weight = min(rows, self.bounds.most_rows) if rows else IDLE_WEIGHT
         if control is not None and not control.triggered and not control.done():
@@ -305,249 +260,6 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
         with self.get_tensors() as averaged:
             numbers = sketch_of(averaged[: len(self.main_parameters)])
         self._outer_pipe.send(("_set_vouch", [int(self.local_epoch), numbers], {}))
-
-    # --- in hivemind's process -----------------------------------------------------------
-
-    def run(self) -> None:
-        detach_from_parent(self._parent_pid)
-        SwarmAverager._here = self
-        self._own_vouch = b""
-        self._admission = Admission(self.dht, on_shun=lambda peer: self._report(SHUNNED, peer))
-        self._inspector = StateInspector(
-            self.dht,
-            run_id=self.run_id,
-            own_id=self.peer_id,
-            stub_of=lambda peer: self.get_stub(self._p2p, peer, namespace=self.prefix),
-            weights=len(self.main_parameters),
-            all_bytes=self.state_bytes,
-        )
-        super().run()
-
-    def _report(self, *news: Any) -> None:
-        self._news_there.send_bytes(MSGPackSerializer.dumps(news))
-
-    def _patience_seconds(self) -> float:
-        return SILENCE_SECONDS + float(self._step_seconds.value)
-
-    async def _set_target_group_size(self, size: int) -> None:
-        """The key manager's own target stays unset: to it that is a limit, and it fails on a
-        group that has outgrown it."""
-        self._matchmaking.target_group_size = size
-        self._matchmaking.potential_leaders.target_group_size = size
-
-    async def _set_vouch(self, epoch: int, numbers: list[float]) -> None:
-        self._own_vouch = MSGPackSerializer.dumps([epoch, numbers])
-
-    async def _leave_out(self, peers: list[str]) -> None:
-        self._admission.leave_out(peers)
-        for group in list(self._running_groups.values()):
-            if not group.done() or group.cancelled():
-                continue
-            runner = group.result()
-            for sender in set(runner.sender_peer_ids) - runner.banned_senders:
-                if str(sender) in peers:
-                    await runner._ban_sender(sender)
-
-    @classmethod
-    def get_stub(cls, p2p: P2P, peer: PeerID, *, namespace: str | None = None) -> Any:
-        stub = super().get_stub(p2p, peer, namespace=namespace)
-        here = cls._here
-        if here is None:
-            return stub
-        return CheckedStub(
-            stub,
-            peer,
-            admission=here._admission,
-            bounds=here.bounds,
-            inspector=here._inspector,
-            patience_seconds=here._patience_seconds,
-        )
-
-    async def rpc_join_group(
-        self, request: averaging_pb2.JoinRequest, context: P2PContext
-    ) -> AsyncIterator[averaging_pb2.MessageFromLeader]:
-        """As in the base class, for registered peers that end the same epoch as this one."""
-        epoch = epoch_in(request.gather)
-        if epoch is None or not await self._admission.admits(context.remote_id):
-            yield averaging_pb2.MessageFromLeader(code=averaging_pb2.PROTOCOL_VIOLATION)
-            return
-        control = self._matchmaking.step_control
-        if control is not None and epoch_in(control.data_for_gather) != epoch:
-            yield averaging_pb2.MessageFromLeader(code=averaging_pb2.BAD_GROUP_KEY)
-            return
-        async with _lingering(super().rpc_join_group(request, context)) as answers:
-            async for answer in answers:
-                yield answer
-
-    async def rpc_aggregate_part(
-        self, stream: AsyncIterator[averaging_pb2.AveragingData], context: P2PContext
-    ) -> AsyncIterator[averaging_pb2.AveragingData]:
-        """As in the base class, for registered peers; each part is checked before it is summed."""
-        if not await self._admission.admits(context.remote_id):
-            yield averaging_pb2.AveragingData(code=averaging_pb2.PROTOCOL_VIOLATION)
-            return
-        parts = self._sound_parts(stream, context.remote_id)
-        async with _lingering(super().rpc_aggregate_part(parts, context)) as answers:
-            async for answer in answers:
-                yield answer
-
-    async def rpc_download_state(
-        self, request: averaging_pb2.DownloadRequest, context: P2PContext
-    ) -> AsyncIterator[averaging_pb2.DownloadData]:
-        """As in the base class, for registered peers."""
-        if not await self._admission.admits(context.remote_id):
-            return
-        async with _lingering(super().rpc_download_state(request, context)) as answers:
-            async for answer in answers:
-                yield answer
-
-    async def rpc_vouch(
-        self, _request: averaging_pb2.DownloadRequest, context: P2PContext
-    ) -> averaging_pb2.DownloadData:
-        """The epoch and the sketch of the state that we would hand out."""
-        if not await self._admission.admits(context.remote_id):
-            raise P2PHandlerError("not a registered peer")
-        return averaging_pb2.DownloadData(metadata=self._own_vouch)
-
-    async def _sound_parts(
-        self, stream: AsyncIterator[averaging_pb2.AveragingData], sender: PeerID
-    ) -> AsyncIterator[averaging_pb2.AveragingData]:
-        """The parts that a peer sends, up to the first that must not be summed."""
-        own: Sequence[Tensor] = ()
-        number = 0
-        while (message := await self._next_part(stream, sender, number, len(own))) is not None:
-            if number == 0:
-                own = await self._own_parts(message.group_id)
-            if number < len(own):
-                check = partial(problem_with_part, message, number, own[number], self.bounds)
-                problem = await asyncio.get_running_loop().run_in_executor(None, check)
-                if problem is not None:
-                    self._admission.shun(sender, problem)
-                    if number == 0:  # the group still has to hear of it, to go on without
-                        code = averaging_pb2.INTERNAL_ERROR
-                        yield averaging_pb2.AveragingData(code=code, group_id=message.group_id)
-                        return
-                    raise AllreduceException(problem)
-            yield message
-            number += 1
-
-    async def _next_part(
-        self,
-        stream: AsyncIterator[averaging_pb2.AveragingData],
-        sender: PeerID,
-        number: int,
-        of: int,
-    ) -> averaging_pb2.AveragingData | None:
-        try:
-            return await asyncio.wait_for(next_of(stream), STALL_SECONDS)
-        except TimeoutError:
-            problem = f"it sent nothing for {STALL_SECONDS:.0f} s"
-            if 0 < number < of:  # before the first, it may be no member of any group
-                self._admission.note_silence(sender, problem)
-            raise AllreduceException(problem) from None
-
-    async def _step(self, *, step: StepControl, future_for_init: Any) -> None:
-        """As in the base class; a search for a group ends with the step that began it."""
-        try:
-            await super()._step(step=step, future_for_init=future_for_init)
-        finally:
-            await end_search(self._matchmaking, step)
-
-    async def _aggregate_with_group(self, group_info: Any, **kwargs: Any) -> _Gathered:
-        """As in the base class; the result also says whether all of the average arrived."""
-        members = {str(peer) for peer in group_info.peer_ids if peer != self.peer_id}
-        self._admission.take_back(members)
-        self._report(GROUP, group_info.group_id, *sorted(members))
-        watching = asyncio.create_task(self._leave_out_silent(group_info.group_id))
-        try:
-            gathered = _Gathered(await super()._aggregate_with_group(group_info, **kwargs))
-        finally:
-            watching.cancel()
-            self._report(GROUP, b"")
-        runner = self._running_groups[group_info.group_id].result()
-        if runner.tensor_part_container.failed_size:
-            gathered.whole = bool(self._admission.gone_of(members))
-        return gathered
-
-    async def _leave_out_silent(self, group_id: bytes) -> None:
-        """Leave out the members that do not begin to send soon after half of the group has."""
-        runner = await asyncio.shield(self._running_groups[group_id])
-        # Hivemind has an event for all of them only.
-        while 2 * len(runner.active_senders) < len(runner.sender_peer_ids):  # noqa: ASYNC110
-            await asyncio.sleep(CHECK_SECONDS)
-        seconds = self._patience_seconds()
-        await asyncio.sleep(seconds)
-        for peer in silent_members(runner):
-            if not self._admission.gone(str(peer)).is_set():  # the program knows that already
-                self._admission.note_silence(peer, f"it sent nothing for {seconds:.0f} s")
-            await runner._ban_sender(peer)
-
-    async def _own_parts(self, group_id: bytes) -> Sequence[Tensor]:
-        """Our own tensors of the parts that we average for this group; none if it is not ours."""
-        if group_id not in self._running_groups:  # its first messages may overtake its beginning
-            await asyncio.wait_for(self._pending_groups_registered.wait(), CHUNK_SECONDS)
-        group = self._running_groups.get(group_id)
-        if group is None:
-            return ()
-        runner = await asyncio.wait_for(asyncio.shield(group), CHUNK_SECONDS)
-        parts: Sequence[Tensor] = runner.parts_for_local_averaging
-        return parts
-
-    async def _load_state_from_peers(
-        self,
-        future: Any,
-        timeout: float | None = None,  # noqa: ASYNC109 - the stock one's
-    ) -> None:
-        """As in the base class; each donor's state is compared with what the others vouch for."""
-        await self._inspector.prepare()
-        await super()._load_state_from_peers(future, timeout)
-
-
-async def end_search(matchmaking: Any, step: Any) -> None:
-    """Make sure that the matchmaking no longer searches a group for this step, which is over.
-
-    Before Python 3.12 `asyncio.wait_for` loses a cancellation that comes at the same moment as
-    the answer. Hivemind would search on, and since no other search can begin meanwhile, the
-    next rounds would be missed as well. A search that has not ended is cancelled again.
-    """
-    deadline = time.monotonic() + END_SEARCH_SECONDS
-    while matchmaking.step_control is step and time.monotonic() < deadline:
-        await asyncio.sleep(CANCEL_AGAIN_SECONDS)
-        if matchmaking.step_control is step:
-            for task in asyncio.all_tasks():
-                if getattr(task.get_coro(), "__name__", "") == SEARCH:
-                    task.cancel()
-
-
-def silent_members(runner: Any) -> list[PeerID]:
-    """The members of an all-reduce that should have begun to send, and have not."""
-    begun = runner.active_senders | runner.banned_senders
-    return [peer for peer in runner.sender_peer_ids if peer not in begun]
-
-
-@contextlib.asynccontextmanager
-async def _lingering(answers: Any) -> AsyncIterator[Any]:
-    """A handler's answers; after the last one, time for the caller to close first."""
-    async with contextlib.aclosing(answers):
-        yield answers
-    await asyncio.sleep(LINGER_SECONDS)
-
-
-class _Gathered(dict[Any, Any]):
-    """What the members of a round sent along; `whole` unless the part of the average that a
-    live one computes did not arrive."""
-
-    whole = True
-
-
-def problem_with_part(
-    message: averaging_pb2.AveragingData, number: int, own: Tensor, bounds: Bounds
-) -> str | None:
-    """Why this part of a peer's tensors must not be averaged with ours; None if it may be."""
-    if number == 0 and message.code != averaging_pb2.PART_FOR_AVERAGING:
-        return None  # the base class refuses it; it does not read the codes of later ones
-    problem = bounds.problem_with_weight(message.weight)
-    return problem or bounds.problem_with(deserialize_torch_tensor(message.tensor_part), own)
 
 
 def compression(section: SwarmSection) -> CompressionBase:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from hiveminer.config.run import Run
 from hiveminer.strategies.base import Context, GlobalState, Observer, local_step
-from hiveminer.strategies.hivemind.averager import CHUNK_SECONDS, SwarmAverager
+from hiveminer.strategies.hivemind.averager import SwarmAverager
 from hiveminer.strategies.hivemind.bounds import Bounds
 from hiveminer.strategies.hivemind.records import Shapes
+from hiveminer.strategies.hivemind.round_server import CHUNK_SECONDS
 from hiveminer.strategies.hivemind.tracker import SampleTracker
 from hiveminer.swarm import Peer
 from hiveminer.swarm.membership import Membership

@@ -16,7 +16,7 @@ from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import PeerID
 from hivemind.utils.timed_storage import ValueWithExpiration
 
-from hiveminer.swarm.identity import peer_id_of_key
+from hiveminer.swarm.keys import peer_id_of_key
 from hiveminer.swarm.records import OWNER
 
 MAX_COUNT = 2**53

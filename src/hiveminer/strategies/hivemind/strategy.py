@@ -27,10 +27,11 @@ from hiveminer.runtime.events import tell
 from hiveminer.strategies.base import Context, RoundResult, Strategy
 from hiveminer.strategies.hivemind import state
 from hiveminer.strategies.hivemind.admission import SHUN_SECONDS
-from hiveminer.strategies.hivemind.averager import CHUNK_SECONDS, compression
+from hiveminer.strategies.hivemind.averager import compression
 from hiveminer.strategies.hivemind.bounds import Bounds
 from hiveminer.strategies.hivemind.failure_detector import FailureDetector
 from hiveminer.strategies.hivemind.optimizer import SwarmOptimizer
+from hiveminer.strategies.hivemind.round_server import CHUNK_SECONDS
 from hiveminer.strategies.hivemind.tracker import REPORT_SECONDS
 from hiveminer.swarm.membership import Membership, announced_ip, start_peer
 from hiveminer.swarm.processes import require_shared_memory
@@ -167,7 +168,7 @@ class HivemindStrategy(Strategy):
             averager = self.optimizer.state_averager
             if averager.is_sound():
                 return True
-            averager.go_back()
+            averager.rollback()
             self.zero_grad()
             if self.peers > 1:
                 self.optimizer.load_state_from_peers()
@@ -231,7 +232,7 @@ class HivemindStrategy(Strategy):
     def _step(self, batch_size: int) -> bool:
         self._follow_live_peers()
         rows = self.optimizer.local_progress.samples_accumulated + batch_size
-        self.optimizer.state_averager.weigh(float(rows), self.optimizer.scheduled_state)
+        self.optimizer.state_averager.set_weight(float(rows), self.optimizer.scheduled_state)
         epoch, reloads = self.epoch, self.optimizer.reloads
         began = time.monotonic()
         self._deserted = False

@@ -15,13 +15,13 @@ from hivemind.compression import serialize_torch_tensor
 from hivemind.p2p import PeerID
 from hivemind.proto import averaging_pb2
 
-from hiveminer.strategies.hivemind.averager import (
-    SwarmAverager,
+from hiveminer.strategies.hivemind.bounds import Bounds
+from hiveminer.strategies.hivemind.round_server import (
+    RoundServer,
     end_search,
     problem_with_part,
     silent_members,
 )
-from hiveminer.strategies.hivemind.bounds import Bounds
 
 BOUNDS = Bounds(most_rows=256.0, learning_rate=3e-3)
 OWN = 0.02 * torch.randn(30, 7)
@@ -74,7 +74,7 @@ def test_a_search_that_lost_its_cancellation_ends_with_its_step() -> None:
                 await asyncio.sleep(60)
 
         matchmaking = Matchmaking(
-            SimpleNamespace(peer_id=ours), b"schema", OneLeader(ours), servicer_type=SwarmAverager,
+            SimpleNamespace(peer_id=ours), b"schema", OneLeader(ours), servicer_type=RoundServer,
             prefix="run", target_group_size=2, min_group_size=2, min_matchmaking_time=100.0,
             request_timeout=1.0, client_mode=False, initial_group_bits="",
         )  # fmt: skip
