@@ -85,6 +85,28 @@ def test_who_is_ahead_of_most_is_a_peer_and_does_not_set_the_epoch() -> None:
     assert len(reports.read(entries(6, 5, 6), own_epoch=6)) == 3
 
 
+def test_who_is_ahead_and_gives_no_state_is_left_out_longer_each_time() -> None:
+    now = 0.0
+    reports = Reports(own=str(peer(0)), clock=lambda: now)
+
+    def epochs_at(seconds: float) -> set[int]:
+        nonlocal now
+        now = seconds
+        reports.read(entries(5, 5, 7, time=1000.0 + now), own_epoch=5)
+        return set(reports.others.values())
+
+    assert epochs_at(0) == {5, 7}
+    assert reports.note_download(epoch=5, loaded=False) == {str(peer(2))}
+    assert epochs_at(29) == {5}
+    assert epochs_at(31) == {5, 7}
+    reports.note_download(epoch=5, loaded=False)
+    assert epochs_at(31 + 59) == {5}
+    assert epochs_at(31 + 61) == {5, 7}
+    assert reports.note_download(epoch=5, loaded=True) == set()
+    reports.note_download(epoch=5, loaded=False)
+    assert epochs_at(31 + 61 + 31) == {5, 7}
+
+
 def test_rows_that_nobody_can_have_trained_do_not_count() -> None:
     now = 0.0
     reports = Reports(own=str(peer(0)), clock=lambda: now)

@@ -65,6 +65,7 @@ class Reports:
         self._gone: dict[str, float] = {}
         self._shunned_until: dict[str, float] = {}
         self._counted: dict[str, Counted] = {}
+        self._times_ahead: dict[str, int] = {}
         self._epoch = -1, 0.0  # ours, and when it was first seen
         self._lock = threading.Lock()
 
@@ -87,6 +88,18 @@ class Reports:
         """Do not count this peer for this long, whatever it reports."""
         self._shunned_until[peer] = self._clock() + seconds
         self.leave_out(peer)
+
+    def note_download(self, *, epoch: int, loaded: bool) -> set[str]:
+        """A state of a later epoch than this was asked for. If none came, whoever claims to be
+        ahead is left out for a while; those peers."""
+        if loaded:
+            self._times_ahead.clear()
+            return set()
+        ahead = {peer for peer, theirs in self.others.items() if theirs > epoch}
+        for peer in ahead:
+            times = self._times_ahead[peer] = self._times_ahead.get(peer, -1) + 1
+            self.shun(peer, seconds=min(AHEAD_SECONDS * 2**times, MAX_AHEAD_SECONDS))
+        return ahead
 
     def read(self, entries: Mapping[Any, Any], *, own_epoch: int = 0) -> dict[Any, Any]:
         """The entries of the DHT that count, as hivemind takes them: one per peer, none of an
@@ -154,7 +167,6 @@ class SampleTracker(ProgressTracker):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any):
         signed = kwargs.get("private_key") is not None
         self.reports = Reports(own=str(kwargs["dht"].peer_id), signed=signed)
-        self._ahead: dict[str, int] = {}
         super().__init__(*args, **kwargs)
 
     def run(self) -> None:
@@ -198,17 +210,11 @@ class SampleTracker(ProgressTracker):  # type: ignore[misc]
         progress.num_peers = max(1, progress.num_peers - 1)
 
     def note_download(self, *, epoch: int, loaded: bool) -> set[str]:
-        """A state of a later epoch than this was asked for. If none came, whoever claims to be
-        ahead is left out for a while; those peers."""
-        if loaded:
-            self._ahead.clear()
-            return set()
-        ahead = {peer for peer, theirs in self.reports.others.items() if theirs > epoch}
-        for peer in ahead:
-            times = self._ahead[peer] = self._ahead.get(peer, -1) + 1
-            seconds = min(AHEAD_SECONDS * 2**times, MAX_AHEAD_SECONDS)
-            self.leave_out(peer, shun_seconds=seconds)
-        return ahead
+        """As `Reports.note_download`; the peers that are left out."""
+        left_out = self.reports.note_download(epoch=epoch, loaded=loaded)
+        progress = self.global_progress
+        progress.num_peers = max(1, progress.num_peers - len(left_out))
+        return left_out
 
     def stop(self, *, timeout_seconds: float = 5.0) -> None:
         """End the thread, without the goodbye to the others that `shutdown` writes."""
