@@ -59,21 +59,25 @@ def test_who_sent_poison_counts_again_after_a_while() -> None:
 
 
 @pytest.mark.parametrize(
-    ("others", "epoch"),
+    ("own", "others", "epoch"),
     [
-        ([], 0),
-        ([5, 5, 10**9], 5),  # it would send everybody after a state that nobody has
-        ([5, 6, 5, 10**9], 5),
-        ([5, 7], 5),
-        ([5, 6, 6], 6),
-        ([5, 50, 51], 50),  # the other half of a swarm that was split
-        ([50], 50),  # of two, nobody can say who is right
+        (5, [], 0),
+        (5, [5, 10**9], 5),  # it would send everybody after a state that nobody has
+        (0, [5, 5, 10**9], 5),
+        (5, [5, 6, 5, 10**9], 5),
+        (5, [6, 6], 6),
+        (5, [6, 5], 5),  # the first has just ended the epoch
+        (5, [5, 50, 51], 50),  # the other half of a swarm that was split
+        (5, [50], 50),  # of two, nobody can say who is right
+        (9, [10, 5], 10),  # rounds have failed, and each is in an epoch of its own
+        (5, [10, 9], 9),
+        (10, [9, 5], 9),
     ],
 )
 def test_the_swarm_is_in_the_epoch_that_most_peers_have_reached(
-    others: list[int], epoch: int
+    own: int, others: list[int], epoch: int
 ) -> None:
-    assert swarm_epoch(others) == epoch
+    assert swarm_epoch(others, own=own) == epoch
 
 
 def test_who_is_ahead_of_most_is_a_peer_and_does_not_set_the_epoch() -> None:
@@ -96,6 +100,7 @@ def test_who_is_ahead_and_gives_no_state_is_left_out_longer_each_time() -> None:
         return set(reports.others.values())
 
     assert epochs_at(0) == {5, 7}
+    assert reports.note_download(epoch=6, loaded=False) == set()
     assert reports.note_download(epoch=5, loaded=False) == {str(peer(2))}
     assert epochs_at(29) == {5}
     assert epochs_at(31) == {5, 7}

@@ -91,11 +91,12 @@ class Reports:
 
     def note_download(self, *, epoch: int, loaded: bool) -> set[str]:
         """A state of a later epoch than this was asked for. If none came, whoever claims to be
-        ahead is left out for a while; those peers."""
+        more than one ahead is left out for a while; those peers. One epoch is made up for without
+        a state, in the next round."""
         if loaded:
             self._times_ahead.clear()
             return set()
-        ahead = {peer for peer, theirs in self.others.items() if theirs > epoch}
+        ahead = {peer for peer, theirs in self.others.items() if theirs > epoch + 1}
         for peer in ahead:
             times = self._times_ahead[peer] = self._times_ahead.get(peer, -1) + 1
             self.shun(peer, seconds=min(AHEAD_SECONDS * 2**times, MAX_AHEAD_SECONDS))
@@ -120,7 +121,7 @@ class Reports:
             if own_epoch != self._epoch[0]:
                 self._epoch = own_epoch, self._clock()
             rows = self._count_rows(reports)
-        limit = max(own_epoch, swarm_epoch(self.others.values()))
+        limit = max(own_epoch, swarm_epoch(self.others.values(), own=own_epoch))
         return {
             key: type(entry)(
                 value=entry.value | {"samples_accumulated": rows[report.peer]},
@@ -244,7 +245,14 @@ class SampleTracker(ProgressTracker):  # type: ignore[misc]
         return progress
 
 
-def swarm_epoch(others: Iterable[int]) -> int:
-    """The last epoch that most of the other peers have reached; 0 when there are none."""
+def swarm_epoch(others: Iterable[int], *, own: int) -> int:
+    """The last epoch that most of the other peers have reached; 0 when there are none.
+
+    If that is no later than ours, and nobody is in ours, the latest counts: peers whose rounds
+    failed may each be in another epoch, and would never meet again.
+    """
     epochs = sorted(others)
-    return epochs[(len(epochs) - 1) // 2] if epochs else 0
+    if not epochs:
+        return 0
+    most = epochs[(len(epochs) - 1) // 2]
+    return epochs[-1] if most <= own and own not in epochs else most
