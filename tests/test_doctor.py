@@ -61,14 +61,12 @@ def registered(tmp_path: Path) -> MinerSettings:
 def test_a_fresh_machine_passes_offline_and_nothing_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    began = time.monotonic()
     code = cli.main(["doctor", "--json", *flags(tmp_path)])
-    assert time.monotonic() - began < 30
     said = json.loads(capsys.readouterr().out)
     verdicts = {check["name"]: check["verdict"] for check in said["checks"]}
     assert code == said["failed"] == 0, said
     assert set(verdicts.values()) == {"passed"}, said
-    assert len(verdicts) == 17
+    assert len(verdicts) == 18
     assert list(tmp_path.iterdir()) == []
 
 
@@ -216,13 +214,53 @@ def test_the_exit_code_is_the_number_of_failures_capped(
     assert doctor.main(miner_settings(tmp_path), as_json_text=True) == 100
 
 
-def test_the_packages_are_those_of_pyproject() -> None:
+def test_the_pythons_are_those_of_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = set(project["dependencies"])
-    for name, (oldest, too_new) in doctor.PACKAGES.items():
-        assert f"{name}>={oldest},<{too_new}" in declared
     low, high = (".".join(map(str, version)) for version in doctor.PYTHONS)
     assert project["requires-python"] == f">={low},<{high}"
+
+
+def test_a_package_outside_its_range_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "site" / "hiveminer-9.9.9.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text(
+        "Metadata-Version: 2.4\nName: hiveminer\nVersion: 9.9.9\nRequires-Dist: torch>=98\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    check = Doctor(miner_settings(tmp_path)).packages()
+    assert check.verdict == "failed"
+    assert "pip install 'torch>=98'" in check.found
+
+
+def test_a_temporary_folder_that_a_start_would_refuse_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    checks = Doctor(miner_settings(tmp_path)).examine()
+    (check,) = [check for check in checks if check.name == "temporary and open files"]
+    assert check.verdict == "failed"
+    assert "does not exist" in check.found
+
+
+@pytest.mark.parametrize("how", ["password", "public"])
+def test_a_hotkey_that_cannot_sign_fails(tmp_path: Path, how: str) -> None:
+    wallet = bt.Wallet("w", "h", str(tmp_path / "wallets"))
+    password = "made-Up-4-this!" if how == "password" else None
+    wallet.create_new_hotkey(
+        use_password=password is not None, hotkey_password=password, suppress=True
+    )
+    if how == "public":
+        file = Path(wallet.hotkey_file.path)
+        address = json.loads(file.read_bytes())["ss58Address"]
+        file.write_text(json.dumps({"ss58Address": address}))
+    settings = miner_settings(
+        tmp_path,
+        subtensor={"network": "test"},
+        wallet={"name": "w", "hotkey": "h", "path": tmp_path / "wallets"},
+    )
+    check = within(Doctor(settings).wallet, seconds=30)
+    assert check.verdict == "failed"
+    assert "the hotkey at" in check.found
 
 
 def test_memory_is_read_off_the_models_configuration(

@@ -25,7 +25,7 @@ from hiveminer.protocol import IsAlive, Train
 from hiveminer.runtime.events import tell
 from hiveminer.runtime.metrics import Metrics, progress_bar
 from hiveminer.runtime.program import script
-from hiveminer.runtime.watchdog import Watchdog
+from hiveminer.runtime.watchdog import watch
 from hiveminer.strategies.base import Context, RoundResult, Strategy, StrategyFactory
 from hiveminer.strategies.checkpointer import LAST_SECONDS, Progress
 from hiveminer.strategies.registry import open_strategy
@@ -249,7 +249,7 @@ class Miner(BaseMinerNeuron):
         self.trainer = Trainer(
             self.model,
             encode=self._tensors,
-            optimizer=_WatchedStep(self.swarm, self.watchdog, limit_seconds=step_seconds(run)),
+            optimizer=_WatchedStep(self.swarm, limit_seconds=step_seconds(run)),
             device=self.device,
             max_grad_norm=run.optimizer.max_grad_norm,
         )
@@ -262,7 +262,7 @@ class Miner(BaseMinerNeuron):
         if settings.neuron.resume:
             self.progress.resume()
         self.neuron.go_on()
-        with self.watchdog.watch("joining the swarm", limit_seconds=JOIN_SECONDS):
+        with watch("joining the swarm", limit_seconds=JOIN_SECONDS):
             self.swarm.join()
         self.neuron.keep_in_sync(self._sync)
         self._tell_meaning()
@@ -370,13 +370,12 @@ class Miner(BaseMinerNeuron):
 class _WatchedStep:
     """The swarm's step, watched over: it waits for others."""
 
-    def __init__(self, swarm: Strategy, watchdog: Watchdog, *, limit_seconds: float):
+    def __init__(self, swarm: Strategy, *, limit_seconds: float):
         self._swarm = swarm
-        self._watchdog = watchdog
         self._limit_seconds = limit_seconds
 
     def step(self, *, batch_size: int) -> bool:
-        with self._watchdog.watch("the swarm's step", limit_seconds=self._limit_seconds):
+        with watch("the swarm's step", limit_seconds=self._limit_seconds):
             return self._swarm.step(batch_size=batch_size)
 
     def zero_grad(self) -> None:

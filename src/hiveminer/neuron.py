@@ -51,7 +51,7 @@ from hiveminer.runtime.locks import Held, hold
 from hiveminer.runtime.logs import configure_logging
 from hiveminer.runtime.metrics import Metrics, open_metrics
 from hiveminer.runtime.signals import SHUTDOWN_SECONDS, Signals
-from hiveminer.runtime.watchdog import Watchdog
+from hiveminer.runtime.watchdog import watch
 from hiveminer.swarm import Identity, addresses_in
 from hiveminer.swarm.processes import log_to_root
 from hiveminer.training.checkpoint import Checkpoints
@@ -431,7 +431,6 @@ class BaseMinerNeuron(ABC):
             min_stake=settings.blacklist.min_stake,
         )
         self.queue = WorkQueue(capacity=settings.axon.max_waiting, idle=self._idle)
-        self.watchdog = Watchdog()
         self.neuron = Neuron(settings, role="miner", chain=chain)
         with contextlib.ExitStack() as unfinished:
             unfinished.callback(self.abandon)
@@ -475,11 +474,11 @@ class BaseMinerNeuron(ABC):
     def _forward(self, synapse: Train) -> Train:
         what = f"request {synapse.request_id[:8]} of {synapse.dendrite.hotkey[:8]}"
         limit = synapse.timeout_seconds + GRACE_SECONDS
-        with self.watchdog.watch(what, limit_seconds=limit):
+        with watch(what, limit_seconds=limit):
             return self.forward(synapse)
 
     def _idle(self) -> None:
-        with self.watchdog.watch("what is done between requests", limit_seconds=IDLE_SECONDS):
+        with watch("what is done between requests", limit_seconds=IDLE_SECONDS):
             self.idle()
 
     def run(self) -> None:
@@ -514,7 +513,6 @@ class BaseMinerNeuron(ABC):
         if dropped:
             logger.info("dropped %d requests: %s", len(dropped), ", ".join(dropped))
         release()
-        self.watchdog.stop()
         self.neuron.close()
         logger.info("stopped")
 

@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import bittensor as bt
+from bittensor.keyfiles import Keypair
 
+from hiveminer.config.settings import WalletSettings
 from hiveminer.errors import OperatorError
 from hiveminer.runtime.locks import Held, hold
 
@@ -114,6 +116,27 @@ def _unlock(wallet: bt.Wallet) -> None:
                 f"whole file here ({new})"
             ) from None
         raise OperatorError(f"the hotkey at {file.path} cannot be read: {reason}") from error
+
+
+class Reader:
+    """A wallet for those who only read: a key that nobody has registered."""
+
+    def __init__(self) -> None:
+        self.hotkey = Keypair.create_from_seed(os.urandom(32))
+        self.coldkey = self.coldkeypub = self.hotkey
+
+
+def embedded_key(place: Path, wallet: WalletSettings, *, role: str = "miner") -> bt.Wallet | None:
+    """The key that this machine uses on the embedded network at `place`, if it was ever made.
+
+    Reads it without claiming it: a running miner keeps its own.
+    """
+    name, hotkey = wallet.name, wallet.hotkey
+    if hotkey is None:
+        name, hotkey = EMBEDDED_WALLET, f"{role}-0"
+    if not (place / "wallets" / name / "hotkeys" / hotkey).is_file():
+        return None
+    return open_wallet(name, hotkey, place / "wallets")
 
 
 def _claim(place: Path, name: str, hotkey: str) -> Claimed | str:

@@ -13,7 +13,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -36,6 +35,7 @@ from hiveminer.config.run import Run
 from hiveminer.config.run_file import to_toml
 from hiveminer.config.settings import DemoSettings
 from hiveminer.errors import OperatorError
+from hiveminer.runtime.addresses import port_is_free
 from hiveminer.runtime.program import rendered
 
 logger = logging.getLogger(__name__)
@@ -268,7 +268,7 @@ class Demo:
         family = {pid for program in self.programs for pid in program.family}
         left = [f"process {pid}" for pid in sorted(family) if _lives(pid)]
         ports = {port for program in self.programs for port in program.ports}
-        left += [f"port {port}" for port in sorted(ports) if not _port_is_free(port)]
+        left += [f"port {port}" for port in sorted(ports) if not port_is_free("127.0.0.1", port)]
         memory = Path("/dev/shm")
         left += [
             str(path)
@@ -307,7 +307,7 @@ class Demo:
 
 
 def summarise(lines: Sequence[Line], *, miners: int) -> dict[str, Any]:
-    """The demo's figures, from the programs' lines; losses in nats a token."""
+    """The demo's figures, from the programs' lines; losses in nats per token."""
     answers = [line for line in lines if line["kind"] == "answer" and line["loss"] is not None]
     by_miner: dict[str, list[float]] = {}
     for line in answers:
@@ -374,7 +374,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
             seen.add(line["epoch"])
             axes.axvline(line["time"] - start, color="grey", linewidth=0.7, alpha=0.6, label=label)
     axes.set_xlabel("seconds")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -462,13 +462,3 @@ def _lives(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
-
-
-def _port_is_free(port: int) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True

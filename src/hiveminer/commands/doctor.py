@@ -24,14 +24,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import bittensor as bt
-from bittensor.keyfiles import Keypair
 from rich.table import Table
 
 from hiveminer.chain import Chain, open_chain, open_wallet
+from hiveminer.chain.wallets import Reader, embedded_key
 from hiveminer.config.run import Run, RunId, load_run
 from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import ChainError, HiveminerError, OperatorError
-from hiveminer.runtime import addresses
+from hiveminer.runtime import addresses, dependencies, machine
 from hiveminer.runtime.addresses import port_is_free
 from hiveminer.runtime.program import rendered
 
@@ -56,15 +56,8 @@ OLD_SECONDS = 10.0
 """After so many seconds a signed request is refused."""
 
 PYTHONS = ((3, 11), (3, 14))
-PACKAGES: Mapping[str, tuple[str, str]] = {
-    "bittensor": ("11.1", "12"),
-    "hivemind": ("1.1.12", "1.2"),
-    "torch": ("2.9", "2.14"),
-    "transformers": ("5", "6"),
-    "datasets": ("4", "6"),
-    "pydantic": ("2.11", "3"),
-}
-"""Each with the oldest version, and the first one that is too new; as in pyproject.toml."""
+SHOWN = ("bittensor", "hivemind", "torch", "transformers", "datasets")
+"""The packages whose versions are listed."""
 
 USUAL_ROWS = 4
 """A validator's batch, unless it says otherwise."""
@@ -126,6 +119,7 @@ class Doctor:
         return [
             ("python", self.python),
             ("packages", self.packages),
+            ("temporary and open files", self.limits),
             ("run", self.run_file),
             ("device and memory", self.memory),
             ("disk", self.disk),
@@ -167,19 +161,15 @@ class Doctor:
         return passed(version)
 
     def packages(self) -> Check:
-        found, wrong = [], []
-        for name, (oldest, too_new) in PACKAGES.items():
-            try:
-                version = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                wrong.append(f"{name} is missing")
-                continue
-            found.append(f"{name} {version}")
-            if not numbers(oldest) <= numbers(version) < numbers(too_new):
-                wrong.append(f"{name} {version} is not >={oldest},<{too_new}")
+        wrong = dependencies.unmet()
         if wrong:
-            return failed("; ".join(wrong), "install the package again: pip install -e .")
-        return passed(", ".join(found))
+            return failed("; ".join(map(str, wrong)), "install what this version was written for")
+        return passed(", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN))
+
+    def limits(self) -> Check:
+        """What a start would refuse: temporary files, and how many may be open."""
+        folder = machine.check_temporary_folder()
+        return passed(f"temporary files in {folder}, {machine.check_descriptors()} may be open")
 
     def run_file(self) -> Check:
         self._run = load_run(self.settings.neuron.run)
@@ -248,7 +238,7 @@ class Doctor:
     def wallet(self) -> Check:
         settings = self.settings
         if settings.embedded:
-            self._wallet = embedded_key(settings)
+            self._wallet = embedded_key(settings.subtensor.path, settings.wallet)
             if self._wallet is None:
                 return passed("none yet; the miner makes a throwaway key by itself")
             return passed(f"throwaway key {self._wallet.hotkey.ss58_address}")
@@ -468,28 +458,6 @@ class Doctor:
         return failed("not known without the chain", "put the chain right first")
 
 
-class Reader:
-    """A wallet for those who only read: a key that nobody has registered."""
-
-    def __init__(self) -> None:
-        self.hotkey = Keypair.create_from_seed(os.urandom(32))
-        self.coldkey = self.coldkeypub = self.hotkey
-
-
-def embedded_key(settings: MinerSettings, *, role: str = "miner") -> bt.Wallet | None:
-    """The key that this machine uses on the embedded network, if it was ever made.
-
-    Looks without claiming it: a running miner keeps its own.
-    """
-    wallets = settings.subtensor.path / "wallets"
-    name, hotkey = settings.wallet.name, settings.wallet.hotkey
-    if hotkey is None:
-        name, hotkey = "embedded", f"{role}-0"
-    if not (wallets / name / "hotkeys" / hotkey).is_file():
-        return None
-    return open_wallet(name, hotkey, wallets)
-
-
 def within(look: Callable[[], Check], *, seconds: float) -> Check:
     """A check's outcome; its mistakes are failures, and so is taking too long."""
     future: concurrent.futures.Future[Check] = concurrent.futures.Future()
@@ -529,17 +497,6 @@ def _answers(peer: str) -> bool:
             return True
     except (OSError, ValueError, IndexError, OverflowError):
         return False
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: (2, 13, 0) for "2.13.0+cpu"."""
-    found = []
-    for part in version.split("+")[0].split("."):
-        digits = "".join(mark for mark in part if mark.isdigit())
-        if not part[:1].isdigit():
-            break
-        found.append(int(digits))
-    return tuple(found)
 
 
 def gigabytes(count: float) -> str:

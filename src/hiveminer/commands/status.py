@@ -22,7 +22,7 @@ import bittensor as bt
 from rich.table import Table
 
 from hiveminer.chain import Chain, open_chain, open_wallet
-from hiveminer.commands.doctor import Reader, embedded_key
+from hiveminer.chain.wallets import Reader, embedded_key
 from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import MinerError, OperatorError
 from hiveminer.neuron import subnet_folder
@@ -32,6 +32,7 @@ from hiveminer.runtime.program import rendered
 from hiveminer.training.checkpoint import SCORES_FOLDER, newest
 from hiveminer.validation.scores import ScoreTable
 
+ROLES = ("miner", "validator")
 ALIVE_SECONDS = 3.0
 TAIL_BYTES = 512 * 1024
 """So much of the end of a neuron's metrics is read."""
@@ -100,7 +101,8 @@ def open_reader(settings: MinerSettings) -> Chain:
                 f"there is no embedded network at {file}; start a miner, or name another with "
                 "--subtensor.path or --subtensor.network"
             )
-        wallet = embedded_key(settings) or embedded_key(settings, role="validator") or Reader()
+        keys = (embedded_key(settings.subtensor.path, settings.wallet, role=role) for role in ROLES)
+        wallet = next((key for key in keys if key is not None), None) or Reader()
     else:
         name, hotkey = settings.wallet.name, settings.wallet.hotkey or "default"
         wallet = open_wallet(name, hotkey, settings.wallet.path)

@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Never, Protocol, TypeVar, overload
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -28,8 +27,6 @@ logger = logging.getLogger(__name__)
 FINISH_SECONDS = 5.0
 """How long the end of a program may wait for Weights & Biases."""
 
-Item = TypeVar("Item")
-
 
 class Metrics(Protocol):
     """A place for numbers. Safe to call from any thread; `log` never raises."""
@@ -39,16 +36,6 @@ class Metrics(Protocol):
 
     def close(self) -> None:
         """Write what is left; nothing may be logged afterwards."""
-
-
-class NoMetrics:
-    """Numbers that nobody wants."""
-
-    def log(self, kind: str, fields: Mapping[str, Any]) -> None:
-        """Forget the event."""
-
-    def close(self) -> None:
-        """There is nothing left."""
 
 
 class JsonLines:
@@ -72,7 +59,6 @@ class JsonLines:
             raise OperatorError(
                 f"cannot write to {path}: {error.strerror}; choose another folder"
             ) from error
-        self._torn = _ends_in_mid_line(path)
 
     def log(self, kind: str, fields: Mapping[str, Any]) -> None:
         assert not {"time", "kind"} & set(fields), "time and kind are the sink's own"
@@ -83,16 +69,11 @@ class JsonLines:
                 self._write(line)
 
     def _write(self, line: bytes) -> None:
-        # After a line that was cut short (disk full, kill -9), begin on a new one.
-        line = b"\n" + line if self._torn else line
         try:
-            written = self._file.write(line)
+            if self._file.write(line) != len(line):
+                self._warn("no space left")
         except OSError as error:
             self._warn(error.strerror or "an error")
-            return
-        self._torn = written != len(line)
-        if self._torn:
-            self._warn("no space left")
 
     def _warn(self, reason: str) -> None:
         if not self._failed:
@@ -102,14 +83,6 @@ class JsonLines:
     def close(self) -> None:
         with self._lock:
             self._file.close()
-
-
-def _ends_in_mid_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        if file.seek(0, os.SEEK_END) == 0:
-            return False
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) != b"\n"
 
 
 def _finite(value: Any) -> Any:
@@ -242,30 +215,6 @@ def open_metrics(
     if wandb is None or wandb.mode == "disabled":
         return lines
     return Tee(lines, Wandb(wandb, folder=path.parent, name=name, config=config or {}))
-
-
-@overload
-def progress_bar(
-    items: Iterable[Item],
-    *,
-    title: str,
-    total: float | None = ...,
-    unit: str = ...,
-    shown: bool = ...,
-    keep: bool = ...,
-) -> tqdm[Item]: ...
-
-
-@overload
-def progress_bar(
-    items: None = ...,
-    *,
-    title: str,
-    total: float | None = ...,
-    unit: str = ...,
-    shown: bool = ...,
-    keep: bool = ...,
-) -> tqdm[Never]: ...
 
 
 def progress_bar(
