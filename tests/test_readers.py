@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+from pydantic import ValidationError
 from row_files import all_texts, load, refused, write_lines, write_parquet
 
 from hiveminer.config.run import DataSection
@@ -38,9 +39,10 @@ def test_what_is_not_data_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     refused(tmp_path / "pipe.txt", "not a regular file")
     refused(tmp_path, r"pipe\.txt: not a regular file")
-    with pytest.raises(OperatorError, match=r"data\.name is empty"):
-        load_rows(DataSection(name=""))
-    for name in ("x" * 5000, "x" * 5000 + ".txt", "a\0b.txt"):
+    for name in ("", "a\0b.txt"):
+        with pytest.raises(ValidationError):
+            DataSection(name=name)
+    for name in ("x" * 5000, "x" * 5000 + ".txt"):
         with pytest.raises(OperatorError):
             load_rows(DataSection(name=name))
 

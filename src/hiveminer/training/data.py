@@ -206,8 +206,6 @@ def load_rows(section: DataSection) -> Rows:
     Raises OperatorError when there is no such data, it cannot be used as it is, or its hash
     is not the run's.
     """
-    if not section.name:
-        raise OperatorError(f"data.name is empty: give {BUILTIN!r}, a file, a folder or a hub name")
     if section.name == BUILTIN:
         rows: Rows = builtin_rows()
     elif is_local(section.name):
