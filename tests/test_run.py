@@ -22,6 +22,7 @@ OTHER_VALUES: dict[str, Any] = {
     "oldest_version": "0.0.9",
     "model.name": "owner/model",
     "model.revision": "main",
+    "model.hash": "0" * 64,
     "model.sequence_length": 256,
     "data.name": "owner/other",
     "data.hash": "00",

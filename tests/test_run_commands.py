@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from tiny import save_tiny
 
 from hiveminer.cli import main
 from hiveminer.config.run import Run, load_run
 from hiveminer.config.run_file import commented_toml, to_toml
+from hiveminer.errors import OperatorError
 from hiveminer.training.data import load_rows
+from hiveminer.training.model import builtin_model, weights_hash
 from hiveminer.training.optimizer import usual_learning_rate
+from hiveminer.training.task import load_task
 
 TEXT = "".join(f"This is line {n} of a text about nothing much at all.\n" for n in range(4000))
 
@@ -32,6 +36,7 @@ def test_a_new_run_has_the_hash_of_the_data_and_checks_out(
     assert main(["run", "new", "--out", str(out), "--data", str(text_file)]) == 0
     run = load_run(out)
     assert run.data.hash == load_rows(run.data).hash
+    assert run.model.hash == weights_hash(builtin_model())
     assert "# Tokens to which a row is truncated." in out.read_text()
     capsys.readouterr()
     assert main(["run", "check", str(out)]) == 0
@@ -112,3 +117,25 @@ def test_the_usual_learning_rate_falls_with_size() -> None:
     assert rates == sorted(rates, reverse=True)
     assert usual_learning_rate(10**6) == pytest.approx(1.3e-3, rel=0.05)
     assert rates[-1] == 1e-4
+
+
+def test_a_model_with_other_weights_is_refused(tmp_path: Path, text_file: Path) -> None:
+    save_tiny("llama", tmp_path / "tiny")
+    table: dict[str, Any] = {
+        "data": {"name": str(text_file)},
+        "model": {"name": str(tmp_path / "tiny"), "sequence_length": 32},
+    }
+    good = load_task(Run.model_validate(table))
+    table["model"]["hash"] = weights_hash(good.model)
+    again = load_task(Run.model_validate(table))
+    assert again.run_id != good.run_id  # a key that is set is part of what is agreed on
+    table["model"]["hash"] = "0" * 64
+    with pytest.raises(OperatorError, match="the hash of its weights is"):
+        load_task(Run.model_validate(table))
+    with pytest.raises(ValidationError):
+        Run.model_validate(table | {"model": {"hash": "short"}})
+
+
+def test_only_a_strategy_in_use_has_its_section_in_the_file() -> None:
+    assert "[sparseloco]" not in commented_toml(Run())
+    assert "[sparseloco]" in commented_toml(Run.model_validate({"strategy": "sparseloco"}))

@@ -8,11 +8,12 @@ from hiveminer.config.settings import RunNewSettings
 from hiveminer.errors import OperatorError
 from hiveminer.runtime.files import write_atomically
 from hiveminer.training.data import load_rows
+from hiveminer.training.model import load_model, weights_hash
 from hiveminer.training.model_folder import check_absent
 
 
 def main(settings: RunNewSettings) -> int:
-    """Write the file, with the hash of the data as it is on this machine."""
+    """Write the file, with the hashes of the data and the model as they are on this machine."""
     check_absent(settings.out)
     table = {
         "name": settings.name,
@@ -22,7 +23,8 @@ def main(settings: RunNewSettings) -> int:
     run = run_from_table(table, source="hiveminer run new")
     rows = load_rows(run.data)
     data = run.data.model_copy(update={"hash": rows.hash})
-    text = commented_toml(run.model_copy(update={"data": data}))
+    model = run.model.model_copy(update={"hash": weights_hash(load_model(run.model.name))})
+    text = commented_toml(run.model_copy(update={"data": data, "model": model}))
     try:
         write_atomically(settings.out, text.encode())
     except OSError as error:

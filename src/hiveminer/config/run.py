@@ -51,6 +51,9 @@ class ModelSection(_Section):
     """`builtin`, a local folder written by `save_pretrained`, or a hub name."""
     revision: str = ""
     """The hub's revision; empty for the newest."""
+    hash: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    """The weights' content hash, as `hiveminer run new` and a model's card give it; a machine
+    that holds other weights refuses to start. Empty: not compared."""
     sequence_length: Annotated[int, Field(ge=2, le=65536)] = 512
     """Tokens to which a row is truncated."""
 

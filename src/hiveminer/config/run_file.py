@@ -22,17 +22,27 @@ HEAD = """\
 
 def to_toml(run: Run) -> str:
     """The run as TOML, every key of it."""
-    return "".join(f"{line}\n" for line in _plain(run.model_dump()))
+    table = run.model_dump(include={*_sections(run)})
+    return "".join(f"{line}\n" for line in _plain(table))
 
 
 def commented_toml(run: Run) -> str:
     """The run as TOML with every key and what it means; for people to edit."""
     lines = list(_commented(run))
-    for name in type(run).model_fields:
+    for name in _sections(run):
         section = getattr(run, name)
         if isinstance(section, BaseModel):
             lines += ["", f"[{name}]", *_commented(section)]
     return HEAD + "\n" + "\n".join(lines) + "\n"
+
+
+def _sections(run: Run) -> list[str]:
+    """The keys of the run, without the section of a strategy that it does not use."""
+    return [
+        name
+        for name in type(run).model_fields
+        if name != "sparseloco" or run.strategy == "sparseloco"
+    ]
 
 
 def _plain(tree: Mapping[str, Any]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from hiveminer.config.run import Run, RunId
+from hiveminer.errors import OperatorError
 from hiveminer.training import model as models
 from hiveminer.training.data import Rows, load_rows
 from hiveminer.training.model_checks import check_fit
@@ -45,6 +46,16 @@ class Task:
         return {key: encoded[key] for key in ("input_ids", "attention_mask")}
 
 
+def check_start(run: Run, model: PreTrainedModel) -> None:
+    """Raise OperatorError unless the model has the weights that the run begins with."""
+    expected = run.model.hash
+    if expected and (actual := models.weights_hash(model)) != expected:
+        raise OperatorError(
+            f"model {run.model.name}: the hash of its weights is {actual}, the run wants "
+            f"{expected}; get the run's own model, or another run.toml"
+        )
+
+
 def load_task(run: Run, *, threads: int | None = None) -> Task:
     """Load a run's model, tokenizer and data, and report what of the data is never trained.
 
@@ -55,6 +66,7 @@ def load_task(run: Run, *, threads: int | None = None) -> Task:
         torch.set_num_threads(threads)
     dataset = load_rows(run.data)
     model = models.load_model(run.model.name, revision=run.model.revision)
+    check_start(run, model)
     tokenizer = models.load_tokenizer(run.model.name, revision=run.model.revision)
     length = run.model.sequence_length
     check_fit(model, tokenizer, length)
