@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""A subnet's own validator: neighbouring rows for each miner, and no mercy for a bad fit.
+"""A subnet's own validator: neighboring rows for each miner, and nothing for a bad fit.
 
 Run: python examples/validator.py
 """
+
+import random
 
 from hiveminer import Evidence, Validator
 
 
 class StrictValidator(Validator):
     def assign(self, hotkey: str) -> list[int]:
-        """A block of neighbouring rows, at a random place, instead of rows from all over."""
-        first = min(super().assign(hotkey))
-        return list(range(first, first + self.settings.validator.rows))
+        """A block of neighboring rows, at a random place, instead of rows from all over."""
+        rows = self.training_rows
+        count = min(self.settings.validator.rows, len(rows))
+        first = random.randrange(len(rows) - count + 1)
+        return list(rows[first : first + count])
 
     def score(self, evidence: Evidence) -> float:
         """As usual, but an answer that fits badly is worth nothing at all."""

@@ -85,14 +85,19 @@ class Recorded:
 
 @contextlib.contextmanager
 def small_validator(
-    folder: Path, *, metrics: Metrics | None = None, chain: Chain | None = None, **groups: Any
+    folder: Path,
+    *,
+    cls: type[Validator] = Validator,
+    metrics: Metrics | None = None,
+    chain: Chain | None = None,
+    **groups: Any,
 ) -> Iterator[Validator]:
     """A validator of a small run, which observes a swarm of nobody."""
     groups["neuron"] = {"run": small_run(folder, rows=60)} | groups.get("neuron", {})
     settings = settings_in(folder, ValidatorSettings, **groups)
     with (
         quiet(),
-        Validator(settings, chain=chain, metrics=metrics, observer=Hub().observer) as validator,
+        cls(settings, chain=chain, metrics=metrics, observer=Hub().observer) as validator,
     ):
         yield validator
 

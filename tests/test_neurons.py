@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import runpy
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
-from in_process import Hub
-from small_neurons import Recorded, miner_settings, quiet, settings_in, small_run
+import pytest
+import torch
+from in_process import Hub, InProcessStrategy
+from small_neurons import (
+    Recorded,
+    miner_settings,
+    quiet,
+    settings_in,
+    small_run,
+    small_validator,
+)
 
 from hiveminer.config.settings import ValidatorSettings
+from hiveminer.errors import OperatorError, SwarmError, TrainingError
 from hiveminer.miner import Miner
+from hiveminer.protocol import Train
+from hiveminer.strategies.base import Context
+from hiveminer.training.data import Rows
+from hiveminer.validation.feed import Answered
+from hiveminer.validation.judge import Judge, Sample, credited
 from hiveminer.validator import Validator
-from programs import wait_for
+from programs import ROOT, wait_for
 
 
 @contextmanager
@@ -70,3 +88,107 @@ def test_two_miners_and_a_validator_from_the_answer_to_the_weight(tmp_path: Path
     assert time.process_time() - before < 5
     assert all(each.closed and each.interrupted and each.syncs for each in strategies)
     assert not psutil.Process().children(recursive=True)
+
+
+def test_both_run_where_an_event_loop_runs_already(tmp_path: Path) -> None:
+    """As in a notebook, whose cells are run by a loop."""
+    hub, metrics = Hub(), Recorded()
+    options = {"neuron": {"path": tmp_path / "state", "run": small_run(tmp_path)}}
+    settings = settings_in(tmp_path, ValidatorSettings, **options)
+
+    async def cell() -> None:
+        with (
+            quiet(),
+            Miner(miner_settings(tmp_path, **options), strategy=hub.strategy) as miner,
+            Validator(settings, metrics=metrics, observer=hub.observer) as validator,
+        ):
+            for neuron in (miner, validator):
+                threading.Timer(1.0, neuron.neuron.stopping.set).start()
+                neuron.run()
+        assert miner.axon is not None
+
+    asyncio.run(cell())
+    assert metrics.of("held_out")
+
+
+def test_a_strategy_that_cannot_start_leaves_the_hotkey_free(tmp_path: Path) -> None:
+    options = {"neuron": {"path": tmp_path / "state", "run": small_run(tmp_path)}}
+    settings = miner_settings(tmp_path, wallet={"hotkey": "mine"}, **options)
+
+    def broken(_: Context) -> InProcessStrategy:
+        raise OperatorError("no such place")
+
+    class Unmovable(InProcessStrategy):
+        def move_to(self, device: torch.device) -> None:
+            raise SwarmError("the device is gone")
+
+    hub, built = Hub(), []
+
+    def unmovable(context: Context) -> Unmovable:
+        built.append(Unmovable(hub, context))
+        return built[-1]
+
+    with quiet():
+        with pytest.raises(OperatorError, match="no such place"):
+            Miner(settings, strategy=broken)
+        with pytest.raises(SwarmError, match="the device is gone"):
+            Miner(settings, strategy=unmovable)
+        assert built[0].closed
+        with Miner(settings, strategy=hub.strategy) as miner:
+            assert miner.swarm.epoch == 0
+    assert miner.swarm.closed  # type: ignore[attr-defined]
+
+
+def test_a_row_that_cannot_be_read_costs_its_answer_and_never_the_validator(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = Recorded()
+    with small_validator(tmp_path, metrics=metrics) as validator:
+        broken = BrokenRows(validator.dataset)
+        task = dataclasses.replace(validator.task, dataset=broken)
+        request = Train(
+            request_id="r",
+            run_id=str(task.run_id),
+            data_hash=task.dataset.hash,
+            dataset_indices=list(range(8)),
+            batch_size=1,
+        )
+        answer = request.model_copy(update={"samples": 8, "tokens": 99, "epoch": 0})
+        answered = Answered("5F", request, answer, seconds=1.0)
+        with pytest.raises(TrainingError, match="rows 0 to 7 cannot be read"):
+            credited(answered, task)
+        validator.task = task
+        asyncio.run(validator._evaluate(validator.states[0]))
+        assert "no held-out loss: rows" in caplog.text
+        judge = Judge(validator.replayer, task=task, stopped=lambda: False)
+        answer.losses, answer.epoch_steps = [3.0] * 8, 8
+        with pytest.raises(TrainingError):
+            judge.judge(Sample("5F", request, answer), validator.states[0])
+
+
+def test_the_examples_random_place_is_anywhere(tmp_path: Path) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "validator.py"))["StrictValidator"]
+    with small_validator(tmp_path, cls=example, validator={"rows": 8}) as validator:
+        rows = validator.training_rows
+        dealt = [validator.assign("5F") for _ in range(300)]
+        assert all(block == list(range(block[0], block[0] + 8)) for block in dealt)
+        assert all(block[0] >= rows.start and block[-1] < rows.stop for block in dealt)
+        assert {block[0] for block in dealt} > {rows.start, rows.stop - 8}
+        middle = sum(block[0] >= len(rows) // 2 - 4 for block in dealt)
+        assert 100 < middle < 200
+    with small_validator(tmp_path, cls=example, validator={"rows": 4096}) as validator:
+        assert validator.assign("5F") == list(validator.training_rows)
+
+
+class BrokenRows:
+    """Data whose rows cannot be decoded any more."""
+
+    def __init__(self, rows: Rows):
+        self.hash = rows.hash
+        self._count = len(rows)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def texts(self, indices: Sequence[int]) -> list[str]:
+        return [b"caf\xe9".decode("utf-8") for _ in indices]

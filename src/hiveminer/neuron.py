@@ -1,8 +1,8 @@
-"""The life of a neuron, without a word about training.
+"""The life of a neuron, whatever it does.
 
 `Neuron` is what every neuron holds: a hotkey, the chain, the metagraph kept fresh, signals
-and an end. `BaseMinerNeuron` adds an axon and Bittensor's override points. Training is
-the subclass's affair.
+and a shutdown. `BaseMinerNeuron` adds an axon and Bittensor's override points; training is
+left to its subclass.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +30,7 @@ from hiveminer.chain import (
     open_wallet,
     snapshot,
 )
+from hiveminer.chain.publish import Publisher
 from hiveminer.config.run import Run
 from hiveminer.config.settings import MinerSettings, Settings
 from hiveminer.errors import (
@@ -59,31 +59,18 @@ from hiveminer.training.checkpoint import Checkpoints
 logger = logging.getLogger(__name__)
 
 SYNC_BLOCKS = 4
-"""The metagraph is read again after so many blocks: within the minute in which a neuron that
-is no longer registered is to lose its access."""
+"""Blocks between two readings of the metagraph: a neuron that is no longer registered has to
+lose its access within a minute."""
 
 KEPT_SECONDS = 10.0
-"""The metagraph is written to disk at most so often."""
+"""Seconds between two copies of the metagraph on disk, at least."""
 
 GRACE_SECONDS = 120.0
-"""A request that has not ended so long after its own time is told to be stuck: loading the
-swarm's state, and a last averaging, come on top of what its time is for."""
+"""Grace after a request's timeout before it is reported as stuck: loading the global state,
+and a last averaging, come on top."""
 
 IDLE_SECONDS = 180.0
 """The same for what a miner does between requests: an averaging, at most."""
-
-PUT_AGAIN_SECONDS = 60.0
-"""What was put on the chain is not put there again before this, if it does not show."""
-
-
-@dataclass
-class _Standing:
-    """Something of ours that is to stand on the chain; next_at is a monotonic time."""
-
-    what: str
-    stands: Callable[[Metagraph], bool]
-    put: Callable[[], None]
-    next_at: float = 0.0
 
 
 class Neuron:
@@ -106,7 +93,6 @@ class Neuron:
         self.signals = Signals(self.stopping)
         self._on_sync: list[Callable[[], None]] = []
         self._kept_at = 0.0
-        self._wanted: list[_Standing] = []
         self._by_hotkey: dict[str, MetagraphNeuron] = {}
         self._thread = threading.Thread(target=self._sync, name="metagraph", daemon=True)
         configure_logging(settings, role)
@@ -142,6 +128,7 @@ class Neuron:
             parts.callback(self.chain.close)
             self._take_place(stake)
             self._parts = parts.pop_all()
+        self.publisher = Publisher(self.chain)
         self._introduce()
 
     @property
@@ -263,42 +250,21 @@ class Neuron:
         self._by_hotkey = {neuron.hotkey: neuron for neuron in metagraph}
 
     def sync(self) -> None:
-        """Read the metagraph, and tell those who wait for it. Raises ChainError."""
+        """Read the metagraph, publish what is missing in it, and call whoever follows it.
+        Raises ChainError."""
         self.read_metagraph()
-        for wanted in self._wanted:
-            self._put(wanted)
+        self.publisher.sync(self.metagraph)
         for callback in self._on_sync:
             callback()
 
-    def keep_on_chain(
-        self, what: str, *, stands: Callable[[Metagraph], bool], put: Callable[[], None]
-    ) -> None:
-        """Put something on the chain unless it stands there, now and at each later sync.
-
-        So an outage now, a rate limit, or a reorganisation later only costs time. Raises
-        OperatorError for what the chain would never take.
-        """
-        wanted = _Standing(what, stands, put)
-        self._put(wanted)
-        self._wanted.append(wanted)
-
     def keep_committed(self, data: bytes) -> None:
-        """Keep this commitment beside our hotkey on the chain."""
-        self.keep_on_chain(
+        """Keep this commitment beside our hotkey on chain."""
+        self.publisher.add(
             "commitment",
-            stands=lambda graph: self.chain.commitments(graph).get(self.hotkey) == data,
+            self.metagraph,
+            is_there=lambda graph: self.chain.commitments(graph).get(self.hotkey) == data,
             put=lambda: self.chain.commit(data),
         )
-
-    def _put(self, wanted: _Standing) -> None:
-        if wanted.stands(self.metagraph) or time.monotonic() < wanted.next_at:
-            return
-        pause = 2.0 if self.chain.embedded else PUT_AGAIN_SECONDS
-        wanted.next_at = time.monotonic() + pause
-        try:
-            wanted.put()
-        except ChainError as error:
-            logger.warning("our %s is not on the chain yet: %s", wanted.what, error)
 
     def check_address(self, flag: str, ip: str) -> None:
         """Raise OperatorError for an address that nobody can call us at; warn of a doubtful
@@ -560,17 +526,20 @@ class BaseMinerNeuron(ABC):
         raise OperatorError(f"no free port from {settings.axon.port} on; choose with --axon.port")
 
     def _announce(self, axon: Axon) -> None:
-        """Put our address on the chain, unless it stands there already."""
+        """Publish our address on chain."""
         ip, port = self.public_ip, self.settings.axon.external_port or axon.port
         self.neuron.check_address("--axon.external_ip", ip)
         address = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
 
-        def stands(graph: Metagraph) -> bool:
+        def is_there(graph: Metagraph) -> bool:
             ours = graph.by_hotkey(self.neuron.hotkey)
             return ours is not None and ours.axon == address
 
-        self.neuron.keep_on_chain(
-            "axon's address", stands=stands, put=lambda: self.neuron.chain.serve_axon(ip, port)
+        self.neuron.publisher.add(
+            "axon's address",
+            self.neuron.metagraph,
+            is_there=is_there,
+            put=lambda: self.neuron.chain.serve_axon(ip, port),
         )
 
     @functools.cached_property

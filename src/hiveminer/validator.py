@@ -65,6 +65,9 @@ class Validator:
         and an operator's mistake ends the program with one line.
     chain, metrics: instead of those that the settings name.
     observer: makes the observer, instead of that of the run's strategy.
+
+    After construction: `run_file`, `run_id`, `dataset`, `training_rows` (the numbers of the rows
+    that are given out), `neuron`, `table` (the scores).
     """
 
     def __init__(
@@ -100,9 +103,9 @@ class Validator:
         Rows are dealt from a shuffled deck of all training rows; when it is used up, it is
         shuffled again.
         """
-        count = min(self.settings.validator.rows, len(self._training_rows))
+        count = min(self.settings.validator.rows, len(self.training_rows))
         if len(self._deck) < count:
-            self._deck = list(self._training_rows)
+            self._deck = list(self.training_rows)
             self._chance.shuffle(self._deck)
         dealt, self._deck = self._deck[:count], self._deck[count:]
         return dealt
@@ -112,10 +115,12 @@ class Validator:
         return curves.score(evidence)
 
     def run(self) -> None:
-        """Validate until Ctrl-C or SIGTERM."""
+        """Validate until Ctrl-C or SIGTERM; blocks, also in a notebook."""
         with script() if self._script else contextlib.nullcontext():
             self.neuron.go_on()
-            asyncio.run(self._main())
+            # In a thread of its own: this one may have a running event loop already.
+            with ThreadPoolExecutor(1, thread_name_prefix="validator") as pool:
+                pool.submit(asyncio.run, self._main()).result()
 
     def close(self) -> None:
         """Save the scores, and let go of everything."""
@@ -134,7 +139,7 @@ class Validator:
         settings, run, neuron = self.settings, self.run_file, self.neuron
         self.task = load_task(run, threads=neuron.threads)
         self.dataset, self.run_id = self.task.dataset, self.task.run_id
-        self._training_rows, self._held_out_rows = split_held_out(
+        self.training_rows, self._held_out_rows = split_held_out(
             len(self.dataset), run.data.held_out
         )
         self._chance = random.Random(settings.validator.seed)
@@ -181,7 +186,7 @@ class Validator:
         self._sync()
         neuron.keep_in_sync(self._sync)
         parts.callback(self._save)
-        logger.info("run %s: %d rows to give out", self.run_id, len(self._training_rows))
+        logger.info("run %s: %d rows to give out", self.run_id, len(self.training_rows))
 
     def _sync(self) -> None:
         self.observer.sync(working=self.feed.working)

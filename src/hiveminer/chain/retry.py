@@ -2,7 +2,7 @@
 
 - A read that met a broken connection is repeated a few times within its own deadline.
 - A write is sent once. Whether one that got no answer has arrived nobody knows, so whoever
-  sent it looks at the chain before it is sent again (`weights`, `Neuron.keep_on_chain`).
+  sent it looks at the chain before it is sent again (`weights`, `publish`).
 - What must get through in the end (weights) is tried across an outage, ever more slowly.
 
 What the chain refuses it will refuse again; that is never repeated blindly.
