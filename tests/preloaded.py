@@ -122,7 +122,10 @@ def serve(address: str, maker: socket.socket) -> dict[str, Any] | None:
         maker.sendall(b"+")
         while True:
             ready = select.select([server, maker], [], [], POLL_SECONDS)[0]
-            if maker in ready:
+            if maker in ready:  # also when it was killed: its programs must not outlive it
+                for pid in running:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(pid, signal.SIGKILL)
                 return None
             if server in ready:
                 connection, _ = server.accept()

@@ -525,3 +525,24 @@ def test_kill_9_of_miners_that_train_and_average(tmp_path: Path) -> None:
         descendants_gone(left.family, seconds=5)
         sweep()
         assert left.files == []
+
+
+KILLED_TESTS = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from programs import started
+program = started("import time; time.sleep(600)", folder=Path("inner"))
+print("program", program.process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_programs_of_a_killed_test_run_end_with_it(tmp_path: Path) -> None:
+    tests = str(Path(__file__).parent)
+    with started(KILLED_TESTS, tests, folder=tmp_path / "tests") as run:
+        pid = int(run.says("program ", seconds=120).split("program ")[1].split()[0])
+        assert psutil.pid_exists(pid)
+        run.process.kill()
+        run.process.wait(10)
+        wait_for(lambda: not psutil.pid_exists(pid), seconds=20, about="the program's end")
