@@ -76,6 +76,9 @@ GOOD, BAD, WORSE = (sketch_of(weights(seed)) for seed in (0, 9, 10))
         (4, GOOD, [(3, BAD), (5, BAD)], True),  # an epoch apart: nobody vouches for it
         (4, GOOD, [(5, BAD), (5, BAD)], True),  # nobody is there any more
         (4, GOOD, [(5, BAD), (4, GOOD)], False),
+        (4, GOOD, [(0, BAD), (0, BAD)], False),  # others join the same lone peer
+        (40, GOOD, [(35, BAD), (30, WORSE)], False),  # each comes back from its own checkpoint
+        (7, BAD, [(5, GOOD), (5, GOOD)], True),  # ahead of all others, who are together
         (10**9, BAD, [(4, GOOD), (4, GOOD)], True),
         (0, BAD, [(40, GOOD), (41, GOOD)], True),
     ],

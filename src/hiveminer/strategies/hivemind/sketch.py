@@ -27,9 +27,6 @@ TOLERANCE = 0.02
 """States that differ by less than this share of their norm are the same: Float16 averaging
 leaves about a thousandth."""
 
-FAR_EPOCHS = 2
-"""Peers of one swarm are not further apart than this."""
-
 MAX_COUNT = 2**53
 
 Vouch = tuple[int, list[float]]
@@ -75,8 +72,9 @@ def contradiction(epoch: int, seen: Sequence[float], vouches: Sequence[Vouch]) -
     """Why a donor's state is not the swarm's; None if it may be.
 
     epoch, seen: the epoch that the donor names, and the sketch of the weights that it sent.
-    vouches: what the other peers say of their own. At least one of them has to agree, if there
-    are any, and not be outvoted; the donor's own word counts for one.
+    vouches: what the other peers say of their own. If any is in this epoch or a later one, one
+    has to agree, and not be outvoted; the donor's own word counts for one. Peers that are behind,
+    such as those that join too, cannot know this state: they count once two of them agree.
     """
     same = [numbers for other, numbers in vouches if other == epoch]
     others = [numbers for numbers in same if not agree(seen, numbers)]
@@ -84,12 +82,21 @@ def contradiction(epoch: int, seen: Sequence[float], vouches: Sequence[Vouch]) -
     against = max((sum(agree(one, two) for two in others) for one in others), default=0)
     if against > len(same) - len(others) + 1:
         return f"{against} of {len(same)} peers hold other weights in epoch {epoch}"
-    far = sum(abs(other - epoch) > FAR_EPOCHS for other, _ in vouches)
-    if far > len(vouches) - far + 1:
-        return f"it says epoch {epoch}, and {far} of {len(vouches)} peers are far from it"
-    if vouches and len(same) == len(others):
-        return f"it is of epoch {epoch}, and none of {len(vouches)} peers vouches for it"
+    if len(same) > len(others):
+        return None
+    informed = sum(other >= epoch for other, _ in vouches)
+    if informed:
+        return f"it is of epoch {epoch}, and none of {informed} peers vouches for it"
+    # Whoever has just started holds the run's published start, in epoch 0.
+    behind = [vouch for vouch in vouches if vouch[0] > 0]
+    together = max((_agreeing(vouch, behind) for vouch in behind), default=0)
+    if together > 1:
+        return f"it is of epoch {epoch}, and {together} peers hold another state together"
     return None
+
+
+def _agreeing(vouch: Vouch, vouches: Sequence[Vouch]) -> int:
+    return sum(other == vouch[0] and agree(numbers, vouch[1]) for other, numbers in vouches)
 
 
 def read_vouch(said: object) -> Vouch | None:
