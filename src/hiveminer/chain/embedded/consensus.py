@@ -1,8 +1,8 @@
-"""Who may set weights, and what the weights come to: pure arithmetic over columns.
+"""Validator permits, and the metagraph's scores from the weights: pure arithmetic.
 
 A simple stand-in for Yuma. The real chain clips weights to a stake-weighted median,
-keeps bonds over time and works once an epoch; here everything is worked out anew at each
-read, from the weights as they stand, so that what a test or a demo sees is what was set.
+keeps bonds over time and runs once an epoch; here everything is computed at each read from
+the current weights, so that a test or a demo sees what was set.
 
 With `s_i` the stake share of validator i among the validators whose weights count, and
 `w_ij` its weights normalised to a sum of 1:
@@ -27,10 +27,11 @@ STAKE_THRESHOLD_RAO = 1_000 * RAO_PER_TAO
 
 
 @dataclass(frozen=True)
-class Standing:
-    """What consensus needs to know of one neuron; its place in the list is its uid.
+class Member:
+    """What consensus needs to know of one neuron; its index in the list is its uid.
 
-    `stake` is in rao, the two blocks say when it last set weights and when it came.
+    stake: in rao. last_update: the block in which it last set weights. registered: the block
+    in which it registered.
     """
 
     stake: int
@@ -51,10 +52,10 @@ class Scores:
 
 
 def permits(stakes: Sequence[int], *, max_validators: int) -> list[bool]:
-    """By uid: does it hold a validator permit?
+    """Whether each uid holds a validator permit.
 
-    The `max_validators` largest stakes do, if they reach the threshold; of two equal
-    stakes the lower uid goes first. The real chain renews permits once an epoch, this
+    The `max_validators` largest stakes do, if they reach the threshold; a tie goes to the
+    lower uid. The real chain renews permits once an epoch, this
     one at every block.
     """
     able = [uid for uid, stake in enumerate(stakes) if stake >= STAKE_THRESHOLD_RAO]
@@ -63,7 +64,7 @@ def permits(stakes: Sequence[int], *, max_validators: int) -> list[bool]:
 
 
 def scores(
-    neurons: Sequence[Standing],
+    neurons: Sequence[Member],
     weights: Mapping[int, Mapping[int, int]],
     *,
     permitted: Sequence[bool],
@@ -74,7 +75,7 @@ def scores(
 
     `weights` is {validator's uid: {uid: weight}}. A row counts while its validator holds
     a permit and set it no longer than `activity_cutoff` blocks ago; a weight counts if it
-    was set after its target came, so that a recycled uid inherits nothing.
+    was set after its target registered, so that a recycled uid inherits nothing.
     """
     size = len(neurons)
     rows = {
@@ -108,7 +109,7 @@ def scores(
 
 
 def _normalised(
-    given: Mapping[int, int], neurons: Sequence[Standing], updated: int
+    given: Mapping[int, int], neurons: Sequence[Member], updated: int
 ) -> dict[int, float]:
     kept = {
         uid: value

@@ -1,12 +1,9 @@
 """The embedded network's one file: SQLite, its schema, its transactions and its clock.
 
 Any number of processes share the file. It is written whole under another name and then
-linked into place, so that whichever process comes first makes it and nobody ever sees
-half of one; it is born in WAL mode, so that readers never wait for a writer. A process
-killed in mid write leaves a transaction that never was.
-
-Nothing that another process wrote is trusted to be small: the schema bounds every value,
-and each connection bounds the length of what it will read at all.
+linked into place, so that the first process creates it and none ever sees half of one. It
+is in WAL mode, so that readers never wait for a writer. A process killed in the middle of
+a write leaves nothing of that transaction.
 """
 
 from __future__ import annotations
@@ -30,67 +27,66 @@ SCHEMA_VERSION = 1
 """Raised whenever the tables change; a file of another version is refused."""
 
 APPLICATION_ID = 0x686D6E31
-"""Stands in the file's header and says whose it is ("hmn1")."""
+"""In the file's header: tells our files from other SQLite files ("hmn1")."""
 
 BUSY_SECONDS = 5.0
 """How long a writer waits for another process's transaction to end."""
 
 MAX_BLOCK_SECONDS = 3600.0
 MAX_NEURONS = 4096
-"""No subnet is read beyond this many neurons, whatever the file says."""
+"""The most neurons that a subnet may have."""
 
 FAUCET_RAO = 1_000_000 * RAO_PER_TAO
-"""What the network gives every coldkey at first sight."""
+"""The balance of every new coldkey."""
 
 NOBODY: str = bt.sp_core.ss58_encode(bytes(32))
-"""The account that owns what nobody owns."""
+"""The owner of what has no owner."""
 
-_MAX_VALUE_BYTES = 64 * 1024
 _CURE = "remove it, or choose another place"
 
 _SCHEMA = """
 CREATE TABLE network (
-    chain_id TEXT NOT NULL CHECK (length(chain_id) = 32),
-    genesis_seconds REAL NOT NULL CHECK (typeof(genesis_seconds) = 'real'),
-    block_seconds REAL NOT NULL CHECK (typeof(block_seconds) = 'real' AND block_seconds > 0)
+    chain_id TEXT NOT NULL,
+    genesis_seconds REAL NOT NULL,
+    block_seconds REAL NOT NULL
 );
 CREATE TABLE subnets (
-    netuid INTEGER PRIMARY KEY CHECK (netuid BETWEEN 0 AND 65535),
+    netuid INTEGER PRIMARY KEY,
     registered_block INTEGER NOT NULL,
-    owner_hotkey TEXT NOT NULL CHECK (length(owner_hotkey) <= 64),
-    owner_coldkey TEXT NOT NULL CHECK (length(owner_coldkey) <= 64)
+    owner_hotkey TEXT NOT NULL,
+    owner_coldkey TEXT NOT NULL
 );
 CREATE TABLE hyperparameters (
     netuid INTEGER NOT NULL,
-    name TEXT NOT NULL CHECK (length(name) <= 64),
-    value INTEGER NOT NULL CHECK (typeof(value) = 'integer' AND value >= 0),
+    name TEXT NOT NULL,
+    value INTEGER NOT NULL,
     PRIMARY KEY (netuid, name)
 ) WITHOUT ROWID;
 CREATE TABLE accounts (
-    address TEXT PRIMARY KEY CHECK (length(address) <= 64),
-    free_rao INTEGER NOT NULL CHECK (typeof(free_rao) = 'integer' AND free_rao >= 0),
-    nonce INTEGER NOT NULL CHECK (typeof(nonce) = 'integer' AND nonce >= 0)
+    address TEXT PRIMARY KEY,
+    free_rao INTEGER NOT NULL CHECK (free_rao >= 0),
+    nonce INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE owners (
-    hotkey TEXT PRIMARY KEY CHECK (length(hotkey) <= 64),
-    coldkey TEXT NOT NULL CHECK (length(coldkey) <= 64)
+    hotkey TEXT PRIMARY KEY,
+    coldkey TEXT NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE stakes (
-    hotkey TEXT NOT NULL CHECK (length(hotkey) <= 64),
-    coldkey TEXT NOT NULL CHECK (length(coldkey) <= 64),
+    hotkey TEXT NOT NULL,
+    coldkey TEXT NOT NULL,
     netuid INTEGER NOT NULL,
-    rao INTEGER NOT NULL CHECK (typeof(rao) = 'integer' AND rao > 0),
+    rao INTEGER NOT NULL,
     PRIMARY KEY (hotkey, coldkey, netuid)
 ) WITHOUT ROWID;
 CREATE TABLE neurons (
     netuid INTEGER NOT NULL,
-    uid INTEGER NOT NULL CHECK (typeof(uid) = 'integer' AND uid BETWEEN 0 AND 4095),
-    hotkey TEXT NOT NULL CHECK (length(hotkey) <= 64),
+    uid INTEGER NOT NULL,
+    hotkey TEXT NOT NULL,
     vacant INTEGER NOT NULL DEFAULT 0,
     registered_block INTEGER NOT NULL,
     last_update INTEGER NOT NULL,
     served_block INTEGER NOT NULL DEFAULT 0,
-    ip TEXT NOT NULL DEFAULT '0' CHECK (length(ip) <= 39),
+    ip TEXT NOT NULL DEFAULT '0',
     ip_type INTEGER NOT NULL DEFAULT 4,
     port INTEGER NOT NULL DEFAULT 0,
     protocol INTEGER NOT NULL DEFAULT 0,
@@ -101,16 +97,16 @@ CREATE TABLE neurons (
 CREATE TABLE weights (
     netuid INTEGER NOT NULL,
     uid INTEGER NOT NULL,
-    target INTEGER NOT NULL CHECK (typeof(target) = 'integer' AND target BETWEEN 0 AND 4095),
-    value INTEGER NOT NULL CHECK (typeof(value) = 'integer' AND value BETWEEN 0 AND 65535),
+    target INTEGER NOT NULL,
+    value INTEGER NOT NULL,
     PRIMARY KEY (netuid, uid, target)
 ) WITHOUT ROWID;
 CREATE TABLE commitments (
     netuid INTEGER NOT NULL,
-    hotkey TEXT NOT NULL CHECK (length(hotkey) <= 64),
+    hotkey TEXT NOT NULL,
     block INTEGER NOT NULL,
-    variant TEXT NOT NULL CHECK (length(variant) <= 16),
-    data BLOB NOT NULL CHECK (length(data) <= 512),
+    variant TEXT NOT NULL,
+    data BLOB NOT NULL,
     epoch INTEGER NOT NULL,
     used_bytes INTEGER NOT NULL,
     PRIMARY KEY (netuid, hotkey)
@@ -163,8 +159,8 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
 class Ledger:
     """The file at `path`. `clock` gives seconds since 1970.
 
-    Connections are made at need, one for each thread of each process: an SQLite
-    connection must never be used, nor even closed, on the far side of a fork.
+    Each thread of each process opens a connection of its own when it needs one: an SQLite
+    connection must never be used, nor even closed, in a forked child.
     """
 
     def __init__(self, path: Path, *, block_seconds: float, clock: Callable[[], float]):
@@ -193,7 +189,7 @@ class Ledger:
 
     @property
     def block_seconds(self) -> float:
-        """The length of a block. What stands in the file wins over what was asked for."""
+        """The length of a block: the file's, whatever this process asked for."""
         return self._header()[2]
 
     def now(self) -> float:
@@ -201,7 +197,7 @@ class Ledger:
         return self._clock()
 
     def block(self) -> int:
-        """The number of the block that is now, from 1."""
+        """The current block's number, from 1."""
         age = self._clock() - self.genesis_seconds
         return max(0, int(age / self.block_seconds)) + 1
 
@@ -237,7 +233,7 @@ class Ledger:
         return made
 
     def close(self) -> None:
-        """Close this process's connections; those that came over a fork are left alone."""
+        """Close this process's connections; those inherited over a fork are left alone."""
         for key in [key for key in list(self._connections) if key[0] == os.getpid()]:
             self._connections.pop(key).close()
 
@@ -251,7 +247,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """The one writer: all of the block's changes are kept, or, if it raises, none."""
+        """The one writer: all changes are kept, or, if the block raises, none."""
         with self._transaction("BEGIN IMMEDIATE") as connection:
             yield connection
 
@@ -280,15 +276,13 @@ def _connect(path: Path) -> tuple[sqlite3.Connection, tuple[str, float, float]]:
         uri=True,
         timeout=BUSY_SECONDS,
         isolation_level=None,
-        # Used by one thread only, but closed by whichever calls `close`.
+        # Used by one thread only, but closed by whichever thread calls `close`.
         check_same_thread=False,
     )
     try:
-        connection.execute("PRAGMA trusted_schema = OFF")
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
         header = _read_header(connection, path)
         # In WAL mode this keeps the file sound through any crash of a process; only a
-        # power cut may undo the last few writes, and a network for tests can bear that.
+        # power cut may undo the last few writes, which a network for tests can afford.
         connection.execute("PRAGMA synchronous = NORMAL")
     except BaseException:
         connection.close()
@@ -321,7 +315,7 @@ def _create(path: Path, *, block_seconds: float, now: float) -> None:
         with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as connection:
             _write_schema(connection, block_seconds=block_seconds, now=now)
         draft.chmod(0o600)
-        # Another process may have been quicker: then its file stands.
+        # Another process may have been first: then its file is used.
         with contextlib.suppress(FileExistsError):
             os.link(draft, path)
     finally:

@@ -18,21 +18,24 @@ from __future__ import annotations
 
 import re
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import bittensor as bt
 
-from hiveminer.chain.embedded.consensus import (
-    RAO_PER_TAO,
-    STAKE_THRESHOLD_RAO,
-    Scores,
-    Standing,
-    permits,
-    scores,
+from hiveminer.chain.embedded.consensus import RAO_PER_TAO, STAKE_THRESHOLD_RAO, permits
+from hiveminer.chain.embedded.ledger import MAX_NEURONS
+from hiveminer.chain.embedded.state import (
+    Neuron,
+    balance,
+    columns,
+    hyperparameters,
+    neurons,
+    owner,
+    refuse,
+    uid_of,
 )
-from hiveminer.chain.embedded.ledger import FAUCET_RAO, MAX_NEURONS, NOBODY
 
 MAX_COMMITMENT_SPACE = 3100
 """Bytes that one hotkey may commit in one tempo."""
@@ -56,151 +59,9 @@ Params = Mapping[str, Any]
 Rule = Callable[[sqlite3.Connection, Origin, Params], None]
 
 
-def refuse(name: str, reason: str) -> NoReturn:
-    """Refuse under the chain's own error name."""
-    raise bt.ChainError(f"{reason} ({name})", name)
-
-
 def invalid(reason: str) -> NoReturn:
     """Refuse what the real chain's call could not even carry."""
     raise bt.ChainError(reason, code=bt.ErrorCode.INVALID_ARGUMENT)
-
-
-# Reading the ledger -------------------------------------------------------------
-
-
-def hyperparameters(db: sqlite3.Connection, netuid: int) -> dict[str, int]:
-    """A subnet's settings by name; refuses if there is no such subnet."""
-    rows = db.execute(
-        "SELECT name, value FROM hyperparameters WHERE netuid = ? LIMIT 256", (netuid,)
-    ).fetchall()
-    if not rows:
-        refuse("SubnetNotExists", f"there is no subnet {netuid}")
-    return {str(name): int(value) for name, value in rows}
-
-
-def owner(db: sqlite3.Connection, hotkey: str) -> str | None:
-    """The coldkey that owns a hotkey."""
-    row = db.execute("SELECT coldkey FROM owners WHERE hotkey = ?", (hotkey,)).fetchone()
-    return None if row is None else str(row[0])
-
-
-def balance(db: sqlite3.Connection, address: str) -> int:
-    """Free rao. An account never seen is a coldkey, and funded, unless it is a hotkey."""
-    row = db.execute("SELECT free_rao FROM accounts WHERE address = ?", (address,)).fetchone()
-    if row is not None:
-        return int(row[0])
-    return 0 if address == NOBODY or owner(db, address) is not None else FAUCET_RAO
-
-
-def stake(db: sqlite3.Connection, hotkey: str, netuid: int) -> int:
-    """Rao staked on a hotkey on one subnet, by anybody."""
-    row = db.execute(
-        "SELECT COALESCE(SUM(rao), 0) FROM stakes WHERE hotkey = ? AND netuid = ?",
-        (hotkey, netuid),
-    ).fetchone()
-    return int(row[0])
-
-
-@dataclass(frozen=True)
-class Neuron:
-    """One neuron as the ledger holds it; blocks are numbers, stakes are rao.
-
-    `vacant` says that its hotkey was taken away and nobody has the uid.
-    """
-
-    uid: int
-    hotkey: str
-    coldkey: str
-    vacant: bool
-    registered: int
-    last_update: int
-    served: int
-    ip: int
-    ip_type: int
-    port: int
-    protocol: int
-    version: int
-    alpha_stake: int
-    tao_stake: int
-
-    @property
-    def stake(self) -> int:
-        """What counts: stake on the subnet and on root."""
-        return self.alpha_stake + self.tao_stake
-
-
-_NEURONS = """
-SELECT n.uid, substr(n.hotkey, 1, 64), substr(COALESCE(o.coldkey, ''), 1, 64), n.vacant,
-    n.registered_block, n.last_update, n.served_block, n.ip, n.ip_type, n.port, n.protocol,
-    n.version,
-    (SELECT COALESCE(SUM(rao), 0) FROM stakes s WHERE s.hotkey = n.hotkey AND s.netuid = n.netuid
-        AND n.netuid != 0),
-    (SELECT COALESCE(SUM(rao), 0) FROM stakes s WHERE s.hotkey = n.hotkey AND s.netuid = 0)
-FROM neurons n LEFT JOIN owners o ON o.hotkey = n.hotkey
-WHERE n.netuid = ? ORDER BY n.uid LIMIT ?
-"""
-
-
-def neurons(db: sqlite3.Connection, netuid: int) -> list[Neuron]:
-    """A subnet's neurons; a neuron's place in the list is its uid."""
-    return [_neuron(row) for row in db.execute(_NEURONS, (netuid, MAX_NEURONS))]
-
-
-def _neuron(row: Sequence[Any]) -> Neuron:
-    return Neuron(
-        uid=int(row[0]),
-        hotkey=str(row[1]),
-        coldkey=str(row[2]) or NOBODY,
-        vacant=bool(row[3]),
-        registered=int(row[4]),
-        last_update=int(row[5]),
-        served=int(row[6]),
-        ip=_ip_number(row[7]),
-        ip_type=int(row[8]),
-        port=int(row[9]),
-        protocol=int(row[10]),
-        version=int(row[11]),
-        alpha_stake=int(row[12]),
-        tao_stake=int(row[13]),
-    )
-
-
-def standing(neuron: Neuron) -> Standing:
-    """A neuron as consensus sees it."""
-    return Standing(neuron.stake, neuron.last_update, neuron.registered)
-
-
-def weights(db: sqlite3.Connection, netuid: int) -> dict[int, dict[int, int]]:
-    """The weights as they were set: {validator's uid: {uid: 0..65535}}."""
-    found: dict[int, dict[int, int]] = {}
-    for uid, target, value in db.execute(
-        "SELECT uid, target, value FROM weights WHERE netuid = ? LIMIT ?",
-        (netuid, MAX_NEURONS * 64),
-    ):
-        found.setdefault(int(uid), {})[int(target)] = int(value)
-    return found
-
-
-def columns(
-    db: sqlite3.Connection, netuid: int, found: list[Neuron], *, block: int
-) -> tuple[list[bool], Scores]:
-    """Permits and scores of a subnet's neurons, by uid."""
-    settings = hyperparameters(db, netuid)
-    permitted = permits([n.stake for n in found], max_validators=settings["max_validators"])
-    scored = scores(
-        [standing(n) for n in found],
-        weights(db, netuid),
-        permitted=permitted,
-        block=block,
-        activity_cutoff=settings["activity_cutoff"],
-    )
-    return permitted, scored
-
-
-def _ip_number(value: object) -> int:
-    text = str(value)
-    return int(text) if text.isascii() and text.isdigit() and int(text) < 2**128 else 0
 
 
 # Parameters ---------------------------------------------------------------------
@@ -269,42 +130,11 @@ def add_stake(db: sqlite3.Connection, origin: Origin, params: Params) -> None:
     if amount == 0:
         refuse("AmountTooLow", "nothing to stake")
     _debit(db, origin.signer, amount)
-    held = position(db, hotkey, origin.signer, netuid)
-    _hold(db, hotkey, origin.signer, netuid, held + amount)
-
-
-def remove_stake(db: sqlite3.Connection, origin: Origin, params: Params) -> None:
-    """Signed by a coldkey: its stake on a hotkey back into its balance."""
-    hotkey, netuid = address(params, "hotkey"), _netuid(params)
-    amount = integer(params, "amount_unstaked", maximum=2**64 - 1)
-    if integer({"limit_price": 0, **params}, "limit_price", maximum=2**64 - 1) > RAO_PER_TAO:
-        refuse("SlippageTooHigh", "one alpha costs one TAO")
-    held = position(db, hotkey, origin.signer, netuid)
-    if amount == 0 or held < amount:
-        refuse("NotEnoughStakeToWithdraw", f"{origin.signer} has {held} rao on {hotkey}")
-    touch(db, origin.signer)
-    _hold(db, hotkey, origin.signer, netuid, held - amount)
     db.execute(
-        "UPDATE accounts SET free_rao = free_rao + ? WHERE address = ?", (amount, origin.signer)
+        "INSERT INTO stakes VALUES (?, ?, ?, ?)"
+        " ON CONFLICT (hotkey, coldkey, netuid) DO UPDATE SET rao = rao + excluded.rao",
+        (hotkey, origin.signer, netuid, amount),
     )
-
-
-def position(db: sqlite3.Connection, hotkey: str, coldkey: str, netuid: int) -> int:
-    """Rao that one coldkey has staked on a hotkey on one subnet."""
-    row = db.execute(
-        "SELECT rao FROM stakes WHERE hotkey = ? AND coldkey = ? AND netuid = ?",
-        (hotkey, coldkey, netuid),
-    ).fetchone()
-    return 0 if row is None else int(row[0])
-
-
-def _hold(db: sqlite3.Connection, hotkey: str, coldkey: str, netuid: int, rao: int) -> None:
-    db.execute(
-        "DELETE FROM stakes WHERE hotkey = ? AND coldkey = ? AND netuid = ?",
-        (hotkey, coldkey, netuid),
-    )
-    if rao:
-        db.execute("INSERT INTO stakes VALUES (?, ?, ?, ?)", (hotkey, coldkey, netuid, rao))
 
 
 # Registration -------------------------------------------------------------------
@@ -368,14 +198,6 @@ def seat(
         " VALUES (?, ?, ?, ?, ?, ?)",
         (netuid, uid, hotkey, int(vacant), block, block),
     )
-
-
-def uid_of(db: sqlite3.Connection, netuid: int, hotkey: str) -> int | None:
-    """A hotkey's uid on a subnet."""
-    row = db.execute(
-        "SELECT uid FROM neurons WHERE netuid = ? AND hotkey = ?", (netuid, hotkey)
-    ).fetchone()
-    return None if row is None else int(row[0])
 
 
 # What a neuron's hotkey signs ---------------------------------------------------
@@ -554,8 +376,6 @@ CALLS: dict[tuple[str, str], Rule] = {
     ("SubtensorModule", "burned_register"): burned_register,
     ("SubtensorModule", "add_stake"): add_stake,
     ("SubtensorModule", "add_stake_limit"): add_stake,
-    ("SubtensorModule", "remove_stake"): remove_stake,
-    ("SubtensorModule", "remove_stake_limit"): remove_stake,
     ("SubtensorModule", "serve_axon"): serve_axon,
     ("SubtensorModule", "set_weights"): set_weights,
     ("SubtensorModule", "set_mechanism_weights"): set_weights,
