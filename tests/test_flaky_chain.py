@@ -24,7 +24,7 @@ from hiveminer.chain import Chain, EmbeddedSubstrate, join_embedded
 from hiveminer.chain.weights import WeightSetter, clipped, filled, same, version_key
 from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import ChainError, NotRegistered, NotYetRegistered
-from hiveminer.validation.scores import ScoreTable
+from hiveminer.validation.scores import DOUBTS, ScoreTable
 from hiveminer.validator import weights_of
 from programs import wait_for
 
@@ -284,11 +284,18 @@ def test_a_uid_given_away_on_the_way_is_put_right_at_once(
     assert subnet.substrate.weights_set == 2
 
 
+def ours(chain: Chain) -> bt.MetagraphNeuron:
+    found = chain.metagraph().by_hotkey(chain.hotkey)
+    assert found is not None
+    return found
+
+
 def test_a_miner_that_loses_its_uid_says_so_and_ends(subnet: Subnet, tmp_path: Path) -> None:
     flaky = subnet.new_substrate()
     miner = subnet.chain(flaky)
     with running(miner_settings(tmp_path), miner) as program:
         program.endpoint()
+        wait_for(lambda: ours(miner).axon, seconds=10, about="its address on the chain")
         flaky.give_away(miner.hotkey)
         wait_for(lambda: not program.thread.is_alive(), seconds=10)
     assert isinstance(program.error, NotRegistered)
@@ -666,5 +673,6 @@ def test_a_miner_that_is_never_replayed_holds_weights_up_for_a_while_only() -> N
     table.add_work("silent", 10)
     assert weights_of(table, {"silent"}, waited_seconds=29, patience=30) is None
     assert weights_of(table, {"silent"}, waited_seconds=30, patience=30) == {}
-    table.add_unjudged("silent")
+    for _ in range(DOUBTS):
+        table.add_unjudged("silent")
     assert weights_of(table, {"silent"}, waited_seconds=0, patience=30) == {"silent": 1.0}

@@ -358,6 +358,9 @@ def test_a_hotkey_that_cannot_be_judged_is_paid_until_it_can() -> None:
     table = ScoreTable()
     table.add_work("new", 10)
     assert table.weights() == {}
+    for _ in range(2):
+        table.add_unjudged("new")
+        assert table.weights() == {}
     table.add_unjudged("new")
     assert table.weights() == {"new": 1.0}
     table.add_score("new", 0.0)

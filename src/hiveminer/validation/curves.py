@@ -43,15 +43,15 @@ now and then lower; a miner that only ran forward is at 0.0."""
 
 LEAST_LEARNING = 0.1
 
-LEAST_SPREAD = 0.01
-"""Nats per token by which the trained curve has to vary: rounding alone makes a part of that."""
+LEAST_SPREAD, AMPLE_SPREAD = 0.01, 0.1
+"""Nats per token by which the trained curve varies: below the first nobody is judged, since
+rounding alone makes a part of that; above the second its rows are told apart in any case."""
 
-CLEAR_SPREAD = 5.0
-CLEAR_GAIN = 1.2
-"""How many times the noise the spread of the trained curve, and the mean gain of training, have
-to be. An honest miner has trained a little between the epoch's begin and its answer, on rows that
-the validator's copy has not seen, and that moves each loss about as irregularly as the
-training in a replay does: by one to two times the spread of its gains."""
+CLEAR_SPREAD, CLEAR_GAIN = 5.0, 1.2
+"""How many times the noise the spread of the trained curve has to be in between, and the mean
+gain of training anywhere. An honest miner has trained a little between the epoch's begin and
+its answer, on rows that the validator's copy has not seen. That moves each loss about as
+irregularly as the training in a replay does: by one to two times the spread of its gains."""
 
 TREND = 2
 """Degree of the polynomial that is taken off a curve as its trend."""
@@ -125,7 +125,8 @@ class Evidence:
 
     @property
     def _is_flat(self) -> bool:
-        return spread(self.trained) < max(LEAST_SPREAD, CLEAR_SPREAD * spread(self._gains))
+        clear = min(AMPLE_SPREAD, CLEAR_SPREAD * spread(self._gains))
+        return spread(self.trained) < max(LEAST_SPREAD, clear)
 
     @property
     def shows_learning(self) -> bool:

@@ -20,6 +20,10 @@ LEAST_AVERAGE = 0.25
 FULL_AVERAGE = 0.75
 """An averaged score from here on is paid in full."""
 
+DOUBTS = 3
+"""Replays that tell nothing, before a hotkey that was never judged gets the benefit of the
+doubt: a cheat that is not caught at once is caught at its second answer or third."""
+
 AVERAGE_OVER = 4.0
 """The weight of a new score in the average is one over this, once there are as many."""
 
@@ -34,6 +38,7 @@ class Standing:
     score: float = 0.0
     replays: int = 0
     tokens: float = 0.0
+    unjudged: int = field(default=0, compare=False)
 
     @property
     def is_known(self) -> bool:
@@ -69,10 +74,11 @@ class ScoreTable:
         self.of(hotkey).add_score(value)
 
     def add_unjudged(self, hotkey: str) -> None:
-        """An answer was replayed and nothing could be told from it: a hotkey that was never
-        judged is paid until it is, and the first judgement replaces this one."""
+        """An answer was replayed and nothing could be told from it. A hotkey to which that
+        happens again and again is paid until it is judged, and that replaces this."""
         standing = self.of(hotkey)
-        if not standing.replays:
+        standing.unjudged += 1
+        if not standing.replays and standing.unjudged >= DOUBTS:
             standing.score = 1.0
 
     def decay_work(self) -> None:
