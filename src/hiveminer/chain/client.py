@@ -1,20 +1,14 @@
-"""A synchronous, thread-safe door to one `bittensor.Client`.
+"""What a neuron reads from and writes to the chain, as synchronous, thread-safe calls.
 
-The SDK is asynchronous and this package's threads are not, so a chain runs one private
-event loop in a thread of its own. Each call has a deadline; reads, which may be repeated
-without harm, are tried again when the connection fails; and whatever the SDK raises comes
-out as this package's errors, in one line.
+Each call has a deadline; reads, which may be repeated without harm, are tried again when the
+connection fails; and whatever the SDK raises becomes one of this package's errors, in one
+line.
 """
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
-import contextlib
 import ipaddress
 import logging
-import os
-import threading
 from collections.abc import Awaitable, Callable, Mapping
 from decimal import Decimal
 from pathlib import Path
@@ -24,6 +18,7 @@ from urllib.parse import urlsplit
 import bittensor as bt
 
 from hiveminer.chain import retry
+from hiveminer.chain.connection import Connection
 from hiveminer.chain.embedded.substrate import EmbeddedSubstrate
 from hiveminer.errors import ChainError, HiveminerError, NotRegistered, OperatorError
 
@@ -42,22 +37,20 @@ _NOT_ON_SUBNET = "AccountNotAllowedCommit"
 # in a reorganisation. It may still be included.
 _IN_DOUBT = frozenset({"FinalityTimeout", "Retracted", "Usurped", "Dropped"})
 _IN_DOUBT_WORDS = ("may already be in the pool", "already imported")
-# A call that hangs in the file system cannot be cancelled; its caller is freed all the same.
-_GRACE_SECONDS = 1.0
 
 T = TypeVar("T")
 Wallet = bt.Wallet | bt.KeyedWallet
 
 
 class Chain:
-    """One subnet of one network, as one wallet sees it; usable from any thread.
+    """One subnet of one network, for one wallet; usable from any thread.
 
     `network` is "embedded" or what the SDK was given, `netuid` the subnet, and `wallet`
     holds the hotkey that signs (a coldkey is needed by `join_embedded` only). Each read
     has `timeout_seconds`, each write twice that, because it waits for its block.
 
-    The loop's thread does not follow into a forked child: there, calls raise `ChainError`
-    at once, and the parent's chain goes on as before.
+    In a forked child, calls raise `ChainError` at once, and the parent's chain goes on as
+    before.
 
     Raises `ChainError` if the network cannot be reached in time, unless `must_connect` is
     off, and then each later call tries to connect first; and `OperatorError` if the
@@ -78,18 +71,9 @@ class Chain:
         self.netuid = netuid
         self.wallet = wallet
         self.hotkey: str = wallet.hotkey.ss58_address
-        self._client = client
         self._timeout_seconds = timeout_seconds
         self._block_seconds: float | None = None
-        self._connected = False
-        self._connecting = asyncio.Lock()
-        self._pid = os.getpid()
-        self._closing = threading.Lock()
-        self._closed = False
-        self._loop = asyncio.new_event_loop()
-        self._loop.set_exception_handler(_log_quietly)
-        self._thread = threading.Thread(target=self._loop.run_forever, name="chain", daemon=True)
-        self._thread.start()
+        self._connection = Connection(client, network=network)
         try:
             self._connect(must_connect)
         except BaseException:
@@ -98,24 +82,15 @@ class Chain:
 
     def _connect(self, must_connect: bool) -> None:
         try:
-            self.read("connecting", self._connected_client)
+            self.read("connecting", self._connection.connected)
         except ChainError as error:
             if must_connect:
                 raise
             logger.warning("%s; going on with what is known", error)
 
-    async def _connected_client(self, client: bt.Client) -> bt.Client:
-        async with self._connecting:
-            if not self._connected:
-                with contextlib.suppress(Exception):
-                    await asyncio.wait_for(client.close(), _GRACE_SECONDS)
-                await client.connect()
-                self._connected = True
-        return client
-
     @property
     def embedded(self) -> bool:
-        """Is this the network in a file?"""
+        """Whether this is the network in a file."""
         return self.network == EMBEDDED
 
     def __enter__(self) -> Chain:
@@ -137,11 +112,11 @@ class Chain:
         )
 
     def block(self) -> int:
-        """The number of the block that is now."""
+        """The current block's number."""
         return self.read("reading the block", lambda client: client.block())
 
     def block_seconds(self) -> float:
-        """Seconds a block; asked for once."""
+        """Seconds per block; read once."""
         if self._block_seconds is None:
             self._block_seconds = self.read(
                 "reading the block time", lambda client: client.block_time()
@@ -179,7 +154,7 @@ class Chain:
         return found
 
     def weights_of(self, uid: int) -> dict[int, int]:
-        """The weights that a validator has set, {uid: 0..65535}; not those still hidden."""
+        """The weights that a validator has set, {uid: 0..65535}; without unrevealed ones."""
         found = self.read(
             "reading weights",
             lambda client: client.query(("SubtensorModule", "Weights"), [self.netuid, uid]),
@@ -197,12 +172,12 @@ class Chain:
         return dict(found)
 
     def price(self) -> float:
-        """What a registration costs now, in TAO."""
+        """The current price of a registration, in TAO."""
         found = self.read("reading the price", lambda client: client.subnets.burn(self.netuid))
         return float(found.tao)
 
     def registration(self) -> str:
-        """The line that registers this hotkey; it needs the coldkey, so not on this machine."""
+        """The command that registers this hotkey; it needs the coldkey, so not on this machine."""
         name = getattr(self.wallet, "name", "NAME")
         hotkey = getattr(self.wallet, "hotkey_str", "HOTKEY")
         return (
@@ -213,17 +188,17 @@ class Chain:
     # Writes -----------------------------------------------------------------------
 
     def serve_axon(self, ip: str, port: int) -> None:
-        """Publish where this neuron listens.
+        """Publish this neuron's address.
 
-        Raises `OperatorError` for an address that cannot be or that the real chain
-        refuses, and `ChainError` if it was served too short a while ago.
+        Raises `OperatorError` for an invalid address or one that the real chain refuses,
+        and `ChainError` if the rate limit has not passed.
         """
         self._check_address(ip, port)
         intent = bt.ServeAxon(netuid=self.netuid, ip=ip, port=port)
         self._write("serving the axon", lambda client: self._execute(client, intent))
 
     def commit(self, data: bytes) -> None:
-        """Publish up to 512 bytes beside this neuron; they replace what it committed before.
+        """Publish up to 512 bytes for this neuron; they replace its earlier commitment.
 
         Raises `ValueError` if they are too long.
         """
@@ -246,8 +221,8 @@ class Chain:
 
         The SDK fits them to the subnet's limits and chooses between plain and
         commit-reveal. `version_key` must not be older than the subnet's; after
-        `valid_blocks` the signed call can be included no more. Raises `ChainError` if they
-        were set too short a while ago, or without a permit.
+        `valid_blocks` the signed call can no longer be included. Raises `ChainError` if the
+        rate limit has not passed, or without a permit.
         """
         intent = bt.SetWeights(
             netuid=self.netuid,
@@ -288,10 +263,10 @@ class Chain:
                 "at from outside: --axon.external_ip"
             )
 
-    # The loop ---------------------------------------------------------------------
+    # Calls and their errors -------------------------------------------------------
 
     def _write(self, doing: str, ask: Callable[[bt.Client], Awaitable[T]]) -> T:
-        # Once: whether a write that failed on the way has arrived, nobody knows.
+        # Once: a write whose connection failed may have arrived.
         hint = "; it may still go through, so look before it is sent again"
         return self._call(doing, ask, seconds=2 * self._timeout_seconds, attempts=1, hint=hint)
 
@@ -304,43 +279,12 @@ class Chain:
         attempts: int,
         hint: str,
     ) -> T:
-        if os.getpid() != self._pid:
-            raise ChainError(f"{doing}: this chain belongs to process {self._pid}")
-        with self._closing:
-            if self._closed:
-                raise ChainError(f"{doing}: the chain is closed")
-            future = asyncio.run_coroutine_threadsafe(
-                asyncio.wait_for(self._try(ask, attempts), seconds), self._loop
-            )
         try:
-            return future.result(seconds + _GRACE_SECONDS)
+            return self._connection.call(doing, ask, seconds=seconds, attempts=attempts, hint=hint)
         except HiveminerError:
             raise
-        except (TimeoutError, concurrent.futures.TimeoutError):
-            raise ChainError(
-                f"{doing}: no answer from {self.network} within {seconds:g} s{hint}",
-                may_stand=bool(hint),
-            ) from None
-        except concurrent.futures.CancelledError:
-            raise ChainError(
-                f"{doing}: the chain was closed meanwhile{hint}", may_stand=bool(hint)
-            ) from None
         except Exception as error:
             raise self._explained(doing, error, hint) from error
-        finally:
-            future.cancel()
-
-    async def _try(self, ask: Callable[[bt.Client], Awaitable[T]], attempts: int) -> T:
-        try:
-            async for attempt in retry.of_reads(attempts):
-                with attempt:
-                    return await ask(await self._connected_client(self._client))
-        except (*retry.TRANSIENT, asyncio.CancelledError):
-            # A session of the SDK that once failed to reconnect stays dead for good, so the
-            # next call begins a new one. (Cancelled: the deadline came.)
-            self._connected = False
-            raise
-        raise AssertionError("tenacity gives one attempt at least")
 
     def _explained(self, doing: str, error: Exception, hint: str) -> HiveminerError:
         if isinstance(error, bt.ChainError):
@@ -371,30 +315,8 @@ class Chain:
         )
 
     def close(self) -> None:
-        """End the connection, the loop and its thread; calls under way fail. Idempotent."""
-        if os.getpid() != self._pid:
-            return
-        with self._closing:
-            if self._closed:
-                return
-            self._closed = True
-        with contextlib.suppress(Exception):
-            asyncio.run_coroutine_threadsafe(self._wind_up(), self._loop).result(4.0)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(2.0)
-        if not self._thread.is_alive():
-            self._loop.close()
-
-    async def _wind_up(self) -> None:
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._client.close(), 2.0)
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self._loop.shutdown_asyncgens()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._loop.shutdown_default_executor(), 1.0)
+        """End the connection; calls in progress fail. Idempotent."""
+        self._connection.close()
 
 
 def _is_in_doubt(error: Exception) -> bool:
@@ -412,12 +334,6 @@ def _is_in_doubt(error: Exception) -> bool:
 
 def _kind(error: Exception) -> str:
     return error.code.name if isinstance(error, bt.ChainError) else type(error).__name__
-
-
-def _log_quietly(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    # The SDK's background tasks fail together with the calls that wait for them, and
-    # those have told the caller already.
-    logger.debug("chain: %s", context.get("message"), exc_info=context.get("exception"))
 
 
 def _committed_bytes(fields: list[Any]) -> bytes | None:
@@ -447,14 +363,14 @@ def open_chain(
 ) -> Chain:
     """A chain for a value of `--subtensor.network`.
 
-    "embedded" is the network in the file `path`, which is made, with blocks of
-    `block_seconds`, if there is none; finney, test, local and ws:// or wss:// addresses
+    "embedded" is the network in the file `path`, which is created, with blocks of
+    `block_seconds`, if it does not exist; finney, test, local and ws:// or wss:// addresses
     are the real SDK's. Raises `OperatorError` for any other value, and as `Chain` does.
     """
     if network == EMBEDDED:
         assert path is not None, "the embedded network needs a file"
         substrate = EmbeddedSubstrate(path, block_seconds=block_seconds)
-        # The label has no meaning there; it must only not be a public network's.
+        # The label has no meaning here; it only must not be a public network's.
         client = bt.Client("local", substrate=substrate)
     else:
         _check_network(network)
@@ -485,10 +401,10 @@ def _check_network(network: str) -> None:
 
 
 def join_embedded(chain: Chain, *, stake_tao: float = 0.0) -> int:
-    """Make sure that this wallet is a neuron of the embedded network; gives its uid.
+    """Make sure that this wallet is a neuron of the embedded network; returns its uid.
 
-    Registers its hotkey if need be, and stakes on it (on the root subnet, which counts on
-    every subnet) until `stake_tao` TAO lie there. The network funds the coldkey by itself.
+    Registers its hotkey if needed, and stakes on it (on the root subnet, which counts on
+    every subnet) up to `stake_tao` TAO. The network funds the coldkey by itself.
     Raises `OperatorError` on any other network.
     """
     if not chain.embedded:
