@@ -27,7 +27,8 @@ import psutil
 from matplotlib.figure import Figure
 
 from benchmarks.machine import RESULTS, describe, write
-from hiveminer.swarm.processes import DAEMON, SHARED_MEMORY, sweep
+from hiveminer.runtime.processes import SHARED_MEMORY
+from hiveminer.swarm.processes import DAEMON, sweep
 
 AIM_MB_PER_MINUTE = 0.5
 """Growth of a miner's memory, over all its processes, in the last half of a soak."""

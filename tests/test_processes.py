@@ -23,9 +23,10 @@ import pytest
 
 from hiveminer.chain import embedded_wallet
 from hiveminer.errors import SwarmError
+from hiveminer.runtime.processes import lives
 from hiveminer.strategies.hivemind.averager import SwarmAverager
 from hiveminer.swarm import processes
-from hiveminer.swarm.processes import ChildProcesses, lives, shared_memory_problem, sweep
+from hiveminer.swarm.processes import ChildProcesses, shared_memory_problem, sweep
 from programs import Network, Program, descendants_gone, started, wait_for
 
 linux = pytest.mark.skipif(

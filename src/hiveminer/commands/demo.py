@@ -36,6 +36,7 @@ from hiveminer.config.run_file import to_toml
 from hiveminer.config.settings import DemoSettings
 from hiveminer.errors import OperatorError
 from hiveminer.runtime.addresses import port_is_free
+from hiveminer.runtime.processes import left_behind
 from hiveminer.runtime.program import rendered
 
 logger = logging.getLogger(__name__)
@@ -265,17 +266,11 @@ class Demo:
         return not left and all(code == 0 for code in codes)
 
     def _left_behind(self) -> list[str]:
-        family = {pid for program in self.programs for pid in program.family}
-        left = [f"process {pid}" for pid in sorted(family) if _lives(pid)]
         ports = {port for program in self.programs for port in program.ports}
-        left += [f"port {port}" for port in sorted(ports) if not port_is_free("127.0.0.1", port)]
-        memory = Path("/dev/shm")
-        left += [
-            str(path)
-            for path in (memory.glob("torch_*_*") if memory.is_dir() else ())
-            if path.name.split("_")[1].isdigit() and int(path.name.split("_")[1]) in family
+        left = left_behind({pid for program in self.programs for pid in program.family})
+        return left + [
+            f"port {port}" for port in sorted(ports) if not port_is_free("127.0.0.1", port)
         ]
-        return left
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         if self.interrupted:
@@ -455,10 +450,3 @@ def _row(name: str, lines: Sequence[Line]) -> tuple[str, ...]:
 
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
-        return False

@@ -28,11 +28,10 @@ import torch
 from hivemind.utils.logging import use_hivemind_log_handler
 
 from hiveminer.errors import OperatorError, SwarmError
+from hiveminer.runtime.processes import SHARED_MEMORY, is_dead, lives
 from hiveminer.runtime.signals import NUMBERS
 
 LOOK_SECONDS = 0.5
-
-SHARED_MEMORY = Path("/dev/shm")
 
 DAEMON = "p2pd"
 """The libp2p daemon's name among processes."""
@@ -200,14 +199,6 @@ class ChildProcesses:
                 process.kill()
 
 
-def lives(process: psutil.Process) -> bool:
-    """Whether it has not ended; a zombie has."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def sweep(*, shared_memory: Path = SHARED_MEMORY, sockets: Path = Path("/tmp")) -> int:
     """Remove what dead processes of this user left: torch's shared memory, p2p sockets, and
     multiprocessing's and torch's folders of sockets.
@@ -217,10 +208,10 @@ def sweep(*, shared_memory: Path = SHARED_MEMORY, sockets: Path = Path("/tmp")) 
     """
     removed = 0
     for path in shared_memory.glob("torch_*_*"):
-        removed += _is_dead(path.name.split("_")[1]) and _remove(path)
+        removed += is_dead(path.name.split("_")[1]) and _remove(path)
     for folder in Path(tempfile.gettempdir()).glob("pymp-*"):
         for number in _marks(folder):
-            removed += _is_dead(number) and _remove(folder)
+            removed += is_dead(number) and _remove(folder)
     # First the files, then the table: a socket that is made in between is in no list.
     files = [*sockets.glob("hivemind-p2p*.sock"), *sockets.glob("torch-shm-dir-*/manager.sock")]
     open_sockets = _open_sockets()
@@ -237,16 +228,6 @@ def _marks(folder: Path) -> list[str]:
         return [each.name.partition("-")[2] for each in folder.glob("hiveminer-*")]
     except OSError:  # its process removes it this moment
         return []
-
-
-def _is_dead(number: str) -> bool:
-    """Whether a process's number, as a name has it, is nobody's any more."""
-    try:
-        return number.isdecimal() and not lives(psutil.Process(int(number)))
-    except psutil.NoSuchProcess:
-        return True
-    except psutil.Error:
-        return False
 
 
 def _remove(path: Path) -> int:

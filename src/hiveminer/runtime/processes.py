@@ -1,0 +1,36 @@
+"""Which processes still live, and what those that ended have left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+import psutil
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it has not ended; a zombie has."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def is_dead(number: str) -> bool:
+    """Whether no process has this pid, which is given as it appears in a file's name."""
+    try:
+        return number.isdecimal() and not lives(psutil.Process(int(number)))
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.Error:
+        return False
+
+
+def left_behind(pids: Collection[int], *, shared_memory: Path = SHARED_MEMORY) -> list[str]:
+    """What is still there of these processes: themselves, and torch's shared memory."""
+    left = [f"process {pid}" for pid in sorted(pids) if not is_dead(str(pid))]
+    numbers = {str(pid) for pid in pids}
+    memory = shared_memory.glob("torch_*_*")
+    return left + [str(path) for path in memory if path.name.split("_")[1] in numbers]
