@@ -31,6 +31,7 @@ from pathlib import Path
 from threading import Event
 
 import bittensor as bt
+from packaging.version import Version
 
 from hiveminer.__version__ import __version__
 from hiveminer.chain import Chain, across_outage
@@ -81,7 +82,7 @@ def filled(
 
 def version_key(version: str) -> int:
     """The number under which the chain compares versions: 1.2.3 is 1023."""
-    major, minor, patch = (int(part) for part in version.split(".")[:3])
+    major, minor, patch = Version(version).release[:3]
     return 1000 * major + 10 * minor + patch
 
 

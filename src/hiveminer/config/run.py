@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from packaging.version import Version
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hiveminer.__version__ import __version__
@@ -331,8 +332,8 @@ def _without_later_defaults(
     return kept
 
 
-def _version(text: str) -> tuple[int, ...]:
-    parts = text.split(".")
-    if len(parts) != 3:
-        raise ValueError(text)
-    return tuple(int(part) for part in parts)
+def _version(text: str) -> Version:
+    parsed = Version(text)
+    if len(parsed.release) != 3 or parsed.base_version != text:
+        raise ValueError(f"not a released version: {text}")
+    return parsed
