@@ -14,9 +14,11 @@ import pytest
 from small_neurons import miner_settings
 
 from hiveminer import cli
-from hiveminer.chain import EmbeddedSubstrate, embedded_wallet, join_embedded, open_chain
+from hiveminer.chain import Chain, EmbeddedSubstrate, embedded_wallet, join_embedded, open_chain
 from hiveminer.commands import doctor
-from hiveminer.commands.doctor import Check, Doctor, passed, within
+from hiveminer.commands.checks.base import Check, passed
+from hiveminer.commands.checks.machine import PYTHONS
+from hiveminer.commands.doctor import Doctor, within
 from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import OperatorError
 
@@ -176,7 +178,7 @@ def test_not_registered_names_the_price_and_the_line(tmp_path: Path) -> None:
     made = Doctor(settings)
     made.wallet()
     client = bt.Client("local", substrate=EmbeddedSubstrate(tmp_path / "chain.sqlite"))
-    with doctor.Chain(network="test", netuid=1, wallet=made._wallet, client=client) as chain:
+    with Chain(network="test", netuid=1, wallet=made._wallet, client=client) as chain:
         made._chain, made._metagraph = chain, chain.metagraph()
         check = made.registered()
     assert check.verdict == "failed"
@@ -216,7 +218,7 @@ def test_the_exit_code_is_the_number_of_failures_capped(
 
 def test_the_pythons_are_those_of_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    low, high = (".".join(map(str, version)) for version in doctor.PYTHONS)
+    low, high = (".".join(map(str, version)) for version in PYTHONS)
     assert project["requires-python"] == f">={low},<{high}"
 
 
