@@ -8,8 +8,8 @@ which is harder to place levels in than a real update and takes as many bytes.
   these alone; `bytes_ratio_blob`: of the whole model over those of the whole blob.
 - `bits_per_index_bound`: log2 C(4096, 64) / 64; `bits_per_value`: of the blob, indices, levels
   and header included.
-- `encode_s`, `decode_apply_s` (eight blobs: decode, norms, clip, average, step) and `hash_s`
-  (SHA-256 of the parameters in pieces of 16 MiB): the best of `--rounds` by CPU seconds of one
+- `encode_s`, `decode_apply_s` (eight blobs through `apply_blobs`: decode, norms, clip, average,
+  step) and `hash_s` (`State.hash`): the best of `--rounds` by CPU seconds of one
   thread, since others may be at work on the machine; `*_wall_s`: the best by the clock.
 - `peak_memory_mb`: resident memory while encoding and while decoding and applying, beyond what
   the process held before: model, update and blobs.
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
 import json
 import math
 import sys
@@ -36,10 +35,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.machine import RESULTS, describe, write
-from hiveminer.strategies.sparseloco.codec import Compression, Header, decode, encode
+from hiveminer.strategies.sparseloco.apply import CountedBlob, State, apply_blobs
+from hiveminer.strategies.sparseloco.codec import Compression, Header, encode
 
 BLOBS = 8
-PIECE = 16 << 20
 SPARSE = Compression(64 / 4096, 2)
 DENSE = Compression(1.0, 2)
 AIMS = {
@@ -74,31 +73,6 @@ def draw_update(shapes: Mapping[str, torch.Size], *, seed: int) -> dict[str, Ten
 
 def header(author: int) -> Header:
     return Header(hotkey=bytes([author]) * 32, run=bytes(8), round=1, parent=bytes(32))
-
-
-def apply(weights: Mapping[str, Tensor], blobs: Sequence[bytes]) -> None:
-    """Decode, clip to the lower median norm, sum and step: weights -= mean of the updates."""
-    shapes = {name: value.shape for name, value in weights.items()}
-    updates = [decode(blob, shapes=shapes) for blob in blobs]
-    for name, weight in weights.items():
-        norms = [math.sqrt(update.squared_norm(name)) for update in updates]
-        limit = sorted(norms)[(len(norms) - 1) // 2]
-        total = torch.zeros_like(weight)
-        counts = torch.zeros(weight.shape, dtype=torch.int32)
-        for update, norm in zip(updates, norms, strict=True):
-            update.add_to(name, total, factor=min(1.0, limit / norm) if norm else 1.0)
-            update.count_into(name, counts)
-        weight.sub_(total.div_(counts.clamp_(min=1)))
-
-
-def state_hash(weights: Mapping[str, Tensor]) -> bytes:
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(f"{name} {tuple(weights[name].shape)}\n".encode())
-        whole = memoryview(weights[name].numpy()).cast("B")
-        for start in range(0, len(whole), PIECE):
-            digest.update(hashlib.sha256(whole[start : start + PIECE]).digest())
-    return digest.digest()
 
 
 def best(work: Callable[[], Any], *, rounds: int) -> tuple[float, float]:
@@ -144,18 +118,21 @@ def measure(
         blobs.append(encode(other, header=header(author), compression=compression))
         del other
     weights = {name: torch.full(shape, 0.02) for name, shape in shapes.items()}
+    state = State(weights, dict.fromkeys(weights, 0.0))
+    counted = [CountedBlob(uid, header(uid), blob) for uid, blob in enumerate(blobs)]
     large = {name: value for name, value in update.items() if value.numel() >= compression.chunk}
 
     def encode_once() -> bytes:
         return encode(update, header=header(0), compression=compression)
 
     def apply_once() -> None:
-        apply(weights, blobs)
+        applied = apply_blobs(state, counted, compression=compression)
+        assert not applied.left_out, applied.left_out
 
     memory = {"encode": peak_memory(encode_once), "decode_apply": peak_memory(apply_once)}
     encode_s, encode_wall = best(encode_once, rounds=rounds)
     apply_s, apply_wall = best(apply_once, rounds=rounds)
-    hash_s, hash_wall = best(lambda: state_hash(weights), rounds=rounds)
+    hash_s, hash_wall = best(state.hash, rounds=rounds)
     values = {name: value.numel() for name, value in update.items()}
     kept = sum(compression.kept_of_tensor(value.numel()) for value in large.values())
     sparse_bytes = len(encode(large, header=header(0), compression=compression))
