@@ -187,5 +187,5 @@ def test_what_a_validator_may_send_a_miner(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["miner.py", "validator.py"])
 def test_an_example_tells_its_flags(name: str) -> None:
     words = [sys.executable, str(ROOT / "examples" / name), "--help"]
-    told = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout
+    told = subprocess.run(words, capture_output=True, text=True, timeout=150, check=True).stdout
     assert "--subtensor.network" in told

@@ -59,6 +59,7 @@ def test_two_miners_and_a_validator_from_the_answer_to_the_weight(tmp_path: Path
     options = {"neuron": {"path": tmp_path / "state", "run": run}}
     work = {"rows": 16, "batch_size": 2, "sample_rate": 1.0, "weights_seconds": 1.0}
     before = time.process_time()
+    children = set(psutil.Process().children(recursive=True))
     with (
         quiet(),
         Miner(miner_settings(tmp_path, **options), strategy=hub.strategy) as one,
@@ -87,7 +88,7 @@ def test_two_miners_and_a_validator_from_the_answer_to_the_weight(tmp_path: Path
         strategies: list[Any] = [one.swarm, two.swarm]
     assert time.process_time() - before < 5
     assert all(each.closed and each.interrupted and each.syncs for each in strategies)
-    assert not psutil.Process().children(recursive=True)
+    assert set(psutil.Process().children(recursive=True)) <= children
 
 
 def test_both_run_where_an_event_loop_runs_already(tmp_path: Path) -> None:
