@@ -44,7 +44,9 @@ def test_the_idle_and_the_lying_earn_under_a_fifth_of_the_honest(tmp_path: Path)
         }
 
         def judged(lines: list[dict[str, Any]]) -> bool:
-            counts = Counter(line["hotkey"] for line in lines if line["judged"])
+            # The honest one is paid in full for rows that tell nothing; the others have to be seen.
+            honest = by_key["honest"]
+            counts = Counter(x["hotkey"] for x in lines if x["judged"] or x["hotkey"] == honest)
             return all(counts[key] >= REPLAYS[kind] for kind, key in by_key.items())
 
         evidence = network.wait_for_numbers("evidence", judged, seconds=200)

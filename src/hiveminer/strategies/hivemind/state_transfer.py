@@ -159,6 +159,7 @@ class StateInspector:
         self._weights = weights
         self._all_bytes = all_bytes
         self._vouches: dict[str, Vouch] = {}
+        self._reporting: set[str] = set()
 
     async def prepare(self) -> None:
         """Ask the peers what they vouch for; to be called before a download."""
@@ -200,7 +201,12 @@ class StateInspector:
             if attempt:
                 await asyncio.sleep(1.0)
                 await self.prepare()
-            others = [vouch for peer, vouch in self._vouches.items() if peer != donor]
+            others = [
+                vouch
+                for peer, vouch in self._vouches.items()
+                # Idle peers stay at the epoch of their last work; they say nothing of later ones.
+                if peer != donor and (vouch[0] >= epoch or peer in self._reporting)
+            ]
             own = self._vouches.get(donor)
             problem = contradiction(epoch, seen, others)
             if problem is None and (own is None or own[0] != epoch or not agree(seen, own[1])):
@@ -216,7 +222,9 @@ class StateInspector:
             self._read(donors_key(averager_prefix(self._run_id))),
             self._read(progress_key(self._run_id)),
         )
-        peers = set(donors_in(donors)) | reporters_in(reporting)
+        reporters = reporters_in(reporting)
+        self._reporting = {str(peer) for peer in reporters}
+        peers = set(donors_in(donors)) | reporters
         peers.discard(self._own_id)
         asked = random.sample(sorted(peers), min(len(peers), MAX_VOUCHES))
         vouches = await asyncio.gather(*map(self._vouch_of, asked))
