@@ -173,6 +173,11 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
         proof = self._by_peer.get(peer_id)
         return proof.hotkey if proof is not None and proof.expires > get_dht_time() else None
 
+    def proved(self) -> dict[str, str]:
+        """The registered hotkeys of other peers, by the peer id that they have proved."""
+        now = get_dht_time()
+        return {name: each.hotkey for name, each in self._by_peer.items() if each.expires > now}
+
     async def identify(
         self, peer_id: str, *, ask: Callable[[Any], Awaitable[Any]], timeout_seconds: float
     ) -> str | None:
@@ -375,6 +380,12 @@ async def change_admitted(
     for node_id, peer_id in list(table.uid_to_peer_id.items()):
         if authorizer.hotkey_of(str(peer_id)) is None:
             del table[node_id]
+
+
+async def proved_peers(_dht: Any, node: Any) -> dict[str, str]:
+    """Runs in the DHT's process: the registered hotkeys of other peers, by peer id."""
+    found: dict[str, str] = node.protocol.authorizer.proved()
+    return found
 
 
 async def identify(_dht: Any, node: Any, *, peer_id: str, timeout_seconds: float) -> str | None:

@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 from hivemind.averaging.allreduce import AveragingMode
@@ -19,57 +18,27 @@ from hivemind.p2p import PeerID
 from hivemind.utils.serializer import MSGPackSerializer
 
 from hiveminer.runtime.events import tell
-from hiveminer.swarm.identity import identify
+from hiveminer.swarm.admission import MAX_CACHED
+from hiveminer.swarm.admission import Admission as PeerAdmission
 
 logger = logging.getLogger(__name__)
-
-IDENTIFY_SECONDS = 4.0
-"""Timeout for a peer to prove its hotkey."""
-
-CACHE_SECONDS = 5.0
-"""How long a proof is cached; a refusal is cached for a fifth of it."""
-
-SHUN_SECONDS = 300.0
-"""How long a peer that sent poison is treated as a stranger."""
 
 STRIKE_SECONDS = 600.0
 """A peer that is silent twice within this time is shunned."""
 
-MAX_CONCURRENT = 16
-"""Strangers that are asked for their proof at the same time; more are turned away."""
-
-MAX_CACHED = 4096
-"""Proofs and refusals in the cache; strangers may be many."""
-
 MAX_GATHER_BYTES = 1024
 
 
-class Admission:
-    """Decides, per peer, whether to deal with it.
+class Admission(PeerAdmission):
+    """Also knows who is gone from a round.
 
-    dht: the `hivemind.DHT` whose process knows who has proved a hotkey.
-    on_shun: called with the id of a peer when it is shunned.
+    dht, on_shun: as in the base class.
     """
 
     def __init__(self, dht: Any, *, on_shun: Callable[[str], None]):
-        self._dht = dht
-        self._on_shun = on_shun
-        self._cache: dict[str, tuple[float, bool]] = {}
-        self._identifying = 0
-        self._shunned_until: dict[str, float] = {}
+        super().__init__(dht, on_shun=on_shun)
         self._silent_at: dict[str, float] = {}
         self._gone: dict[str, asyncio.Event] = {}
-
-    async def admits(self, peer: PeerID) -> bool:
-        """Whether this peer has proved a registered hotkey and is not shunned."""
-        return await self._is_registered(str(peer)) and not self._is_shunned(str(peer))
-
-    def shun(self, peer: PeerID, problem: str, *, event: str = "poison") -> None:
-        """Treat this peer as a stranger for SHUN_SECONDS."""
-        if not self._is_shunned(str(peer)):  # reported once, not for each part
-            tell(logger, event, f"peer {peer} is left out for a while: {problem}")
-            self._on_shun(str(peer))
-        self._shunned_until[str(peer)] = time.monotonic() + SHUN_SECONDS
 
     def note_silence(self, peer: PeerID, problem: str) -> None:
         """This peer did not do its part in a round: it is gone from it, and shunned the second
@@ -102,31 +71,6 @@ class Admission:
     def gone_of(self, peers: Iterable[str]) -> set[str]:
         """Those of these peers that are gone."""
         return {peer for peer in self._gone.keys() & set(peers) if self._gone[peer].is_set()}
-
-    def _is_shunned(self, peer: str) -> bool:
-        return time.monotonic() < self._shunned_until.get(peer, 0.0)
-
-    async def _is_registered(self, name: str) -> bool:
-        now = time.monotonic()
-        until, admitted = self._cache.get(name, (0.0, False))
-        if now < until:
-            return admitted
-        if self._identifying >= MAX_CONCURRENT:
-            return False
-        self._identifying += 1
-        try:
-            task = partial(identify, peer_id=name, timeout_seconds=IDENTIFY_SECONDS)
-            future = self._dht.run_coroutine(task, return_future=True)
-            admitted = await asyncio.wait_for(future, IDENTIFY_SECONDS + 1) is not None
-        except Exception as error:  # noqa: BLE001 - who cannot be identified is a stranger
-            logger.debug("peer %s could not be identified: %r", name, error)
-            admitted = False
-        finally:
-            self._identifying -= 1
-        if len(self._cache) >= MAX_CACHED:
-            self._cache.clear()
-        self._cache[name] = (now + (CACHE_SECONDS if admitted else CACHE_SECONDS / 5), admitted)
-        return admitted
 
 
 def epoch_in(gather: bytes) -> int | None:

@@ -26,13 +26,13 @@ from hiveminer.errors import SwarmError
 from hiveminer.runtime.events import tell
 from hiveminer.strategies.base import Context, RoundResult, Strategy
 from hiveminer.strategies.hivemind import state
-from hiveminer.strategies.hivemind.admission import SHUN_SECONDS
 from hiveminer.strategies.hivemind.averager import compression
 from hiveminer.strategies.hivemind.bounds import Bounds
 from hiveminer.strategies.hivemind.failure_detector import FailureDetector
 from hiveminer.strategies.hivemind.optimizer import SwarmOptimizer
 from hiveminer.strategies.hivemind.round_server import CHUNK_SECONDS
 from hiveminer.strategies.hivemind.tracker import REPORT_SECONDS
+from hiveminer.swarm.admission import SHUN_SECONDS
 from hiveminer.swarm.membership import Membership, announced_ip, start_peer
 from hiveminer.swarm.processes import require_shared_memory
 from hiveminer.training.optimizer import build_optimizer, build_scheduler, parameter_groups

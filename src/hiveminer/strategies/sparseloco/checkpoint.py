@@ -1,0 +1,182 @@
+"""What a replica resumes from, as named tensors and JSON: u, the position, and its own blobs.
+
+    u.NAME        what was learned and is in no state yet, float32
+    left.N.NAME   what own blob N left out, as long as it is needed
+    blob.N        own blob N, uint8
+    inner.I.KEY   the inner optimizer's state of parameter I
+
+The two states of the position are not here: the log makes them again, or another peer gives
+them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from hiveminer.runtime.files import write_atomically
+from hiveminer.strategies.sparseloco import update
+from hiveminer.strategies.sparseloco.codec import BlobError, decode
+from hiveminer.strategies.sparseloco.plan import Plan
+from hiveminer.strategies.sparseloco.records import Record
+from hiveminer.strategies.sparseloco.replica import OwnCut
+from hiveminer.strategies.sparseloco.rounds import Contribution, OwnBlob, Position
+
+logger = logging.getLogger(__name__)
+
+
+def position_to_json(position: Position) -> dict[str, Any]:
+    """A position as JSON."""
+    return {
+        "hotkey": position.hotkey.hex(),
+        "round": position.round,
+        "confirmed": _hex(position.confirmed),
+        "newest": _hex(position.newest),
+        "held": _hex(position.held),
+        "contributions": [
+            [each.uid, each.hotkey.hex(), each.blob_bytes, each.blob_hash.hex()]
+            for each in position.contributions
+        ],
+        "cut": _own_to_json(position.cut),
+        "counted": _own_to_json(position.counted),
+        "taken": position.taken,
+        "owed": [_own_to_json(each) for each in position.owed],
+    }
+
+
+def position_from_json(content: Mapping[str, Any]) -> Position:
+    """Raises ValueError, KeyError or TypeError for anything else."""
+    number = content["round"]
+    return Position(
+        bytes.fromhex(content["hotkey"]),
+        None if number is None else int(number),
+        _bytes(content["confirmed"]),
+        tuple(
+            Contribution(int(uid), bytes.fromhex(hotkey), int(size), bytes.fromhex(digest))
+            for uid, hotkey, size, digest in content["contributions"]
+        ),
+        _bytes(content["newest"]),
+        _bytes(content["held"]),
+        _own_from_json(content["cut"]),
+        _own_from_json(content["counted"]),
+        bool(content["taken"]),
+        tuple(own for each in content["owed"] if (own := _own_from_json(each))),
+    )
+
+
+def cuts_to_tensors(cuts: Mapping[bytes, OwnCut], names: list[str]) -> dict[str, Tensor]:
+    """Own blobs, and what they left out."""
+    tensors: dict[str, Tensor] = {}
+    for number, own in enumerate(cuts.values()):
+        tensors[f"blob.{number}"] = torch.frombuffer(bytearray(own.blob), dtype=torch.uint8)
+        for name, left in zip(names, own.cut.left, strict=False):
+            tensors[f"left.{number}.{name}"] = left
+    return tensors
+
+
+def cuts_from_tensors(
+    tensors: Mapping[str, Tensor], plan: Plan, names: list[str]
+) -> dict[bytes, OwnCut]:
+    """Raises ValueError for what is not an own blob."""
+    cuts = {}
+    number = 0
+    while (blob_tensor := tensors.get(f"blob.{number}")) is not None:
+        blob = blob_tensor.numpy().tobytes()
+        try:
+            sent = decode(blob, shapes=plan.shapes, compression=plan.compression)
+        except BlobError as error:
+            raise ValueError(f"an own blob is damaged: {error}") from None
+        left = [tensors.get(f"left.{number}.{name}") for name in names]
+        kept = [each for each in left if each is not None]
+        if len(kept) not in (0, len(names)):
+            raise ValueError("what an own blob left out is not complete")
+        digest = hashlib.sha256(blob).digest()
+        header = sent.header
+        record = Record(header.run, header.round, header.parent, len(blob), digest)
+        cut = update.Cut([sent.dense(name) for name in names], kept)
+        cuts[digest] = OwnCut(record, blob, cut)
+        number += 1
+    return cuts
+
+
+def optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The tensors of an inner optimizer's state. What else there is follows from the run."""
+    return {
+        f"inner.{index}.{key}": value.detach().to("cpu", copy=True)
+        for index, values in optimizer.state_dict()["state"].items()
+        for key, value in values.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def optimizer_state(
+    tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """The state dict to load. Raises ValueError if it is not of these parameters."""
+    own = optimizer.state_dict()
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "inner":
+            index, _, key = rest.partition(".")
+            state.setdefault(int(index), {})[key] = value
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    for number, values in state.items():
+        if number >= len(parameters):
+            raise ValueError("the optimizer's state is of another model")
+        for value in values.values():
+            if value.dim() and value.shape != parameters[number].shape:
+                raise ValueError("the optimizer's state is of another model")
+    return {"state": state, "param_groups": own["param_groups"]}
+
+
+def write_journal(
+    path: Path, position: Position, cuts: Mapping[bytes, OwnCut], names: list[str]
+) -> None:
+    """Save a cut before its record is committed. u at that moment is q + e of the cut."""
+    metadata = {"position": json.dumps(position_to_json(position))}
+    write_atomically(path, save(cuts_to_tensors(cuts, names), metadata))
+
+
+def read_journal(
+    path: Path, plan: Plan, names: list[str]
+) -> tuple[Position, dict[bytes, OwnCut]] | None:
+    """The newest cut; None if there is none, or the file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            position = position_from_json(json.loads(file.metadata()["position"]))
+        return position, cuts_from_tensors(tensors, plan, names)
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s cannot be used: %s", path, error)
+        return None
+
+
+def _hex(value: bytes | None) -> str | None:
+    return None if value is None else value.hex()
+
+
+def _bytes(value: str | None) -> bytes | None:
+    return None if value is None else bytes.fromhex(value)
+
+
+def _own_to_json(own: OwnBlob | None) -> list[Any] | None:
+    return None if own is None else [own.round, own.blob_hash.hex(), own.forgotten]
+
+
+def _own_from_json(content: list[Any] | None) -> OwnBlob | None:
+    if content is None:
+        return None
+    number, digest, forgotten = content
+    return OwnBlob(int(number), bytes.fromhex(digest), bool(forgotten))

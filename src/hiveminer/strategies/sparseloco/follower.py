@@ -1,0 +1,376 @@
+"""Follows the chain round by round, in a thread of its own: reads, decides, fetches, applies.
+
+It is the same for miners, which cut and commit records, and for validators, which check blobs
+and commit marks. Only final blocks are read. Whatever fails (the chain, a peer, the disk) is
+tried again at the next look; a deadline that passes meanwhile is a missed round, and costs
+nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from hiveminer.errors import ChainError, HiveminerError
+from hiveminer.strategies.sparseloco.apply import State
+from hiveminer.strategies.sparseloco.log import EVERY_ROUNDS, Log
+from hiveminer.strategies.sparseloco.plan import Plan
+from hiveminer.strategies.sparseloco.replay import load_blobs, rebuild
+from hiveminer.strategies.sparseloco.replica import Replica
+from hiveminer.strategies.sparseloco.rounds import (
+    Block,
+    Contribution,
+    Decision,
+    Facts,
+    Neuron,
+    Repair,
+    decide,
+    next_action,
+)
+from hiveminer.strategies.sparseloco.shelf import Shelf
+
+logger = logging.getLogger(__name__)
+
+FETCH_SECONDS = 20.0
+"""Blobs that count are looked for this long before the chain is looked at again."""
+
+STATE_SECONDS = 60.0
+STATE_BYTES = 1_250_000.0
+"""A download of a state is given up after STATE_SECONDS, and a second more for each STATE_BYTES:
+it may by then be a round behind, and is asked for anew."""
+
+KEPT_BLOCKS = 256
+"""Blocks whose state a pruned node keeps."""
+
+
+class RoundChain(Protocol):
+    """What the rounds need of a chain. Each method raises ChainError.
+
+    Blocks that are read must be final, and what is read is the state after the block.
+    Hotkeys are 32 bytes.
+    """
+
+    block_seconds: float
+
+    def head(self) -> int:
+        """The newest block."""
+
+    def final_head(self) -> int:
+        """The newest final block."""
+
+    def snapshot(self, number: int) -> tuple[Block, tuple[Neuron, ...]]:
+        """The subnet's neurons at a block."""
+
+    def commitments(self, number: int) -> tuple[Block, Mapping[bytes, bytes]]:
+        """The raw commitments at a block, by hotkey."""
+
+    def commit(self, data: bytes) -> None:
+        """Replace this hotkey's commitment, in one of the next blocks or never."""
+
+
+class Fetcher(Protocol):
+    """What the rounds need of the swarm; see `exchange.Exchange`."""
+
+    def fetch_blobs(
+        self,
+        number: int,
+        wanted: Iterable[Contribution],
+        *,
+        keep: Callable[[Contribution, bytes], None],
+        timeout_seconds: float,
+    ) -> frozenset[int]: ...
+
+    def fetch_state(
+        self, digest: bytes, shapes: Mapping[str, torch.Size], *, timeout_seconds: float
+    ) -> State | None: ...
+
+
+@dataclass
+class Reading:
+    """What was read of the round that is under way."""
+
+    number: int
+    first_block: Block | None = None
+    neurons: tuple[Neuron, ...] = ()
+    records_block: Block | None = None
+    records: Mapping[bytes, bytes] | None = None
+
+
+class Follower(ABC):
+    """Follows the rounds with a `Replica`. A subclass does what its role does in a round.
+
+    replica: with a checkpoint's position, or as it is made, to join. start_state: the one from
+    which the run starts. poll_seconds: how often the chain is looked at.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        *,
+        chain: RoundChain,
+        exchange: Fetcher,
+        log: Log,
+        shelf: Shelf,
+        start_state: State,
+        poll_seconds: float | None = None,
+    ):
+        self.replica = replica
+        self.plan: Plan = replica.plan
+        self.chain = chain
+        self.exchange = exchange
+        self.log = log
+        self.shelf = shelf
+        self.problem = ""
+        """Why this peer does not take part, for as long as it does not."""
+        self.decided = -1
+        """The newest decided round, empty or not."""
+        self.contributors = 0
+        """How many blobs counted in the newest round that was not empty."""
+        self._start_state = start_state
+        self._poll_seconds = poll_seconds or max(0.1, chain.block_seconds / 2)
+        self._reading = Reading(-1)
+        self._stopping = threading.Event()
+        self._told = ""
+        self.thread = threading.Thread(target=self._run, name="rounds", daemon=True)
+
+    # The role -----------------------------------------------------------------------
+
+    @abstractmethod
+    def before_records(self, number: int, head: int) -> None:
+        """Called while round `number` has not come to the deadline of its records."""
+
+    @abstractmethod
+    def after_records(self, reading: Reading, head: int) -> None:
+        """Called once the records of the round under way are final, until it is decided."""
+
+    # The thread ---------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Start the thread."""
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Ask the thread to end; it does once its last fetch has."""
+        self._stopping.set()
+
+    def close(self, *, timeout_seconds: float = 5.0) -> None:
+        """Stop the thread. May be called again."""
+        self._stopping.set()
+        if self.thread.ident is not None:
+            self.thread.join(timeout_seconds)
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self.follow()
+                self._told = ""
+            except (HiveminerError, OSError) as error:
+                if str(error) != self._told:  # once for as long as it is the same
+                    self._told = str(error)
+                    logger.warning("the rounds wait: %s", error)
+            self._stopping.wait(self._poll_seconds)
+
+    def follow(self) -> None:
+        """One look at the chain, and all that is due. Raises ChainError and OSError."""
+        final = self.chain.final_head()
+        schedule = self.plan.rules.schedule
+        newest = schedule.newest_final_round(final)
+        self._settle_to(newest)
+        self._catch_up()
+        number = newest + 1
+        self._read(number, final)
+        head = self.chain.head()
+        if self._reading.records is not None:
+            self.after_records(self._reading, head)
+        elif schedule.cut_block(number) <= head < schedule.records_block(number):
+            self.before_records(number, head)
+
+    # Deciding -----------------------------------------------------------------------
+
+    def _settle_to(self, newest: int) -> None:
+        round_ = self.replica.position.round
+        if round_ is None:
+            self._join(newest)
+            return
+        for number in range(round_ + 1, newest + 1):
+            if self._stopping.is_set():
+                return
+            try:
+                facts = self._facts(number)
+            except ChainError as error:
+                if (newest + 1 - number) * self.plan.rules.schedule.round_blocks <= KEPT_BLOCKS:
+                    raise
+                # A pruned node no longer has it; begin anew with what it has.
+                logger.warning("round %d can no longer be read, starting over: %s", number, error)
+                self.replica.restart_as_joiner()
+                self._join(newest)
+                return
+            self._settle(facts)
+
+    def _join(self, newest: int) -> None:
+        """Begin with the newest round that is not empty; with the start, if there is none."""
+        kept: list[Facts] = []
+        for number in range(newest, -1, -1):
+            try:
+                facts = self._facts(number)
+            except ChainError:
+                break  # before the node's memory, or the chain does not answer
+            kept.append(facts)
+            if decide(self.plan.rules, facts).parent is not None:
+                break
+        if newest >= 0 and not kept:
+            raise ChainError(f"round {newest} cannot be read yet")
+        if kept and decide(self.plan.rules, kept[-1]).parent is not None:
+            for facts in reversed(kept):
+                self._settle(facts)
+            return
+        self.replica.start_at(newest, self._start_state)
+        self.log.add_state(max(0, newest + 1), self._start_state)
+        self.shelf.serve_states(self.replica.states.values())
+        self.decided = newest
+
+    def _settle(self, facts: Facts) -> None:
+        decision = decide(self.plan.rules, facts)
+        action = next_action(self.replica.position, decision)
+        if isinstance(action, Repair) and action.differs and self._refuses(decision):
+            self.replica.skip(facts.round)
+        else:
+            self.replica.settle(decision)
+            if decision.parent is not None and not isinstance(action, Repair):
+                self.problem = ""
+        self.log.add_round(facts, made=self.replica.position.newest if decision.parent else None)
+        self.decided = facts.round
+        if decision.parent is not None:
+            self.contributors = len(decision.contributions)
+            self._save_state(facts.round)
+        self._report(decision)
+        self.shelf.serve_states(self.replica.states.values())
+        own = {blob.blob_hash for blob in self.replica.position.own_blobs}
+        self.log.prune(keep_blobs=self.shelf.blobs() | own)
+
+    def _refuses(self, decision: Decision) -> bool:
+        """Whether the chain names a state that does not follow from the log. It is taken if it
+        is equal to ours within rounding; otherwise this peer keeps its own and commits nothing."""
+        assert decision.parent is not None
+        state = self._fetch_state(decision.parent)
+        if state is not None and not self.replica.differs_from(state):
+            logger.warning(
+                "round %d: another state is named, equal within rounding", decision.round
+            )
+            self.problem = ""
+            return False
+        self.problem = (
+            f"round {decision.round}: the chain names state {decision.parent.hex()[:16]}, which "
+            "does not follow from the log: nothing is committed until it names one that does"
+        )
+        logger.error("%s", self.problem)
+        return True
+
+    def _save_state(self, number: int) -> None:
+        position = self.replica.position
+        state = self.replica.states.get(position.confirmed or b"")
+        kept = self.log.states()
+        if state is not None and (not kept or number - kept[-1][0] >= EVERY_ROUNDS):
+            self.log.add_state(number, state)
+
+    def _report(self, decision: Decision) -> None:
+        if decision.parent is None:
+            logger.info("round %d is empty: %s", decision.round, decision.reason)
+            return
+        logger.info(
+            "round %d: %d updates count, on state %s%s", decision.round,
+            len(decision.contributions), decision.parent.hex()[:16],
+            "".join(f"; uid {uid} does not: {why}" for uid, why in decision.left_out),
+        )  # fmt: skip
+
+    # Reading ------------------------------------------------------------------------
+
+    def _read(self, number: int, final: int) -> None:
+        """Read of the round under way what is final by now."""
+        if self._reading.number != number:
+            self._reading = Reading(number)
+        reading, schedule = self._reading, self.plan.rules.schedule
+        if reading.first_block is None and final >= schedule.first_block(number):
+            reading.first_block, reading.neurons = self.chain.snapshot(schedule.first_block(number))
+        if reading.records is None and final >= schedule.records_block(number):
+            block, records = self.chain.commitments(schedule.records_block(number))
+            reading.records_block, reading.records = block, records
+
+    def _facts(self, number: int) -> Facts:
+        """All of a decided round."""
+        self._read(number, self.plan.rules.schedule.marks_block(number))
+        reading = self._reading
+        assert reading.first_block is not None
+        assert reading.records_block is not None
+        assert reading.records is not None
+        block, marks = self.chain.commitments(self.plan.rules.schedule.marks_block(number))
+        return Facts(
+            number, reading.first_block, reading.records_block, block, reading.neurons,
+            reading.records, marks,
+        )  # fmt: skip
+
+    # Fetching -----------------------------------------------------------------------
+
+    def _catch_up(self) -> None:
+        """Take the confirmed state, and make the newest one, as far as they are missing."""
+        replica = self.replica
+        wanted = replica.position.missing_state
+        if wanted is not None:
+            state = rebuild(self.log, self.plan, wanted) or self._fetch_state(wanted)
+            if state is None:
+                return
+            replica.take_state(state)
+            if replica.decision is not None:
+                self._save_state(replica.decision.round)
+            self.shelf.serve_states(replica.states.values())
+        missing = replica.position.missing_blobs
+        if not missing:
+            return
+        decision = replica.decision
+        assert decision is not None
+        self._fetch_blobs(decision.round, missing, seconds=FETCH_SECONDS)
+        blobs = load_blobs(self.log, missing)
+        if blobs is None:
+            logger.info("round %d: a blob that counts is missing still", decision.round)
+            return
+        done = replica.make_newest(blobs)
+        self.problem = ""
+        for uid, why in done.left_out:
+            logger.warning(
+                "round %d: the blob of uid %d counts for nothing: %s", *(decision.round, uid, why)
+            )
+        entry = self.log.entry(decision.round)
+        if entry is not None:
+            self.log.add_round(entry.facts, made=done.hash)
+        self.shelf.serve_states(replica.states.values())
+
+    def _fetch_blobs(self, number: int, wanted: Iterable[Contribution], *, seconds: float) -> None:
+        """Fetch blobs into the log, and serve them from then on."""
+
+        def keep(which: Contribution, blob: bytes) -> None:
+            try:
+                self.log.add_blob(blob)
+            except OSError as error:
+                logger.warning("a blob cannot be kept: %s", error)
+                return
+            self.shelf.serve(number, which.uid, which.blob_hash)
+
+        missing = []
+        for each in wanted:
+            if self.log.blob(each.blob_hash) is None:
+                missing.append(each)
+            else:
+                self.shelf.serve(number, each.uid, each.blob_hash)
+        if missing:
+            self.exchange.fetch_blobs(number, missing, keep=keep, timeout_seconds=seconds)
+
+    def _fetch_state(self, digest: bytes) -> State | None:
+        size = 4 * sum(shape.numel() for shape in self.plan.shapes.values())
+        seconds = STATE_SECONDS + size / STATE_BYTES
+        return self.exchange.fetch_state(digest, self.plan.shapes, timeout_seconds=seconds)

@@ -1,0 +1,283 @@
+"""The log of rounds on disk: what decided each one, its blobs, and the states in between.
+
+    plan.json                    the run id, rules and shapes, so that the log can be read alone
+    rounds/0000000123.json       the final blocks of a round as they were read, with raw records
+                                 and marks, and the hash of the state that was made
+    blobs/HASH                   a blob
+    states/0000000120-HASH       the parent state of every eighth round
+
+From a state and the blobs since, each later state can be made again (`replay`), so that a
+restarted peer finds its own, and anyone can check all hashes against each other. It is bounded:
+blobs are kept since the last but one state on disk, and the rounds themselves up to a number.
+Nothing read from here is trusted: what does not have its hash counts as absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hiveminer.runtime.files import write_atomically
+from hiveminer.strategies.sparseloco.apply import OuterStep, State
+from hiveminer.strategies.sparseloco.pieces import (
+    StateBuilder,
+    StateError,
+    manifest_length,
+    piece_bytes,
+    read_manifest,
+)
+from hiveminer.strategies.sparseloco.plan import Plan
+from hiveminer.strategies.sparseloco.records import decode_record
+from hiveminer.strategies.sparseloco.rounds import Block, Facts, Neuron, Rules
+from hiveminer.strategies.sparseloco.schedule import Schedule
+from hiveminer.strategies.sparseloco.tensor import Compression
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+
+EVERY_ROUNDS = 8
+"""The parent state of every eighth round is kept on disk: a slow download of it may take longer
+than a round."""
+
+KEEP_STATES = 2
+KEEP_ROUNDS = 4096
+MAX_BYTES = 32 * 2**30
+"""Blobs and states together; beyond that, only what follows the newest state is kept."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One round as it was read. made: hash of the state after it, if this peer made one."""
+
+    facts: Facts
+    made: bytes | None
+
+
+class Log:
+    """Reads and writes the log in one folder; one process at a time writes.
+
+    Raises OSError when the disk is full or cannot be written.
+    """
+
+    def __init__(self, folder: Path, *, max_bytes: int = MAX_BYTES, keep_rounds: int = KEEP_ROUNDS):
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self.keep_rounds = keep_rounds
+
+    @property
+    def _rounds(self) -> Path:
+        return self.folder / "rounds"
+
+    @property
+    def _blobs(self) -> Path:
+        return self.folder / "blobs"
+
+    @property
+    def _states(self) -> Path:
+        return self.folder / "states"
+
+    # Writing ----------------------------------------------------------------------
+
+    def begin(self, plan: Plan, *, run_id: str) -> None:
+        """Make the folders, and write down what the run is."""
+        for folder in (self._rounds, self._blobs, self._states):
+            folder.mkdir(parents=True, exist_ok=True)
+        content = {"format": FORMAT, "run_id": run_id} | _plan_to_json(plan)
+        _write_json(self.folder / "plan.json", content)
+
+    def add_blob(self, blob: bytes) -> bytes:
+        """Keep a blob; its hash."""
+        digest = hashlib.sha256(blob).digest()
+        path = self._blobs / digest.hex()
+        if self.blob(digest) is None:
+            write_atomically(path, blob)
+        return digest
+
+    def add_state(self, number: int, state: State) -> None:
+        """Keep the parent state of a round."""
+        raw = state.manifest()
+        path = self._states / f"{number:010d}-{hashlib.sha256(raw).hexdigest()}"
+        if path.exists():
+            return
+        shapes = {name: value.shape for name, value in state.weights.items()}
+        pieces = (piece_bytes(state, piece) for piece in read_manifest(raw, shapes).pieces)
+        write_atomically(path, b"".join([raw, *pieces]))
+
+    def add_round(self, facts: Facts, *, made: bytes | None = None) -> None:
+        """Keep what decides a round; again with `made` once there is a state after it."""
+        content = _facts_to_json(facts) | {"made": made.hex() if made else None}
+        _write_json(self._rounds / f"{facts.round:010d}.json", content)
+
+    def prune(self, *, keep_blobs: Collection[bytes] = ()) -> None:
+        """Remove what is no longer needed. keep_blobs: those of rounds still to be decided."""
+        for number in self.rounds()[: -self.keep_rounds]:
+            (self._rounds / f"{number:010d}.json").unlink(missing_ok=True)
+        kept = KEEP_STATES
+        if self._size() > self.max_bytes:
+            kept = 1
+        states = self.states()
+        for number, digest in states[:-kept]:
+            self._state_path(number, digest).unlink(missing_ok=True)
+        first = states[-kept:][0][0] if states else 0
+        wanted = {digest.hex() for digest in keep_blobs}
+        for number in self.rounds():
+            entry = self.entry(number) if number >= first else None
+            wanted |= _blob_names(entry.facts) if entry else set()
+        for path in self._blobs.iterdir():
+            if path.name not in wanted:
+                path.unlink(missing_ok=True)
+
+    # Reading ----------------------------------------------------------------------
+
+    def plan(self) -> tuple[str, Plan]:
+        """The run id and the plan. Raises ValueError if the log has none."""
+        try:
+            content = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
+            if content["format"] != FORMAT:
+                raise ValueError(f"format {content['format']}")
+            return str(content["run_id"]), _plan_from_json(content)
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{self.folder} is not a log of rounds: {error}") from None
+
+    def rounds(self) -> list[int]:
+        """The numbers of the rounds that are kept, ascending."""
+        return sorted(int(path.stem) for path in self._rounds.glob("*.json") if path.stem.isdigit())
+
+    def entry(self, number: int) -> Entry | None:
+        """A round; None if there is none, or the file is damaged."""
+        path = self._rounds / f"{number:010d}.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            made = content["made"]
+            return Entry(_facts_from_json(content), bytes.fromhex(made) if made else None)
+        except FileNotFoundError:
+            return None
+        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+            logger.warning("%s is damaged: %s", path, error)
+            return None
+
+    def blob(self, digest: bytes) -> bytes | None:
+        """A blob by its hash."""
+        try:
+            data = (self._blobs / digest.hex()).read_bytes()
+        except OSError:
+            return None
+        return data if hashlib.sha256(data).digest() == digest else None
+
+    def states(self) -> list[tuple[int, bytes]]:
+        """Round and hash of the states on disk, ascending."""
+        found = []
+        for path in self._states.iterdir() if self._states.is_dir() else ():
+            number, _, digest = path.name.partition("-")
+            if number.isdigit() and len(digest) == 64:
+                found.append((int(number), bytes.fromhex(digest)))
+        return sorted(found)
+
+    def state(self, number: int, digest: bytes, shapes: Mapping[str, torch.Size]) -> State | None:
+        """The parent state of a round, as `states` lists it; None if it is damaged."""
+        path = self._state_path(number, digest)
+        try:
+            with path.open("rb") as stream:
+                raw = stream.read(manifest_length(shapes))
+                if hashlib.sha256(raw).digest() != digest:
+                    raise StateError("the manifest does not have its hash")
+                builder = StateBuilder(read_manifest(raw, shapes), shapes)
+                for piece in builder.manifest.pieces:
+                    builder.add(piece, stream.read(piece.length))
+                return builder.build()
+        except (OSError, StateError) as error:
+            logger.warning("%s cannot be used: %s", path, error)
+            return None
+
+    def _state_path(self, number: int, digest: bytes) -> Path:
+        return self._states / f"{number:010d}-{digest.hex()}"
+
+    def _size(self) -> int:
+        paths: Iterator[Path] = (p for f in (self._blobs, self._states) for p in f.iterdir())
+        return sum(path.stat().st_size for path in paths)
+
+
+def _blob_names(facts: Facts) -> set[str]:
+    """The file names of all blobs that the round's records name."""
+    records = map(decode_record, facts.records.values())
+    return {each.blob_hash.hex() for each in records if each is not None}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(path, json.dumps(content, separators=(",", ":")).encode())
+
+
+def _facts_to_json(facts: Facts) -> dict[str, Any]:
+    registered = {neuron.hotkey for neuron in facts.neurons}
+
+    def raw(commitments: Mapping[bytes, bytes]) -> dict[str, str]:
+        return {key.hex(): data.hex() for key, data in commitments.items() if key in registered}
+
+    return {
+        "round": facts.round,
+        "blocks": [
+            [block.number, block.hash.hex()]
+            for block in (facts.first_block, facts.records_block, facts.marks_block)
+        ],
+        "neurons": [
+            [each.uid, each.hotkey.hex(), each.permit, each.stake, each.incentive]
+            for each in facts.neurons
+        ],
+        "records": raw(facts.records),
+        "marks": raw(facts.marks),
+    }
+
+
+def _facts_from_json(content: Mapping[str, Any]) -> Facts:
+    first, records, marks = (
+        Block(int(number), bytes.fromhex(digest)) for number, digest in content["blocks"]
+    )
+    neurons = tuple(
+        Neuron(int(uid), bytes.fromhex(hotkey), bool(permit), int(stake), int(incentive))
+        for uid, hotkey, permit, stake, incentive in content["neurons"]
+    )
+    return Facts(
+        int(content["round"]), first, records, marks, neurons,
+        _raw(content["records"].items()), _raw(content["marks"].items()),
+    )  # fmt: skip
+
+
+def _raw(items: Iterable[tuple[str, str]]) -> dict[bytes, bytes]:
+    return {bytes.fromhex(hotkey): bytes.fromhex(data) for hotkey, data in items}
+
+
+def _plan_to_json(plan: Plan) -> dict[str, Any]:
+    rules = plan.rules
+    return {
+        "run": rules.run.hex(),
+        "schedule": asdict(rules.schedule),
+        "max_blob_bytes": rules.max_blob_bytes,
+        "quorum": str(rules.quorum),
+        "max_contributors": rules.max_contributors,
+        "compression": asdict(plan.compression),
+        "step": asdict(plan.step),
+        "rho": plan.keep,
+        "shapes": {name: list(shape) for name, shape in plan.shapes.items()},
+    }
+
+
+def _plan_from_json(content: Mapping[str, Any]) -> Plan:
+    rules = Rules(
+        bytes.fromhex(content["run"]),
+        Schedule(**content["schedule"]),
+        int(content["max_blob_bytes"]),
+        Fraction(content["quorum"]),
+        int(content["max_contributors"]),
+    )
+    shapes = {str(name): torch.Size(shape) for name, shape in content["shapes"].items()}
+    compression = Compression(**content["compression"])
+    return Plan(rules, compression, OuterStep(**content["step"]), float(content["rho"]), shapes)

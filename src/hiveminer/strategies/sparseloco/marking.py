@@ -1,0 +1,106 @@
+"""A validator's part in a round: it fetches the blobs, checks them, and commits a mark."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from hiveminer.strategies.sparseloco.codec import BlobError, Header, decode
+from hiveminer.strategies.sparseloco.follower import Follower, Reading
+from hiveminer.strategies.sparseloco.records import Mark, decode_record, witness
+from hiveminer.strategies.sparseloco.rounds import (
+    Block,
+    Contribution,
+    Facts,
+    Neuron,
+    candidates,
+    first_places,
+)
+
+logger = logging.getLogger(__name__)
+
+MARGIN_BLOCKS = 2
+"""A mark is committed this long before its deadline, with what has been fetched by then."""
+
+
+def contribution_of(neuron: Neuron, records: Mapping[bytes, bytes]) -> Contribution | None:
+    """What a neuron's record names."""
+    record = decode_record(records.get(neuron.hotkey))
+    if record is None:
+        return None
+    return Contribution(neuron.uid, neuron.hotkey, record.blob_bytes, record.blob_hash)
+
+
+class MarkingFollower(Follower):
+    """A validator's: fetches the blobs of a round, checks them, and commits a mark."""
+
+    _marked = -1
+
+    def before_records(self, number: int, head: int) -> None:
+        """There is nothing to check yet."""
+
+    def after_records(self, reading: Reading, head: int) -> None:
+        base = self.replica.position.base
+        deadline = self.plan.rules.schedule.marks_block(reading.number)
+        if self._marked == reading.number or base is None or self.problem or head >= deadline:
+            return
+        if self.replica.position.hotkey not in {n.hotkey for n in reading.neurons if n.permit}:
+            return  # a mark would not count
+        blobs = self._check(reading, base, deadline)
+        mark = Mark(
+            self.plan.rules.run, reading.number, base, frozenset(blobs),
+            witness(self.replica.position.hotkey, blobs),
+        )  # fmt: skip
+        self.chain.commit(mark.encode())
+        self._marked = reading.number
+        logger.info("round %d: %d updates marked", reading.number, len(blobs))
+
+    def _check(self, reading: Reading, base: bytes, deadline: int) -> dict[int, bytes]:
+        """The blobs that may be marked, by uid, as far as they came in time."""
+        rules = self.plan.rules
+        assert reading.first_block is not None
+        assert reading.records_block is not None
+        assert reading.records is not None
+        facts = Facts(
+            reading.number, reading.first_block, reading.records_block,
+            Block(rules.schedule.marks_block(reading.number), b""),
+            reading.neurons, reading.records, {},
+        )  # fmt: skip
+        left = list(candidates(rules, facts, base))
+        good: dict[int, bytes] = {}
+        until = deadline - MARGIN_BLOCKS
+        while len(good) < rules.max_contributors:
+            seconds = (until - self.chain.head()) * self.chain.block_seconds
+            chosen = first_places(
+                left, places=rules.max_contributors, records_hash=reading.records_block.hash
+            )
+            todo = [neuron for neuron in chosen if neuron.uid not in good]
+            if not todo or seconds <= 0 or self._stopping.is_set():
+                break
+            wanted = [each for n in todo if (each := contribution_of(n, reading.records))]
+            self._fetch_blobs(reading.number, wanted, seconds=seconds)
+            bad = set()
+            for each in wanted:
+                blob = self.log.blob(each.blob_hash)
+                if blob is None:
+                    continue
+                header = Header(each.hotkey, rules.run, reading.number, base)
+                if self._is_sound(blob, header, each):
+                    good[each.uid] = blob
+                else:
+                    bad.add(each.uid)
+            if not bad:
+                break
+            left = [neuron for neuron in left if neuron.uid not in bad]
+        return good
+
+    def _is_sound(self, blob: bytes, header: Header, which: Contribution) -> bool:
+        try:
+            update = decode(blob, shapes=self.plan.shapes, compression=self.plan.compression)
+        except BlobError as error:
+            logger.info("the blob of uid %d is not marked: %s", which.uid, error)
+            return False
+        if update.header != header:
+            logger.info("the blob of uid %d is not marked: its header is another's", which.uid)
+            return False
+        return True

@@ -1,0 +1,110 @@
+"""What a validator sees of the rounds, and its part in them: it checks blobs and marks them."""
+
+from __future__ import annotations
+
+import time
+
+from torch import nn
+
+from hiveminer.config.run import OptimizerSection
+from hiveminer.errors import SwarmError
+from hiveminer.strategies.base import GlobalState, Observer
+from hiveminer.strategies.sparseloco.apply import State
+from hiveminer.strategies.sparseloco.follower import Fetcher, RoundChain
+from hiveminer.strategies.sparseloco.link import Link
+from hiveminer.strategies.sparseloco.log import Log
+from hiveminer.strategies.sparseloco.marking import MarkingFollower
+from hiveminer.strategies.sparseloco.plan import Plan
+from hiveminer.strategies.sparseloco.replica import Replica
+from hiveminer.strategies.sparseloco.shelf import Shelf
+from hiveminer.training.optimizer import inner_optimizer
+from hiveminer.training.trainer import LocalStep, Step
+
+LOOK_SECONDS = 0.1
+
+
+class SparselocoObserver(Observer):
+    """Follows the rounds with the global states alone, without local weights.
+
+    The arguments are those of `SparselocoStrategy`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        section: OptimizerSection,
+        plan: Plan,
+        hotkey: bytes,
+        chain: RoundChain,
+        exchange: Fetcher,
+        log: Log,
+        shelf: Shelf,
+        link: Link | None = None,
+        poll_seconds: float | None = None,
+    ):
+        self.section = section
+        self.link = link or Link()
+        self._start = State.of(model)
+        self.replica = Replica(plan, hotkey=hotkey, start=self._start)
+        self.follower = MarkingFollower(
+            self.replica,
+            chain=chain,
+            exchange=exchange,
+            log=log,
+            shelf=shelf,
+            start_state=self._start,
+            poll_seconds=poll_seconds,
+        )
+        self._closed = False
+
+    def begin(self) -> None:
+        """Meet the others, and begin to follow the rounds."""
+        self.link.join()
+        self.follower.begin()
+
+    @property
+    def epoch(self) -> int:
+        """The round that is under way."""
+        return self.follower.decided + 1
+
+    @property
+    def peers(self) -> int:
+        """Peers whose updates counted in the last round that was not empty."""
+        return self.follower.contributors
+
+    def initial_state(self) -> GlobalState:
+        return self._global(self._start, epoch=0)
+
+    def fetch(self, *, timeout_seconds: float = 30.0) -> GlobalState | None:
+        """The newest state that this validator holds; it makes each one itself."""
+        deadline = time.monotonic() + timeout_seconds
+        while not self.replica.is_ready:
+            if time.monotonic() > deadline or self._closed:
+                return None
+            time.sleep(LOOK_SECONDS)
+        return self._global(self.replica.state, epoch=self.epoch)
+
+    def local_step(self, model: nn.Module, state: GlobalState) -> Step:
+        """A miner's inner optimizer, anew: its own state is nobody else's."""
+        return LocalStep(inner_optimizer(model, self.section))
+
+    def sync(self, *, working: int) -> None:
+        self.link.sync()
+
+    def check(self) -> None:
+        self.link.check()
+        if self.follower.thread.ident is not None and not self.follower.thread.is_alive():
+            raise SwarmError("the thread that follows the rounds has ended")
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self.follower.stop()
+        self.link.close()
+        self.follower.close()
+
+    def _global(self, state: State, *, epoch: int) -> GlobalState:
+        weights = {name: value.clone() for name, value in state.weights.items()}
+        return GlobalState(epoch=epoch, weights=weights, optimizer={})

@@ -1,0 +1,132 @@
+"""A state as bytes: its manifest, and pieces of at most 16 MiB that the manifest has hashes of.
+
+A peer that downloads a state checks the manifest against the hash that the chain names, and
+then each piece against the manifest, so that a false byte shows after one piece.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hiveminer.strategies.sparseloco.apply import MANIFEST, PIECE_BYTES, State
+
+HASH_BYTES = 32
+
+Bytes = bytes | memoryview
+
+
+class StateError(ValueError):
+    """The bytes are not the state that they should be; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one tensor: `length` bytes from `start` on."""
+
+    name: str
+    start: int
+    length: int
+    hash: bytes
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a state's manifest says. raw: its bytes, whose SHA-256 is the state's hash."""
+
+    raw: bytes
+    clip_norms: Mapping[str, float]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def hash(self) -> bytes:
+        return hashlib.sha256(self.raw).digest()
+
+
+def manifest_length(shapes: Mapping[str, torch.Size]) -> int:
+    """Bytes of the manifest of any state with these shapes."""
+    return len(MANIFEST) + sum(
+        len(_head(name, shape)) + 4 + HASH_BYTES * _piece_count(shape)
+        for name, shape in shapes.items()
+    )
+
+
+def read_manifest(raw: bytes, shapes: Mapping[str, torch.Size]) -> Manifest:
+    """Parse a manifest of a state with these shapes. Raises StateError for anything else."""
+    if len(raw) != manifest_length(shapes) or not raw.startswith(MANIFEST):
+        raise StateError("not the manifest of a state of this model")
+    at = len(MANIFEST)
+    clip_norms: dict[str, float] = {}
+    pieces: list[Piece] = []
+    for name in sorted(shapes):
+        head = _head(name, shapes[name])
+        if raw[at : at + len(head)] != head:
+            raise StateError(f"the manifest has another tensor in place of {name}")
+        at += len(head)
+        (clip_norms[name],) = struct.unpack_from("<f", raw, at)
+        if not (math.isfinite(clip_norms[name]) and clip_norms[name] >= 0):
+            raise StateError(f"{name}: a clip norm of {clip_norms[name]}")
+        at += 4
+        size = 4 * math.prod(shapes[name])
+        for start in range(0, size, PIECE_BYTES):
+            digest = raw[at : at + HASH_BYTES]
+            pieces.append(Piece(name, start, min(PIECE_BYTES, size - start), digest))
+            at += HASH_BYTES
+    return Manifest(raw, clip_norms, tuple(pieces))
+
+
+def piece_bytes(state: State, piece: Piece) -> memoryview:
+    """The bytes of a piece; a view of the tensor where the machine is little-endian."""
+    return _bytes_of(state.weights[piece.name])[piece.start : piece.start + piece.length].data
+
+
+class StateBuilder:
+    """Puts a state together from its pieces, in any order."""
+
+    def __init__(self, manifest: Manifest, shapes: Mapping[str, torch.Size]):
+        self.manifest = manifest
+        self._shapes = dict(shapes)
+        self._missing = set(manifest.pieces)
+        self._buffers: dict[str, NDArray[np.uint8]] = {
+            name: np.empty(4 * math.prod(shape), np.uint8) for name, shape in shapes.items()
+        }
+
+    def add(self, piece: Piece, data: Bytes) -> None:
+        """Put a piece in its place. Raises StateError if it does not have its hash."""
+        if len(data) != piece.length or hashlib.sha256(data).digest() != piece.hash:
+            raise StateError(f"{piece.name}: a piece does not have its hash")
+        place = self._buffers[piece.name][piece.start : piece.start + piece.length]
+        place[:] = np.frombuffer(data, np.uint8)
+        self._missing.discard(piece)
+
+    def build(self) -> State:
+        """The state. Raises StateError while a piece is missing."""
+        if self._missing:
+            raise StateError(f"{len(self._missing)} pieces are missing")
+        weights = {}
+        for name, shape in self._shapes.items():
+            numbers = self._buffers[name].view("<f4").astype(np.float32, copy=False)
+            weights[name] = torch.from_numpy(numbers).view(shape)
+        return State(weights, self.manifest.clip_norms)
+
+
+def _bytes_of(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    numbers = tensor.detach().contiguous().numpy().astype("<f4", copy=False)
+    return numbers.reshape(-1).view(np.uint8)
+
+
+def _piece_count(shape: torch.Size) -> int:
+    return -(-4 * math.prod(shape) // PIECE_BYTES)
+
+
+def _head(name: str, shape: torch.Size) -> bytes:
+    encoded = name.encode()
+    head = struct.pack("<I", len(encoded)) + encoded + struct.pack("<I", len(shape))
+    return head + b"".join(struct.pack("<Q", size) for size in shape)

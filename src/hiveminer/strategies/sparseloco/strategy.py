@@ -1,0 +1,277 @@
+"""The strategy `sparseloco`: local steps, small updates, and the chain decides which count.
+
+The training thread only ever copies: at the end of a step it adds the move that a settled round
+left, and copies its weights when a cut is due. All else is done by the follower's thread and the
+exchange's. docs/sparseloco.md is the protocol.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hiveminer.config.run import OptimizerSection
+from hiveminer.errors import SwarmError
+from hiveminer.runtime.events import tell
+from hiveminer.strategies.base import RoundResult, Strategy
+from hiveminer.strategies.sparseloco import checkpoint, update
+from hiveminer.strategies.sparseloco.apply import State
+from hiveminer.strategies.sparseloco.cutting import CuttingFollower
+from hiveminer.strategies.sparseloco.follower import Fetcher, RoundChain
+from hiveminer.strategies.sparseloco.link import Link
+from hiveminer.strategies.sparseloco.log import Log
+from hiveminer.strategies.sparseloco.plan import Plan
+from hiveminer.strategies.sparseloco.replay import rebuild
+from hiveminer.strategies.sparseloco.replica import OwnCut, Replica
+from hiveminer.strategies.sparseloco.rounds import Position
+from hiveminer.strategies.sparseloco.shelf import Shelf
+from hiveminer.training.optimizer import inner_optimizer
+
+logger = logging.getLogger(__name__)
+
+JOIN_SECONDS = 60.0
+"""A start waits this long for the run's state; training begins without it otherwise, and what
+was trained on another state is dropped."""
+
+JOURNAL = "cut.safetensors"
+
+
+class SparselocoStrategy(Strategy):
+    """A model that trains alone and learns from the updates that count.
+
+    plan, hotkey (32 bytes), chain, exchange, log, shelf: see `Follower`. link: the peer.
+    on_round: called in the training thread when a settled round has reached the weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        section: OptimizerSection,
+        plan: Plan,
+        hotkey: bytes,
+        chain: RoundChain,
+        exchange: Fetcher,
+        log: Log,
+        shelf: Shelf,
+        link: Link | None = None,
+        on_round: Callable[[RoundResult], None] = lambda _: None,
+        poll_seconds: float | None = None,
+    ):
+        self.model = model
+        self.plan = plan
+        self.log = log
+        self.link = link or Link()
+        self.on_round = on_round
+        self.optimizer = inner_optimizer(model, section)
+        start = State.of(model)
+        self.replica = Replica(plan, hotkey=hotkey, start=start)
+        self.follower = CuttingFollower(
+            self.replica,
+            weights=self._copied_weights,
+            saved=self._save_cut,
+            chain=chain,
+            exchange=exchange,
+            log=log,
+            shelf=shelf,
+            start_state=start,
+            poll_seconds=poll_seconds,
+        )
+        self._lock = threading.Lock()
+        self._wanted: int | None = None
+        self._copy: tuple[int, int, list[Tensor]] | None = None
+        self._steps = 0
+        self._cut_at = 0
+        self._moves = 0
+        self._closed = False
+
+    @property
+    def epoch(self) -> int:
+        """The round that is under way."""
+        return self.follower.decided + 1
+
+    @property
+    def peers(self) -> int:
+        """Peers whose updates counted in the last round that was not empty."""
+        return max(1, self.follower.contributors)
+
+    def step(self, *, batch_size: int) -> bool:
+        """False while the run's state is missing: what is trained before it arrives is lost."""
+        with self._lock:
+            self.optimizer.step()
+            self._steps += 1
+            is_ready = self.replica.is_ready
+            self._at_boundary()
+            return is_ready
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def idle(self) -> None:
+        with self._lock:
+            self._at_boundary()
+
+    def catch_up(self) -> bool:
+        self.idle()
+        return self.replica.is_ready
+
+    def recover(self) -> bool:
+        """Weights that are not finite are replaced by the global state: what was learned since
+        is lost."""
+        with self._lock:
+            if all(bool(torch.isfinite(each).all()) for each in self._parameters()):
+                return True
+            self.replica.apply_move(self._parameters())
+            weights = self.replica.state.weights
+            nothing = [torch.zeros(self.plan.shapes[name]) for name in self.replica.names]
+            update.rebase(
+                self._parameters(), [weights[name] for name in self.replica.names], update=nothing
+            )
+            self.zero_grad()
+            self.optimizer.state.clear()
+            tell(
+                logger, "poison", "weights were not finite: training resumes from the global state"
+            )
+            return False
+
+    def state_dict(
+        self, *, timeout_seconds: float = 60.0
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if not self._lock.acquire(timeout=timeout_seconds):
+            raise SwarmError(f"the running step did not end in {timeout_seconds:.0f} s")
+        try:
+            names = self.replica.names
+            position, cuts, learned = self.replica.snapshot(self._parameters())
+            tensors = {f"u.{name}": each for name, each in zip(names, learned, strict=True)}
+            tensors |= checkpoint.cuts_to_tensors(cuts, names)
+            tensors |= checkpoint.optimizer_to_tensors(self.optimizer)
+        finally:
+            self._lock.release()
+        content = checkpoint.position_to_json(position)
+        return tensors, {"epoch": self.epoch, "rows": 0, "position": content}
+
+    def load_state_dict(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        names = self.replica.names
+        position = checkpoint.position_from_json(metadata["position"])
+        if position.hotkey != self.replica.position.hotkey:
+            raise ValueError("it is another hotkey's")
+        learned = [tensors[f"u.{name}"] for name in names]
+        if any(each.shape != self.plan.shapes[n] for n, each in zip(names, learned, strict=True)):
+            raise ValueError("it is of another model")
+        cuts = checkpoint.cuts_from_tensors(tensors, self.plan, names)
+        inner = checkpoint.optimizer_state(tensors, self.optimizer)
+        self._resume(position, cuts, learned)
+        self.optimizer.load_state_dict(inner)
+
+    def move_to(self, device: torch.device) -> None:
+        self.model.to(device)
+        for values in self.optimizer.state.values():
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    values[key] = value.to(device)
+
+    def join(self) -> None:
+        self._resume_cut()
+        self.link.join()
+        self.follower.begin()
+        deadline = time.monotonic() + JOIN_SECONDS
+        while not self.replica.is_ready and time.monotonic() < deadline and not self._closed:
+            self.link.sync()
+            time.sleep(0.1)
+        self.idle()
+
+    def sync(self) -> None:
+        self.link.sync()
+
+    def check(self) -> None:
+        self.link.check()
+        if self.follower.thread.ident is not None and not self.follower.thread.is_alive():
+            raise SwarmError("the thread that follows the rounds has ended")
+
+    def interrupt(self) -> None:
+        """A step never waits for others."""
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self.follower.stop()
+        self.link.close()  # ends what is being fetched
+        self.follower.close()
+
+    # The training thread ---------------------------------------------------------------
+
+    def _parameters(self) -> list[Tensor]:
+        named = dict(self.model.named_parameters())
+        return [named[name].detach() for name in self.replica.names]
+
+    def _at_boundary(self) -> None:
+        """Between two steps: make the pending move, and copy the weights if a cut is due."""
+        began = time.monotonic()
+        moves = self.replica.apply_move(self._parameters())
+        number, self._wanted = self._wanted, None
+        if number is not None:
+            copy = [each.to("cpu", torch.float32, copy=True) for each in self._parameters()]
+            self._copy = number, moves, copy
+        if moves != self._moves:
+            self._moves = moves
+            seconds = time.monotonic() - began
+            self.on_round(RoundResult(self.epoch, max(1, self.follower.contributors), seconds))
+
+    # The follower's thread ---------------------------------------------------------------
+
+    def _copied_weights(self, number: int) -> tuple[int, list[Tensor]] | None:
+        """Called by the follower: a copy made for this round, or None and one is asked for."""
+        copy, self._copy = self._copy, None
+        if copy is not None and copy[0] == number:
+            self._cut_at = self._steps
+            return copy[1], copy[2]
+        if self._steps and (self._steps > self._cut_at or self.replica.position.counted is None):
+            self._wanted = number  # there is something to send
+        return None
+
+    def _save_cut(self) -> None:
+        checkpoint.write_journal(
+            self.log.folder / JOURNAL, self.replica.position, self.replica.cuts, self.replica.names
+        )
+
+    # Resuming ----------------------------------------------------------------------------
+
+    def _resume(
+        self, position: Position, cuts: Mapping[bytes, OwnCut], learned: Sequence[Tensor]
+    ) -> None:
+        states = [
+            state
+            for digest in position.states_to_keep
+            if (state := rebuild(self.log, self.plan, digest)) is not None
+        ]
+        with self._lock:
+            self.replica.resume(position, cuts=cuts, states=states)
+            stand = [self.replica.state.weights[name] for name in self.replica.names]
+            update.rebase(self._parameters(), stand, update=learned)
+            self.follower.decided = -1 if position.round is None else position.round
+            self._steps += 1  # what was learned may not have been sent yet
+
+    def _resume_cut(self) -> None:
+        """Resume from the last cut, if no checkpoint was taken after it: its blob may be known
+        to the chain, so a second one of that round must not be made."""
+        journal = checkpoint.read_journal(self.log.folder / JOURNAL, self.plan, self.replica.names)
+        if journal is None:
+            return
+        position, cuts = journal
+        cut, known = position.cut, self.replica.position
+        if cut is None or cut.blob_hash not in cuts or position.hotkey != known.hotkey:
+            return
+        if known.round is not None and (known.round >= cut.round or known.cut is not None):
+            return
+        own = cuts[cut.blob_hash].cut
+        if len(own.left) != len(own.sent):
+            return
+        learned = [q.add(e) for q, e in zip(own.sent, own.left, strict=True)]
+        self._resume(position, cuts, learned)

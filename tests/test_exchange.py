@@ -1,0 +1,209 @@
+"""Blobs and states over real peers: who is answered, and what liars and dead peers achieve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from programs import started
+
+SCRIPT = """
+import asyncio, contextlib, hashlib, json, logging, os, sys, threading, time
+import torch
+from bittensor.keyfiles import Keypair
+from hivemind import DHT
+from hivemind.p2p import P2P, PeerID
+
+sys.path.insert(0, sys.argv[1])
+from tiny import tiny_model
+from hiveminer.strategies.sparseloco.apply import State
+from hiveminer.strategies.sparseloco.exchange import ANSWER, REQUEST, Exchange
+from hiveminer.strategies.sparseloco.pieces import piece_bytes, read_manifest
+from hiveminer.strategies.sparseloco.rounds import Contribution
+from hiveminer.swarm import Identity, Peer
+
+torch.set_num_threads(1)
+logging.basicConfig(level=logging.INFO)
+RUN, RUN_ID = b"12345678", "exchange-a-b-c"
+names = ("alice", "bob", "liar", "broken", "fetcher", "stranger")
+keys = {name: Keypair.create_from_uri(f"//{name}") for name in names}
+hotkeys = [keys[name].ss58_address for name in names if name != "stranger"]
+
+
+class Files:
+    def __init__(self):
+        self.rounds, self.files, self.asked = {}, {}, 0
+
+    def have(self, number):
+        return self.rounds.get(number, ())
+
+    def get(self, digest):
+        self.asked += 1
+        return self.files.get(digest)
+
+
+def sha(data):
+    return hashlib.sha256(data).digest()
+
+
+def contribution(uid, blob):
+    return Contribution(uid, bytes([uid]) * 32, len(blob), sha(blob))
+
+
+peers = {
+    name: Peer(identity=Identity(key, run_id=RUN_ID, key_path=None), admitted=hotkeys)
+    for name, key in keys.items()
+}
+sources = {name: Files() for name in names}
+exchanges = {
+    name: Exchange(peers[name].dht, run=RUN, source=sources[name])
+    for name in names if name != "broken"
+}
+addresses = [peer.address for peer in peers.values()]
+met = {name: len(peer.dial(addresses).answered) for name, peer in peers.items()}
+told = {"met": met}
+fetcher, got = exchanges["fetcher"], {}
+
+
+def fetch(number, wanted, *, seconds=30, by=fetcher):
+    got.clear()
+    uids = by.fetch_blobs(
+        number, wanted, keep=lambda who, blob: got.update({who.uid: blob}), timeout_seconds=seconds
+    )
+    return sorted(uids)
+
+
+# Two holders of different blobs, larger than one chunk.
+blobs = {uid: os.urandom(700_000 + uid) for uid in (3, 200)}
+for name, uid in (("alice", 3), ("bob", 200)):
+    sources[name].rounds[7] = {uid}
+    sources[name].files[sha(blobs[uid])] = blobs[uid]
+wanted = [contribution(uid, blob) for uid, blob in blobs.items()]
+told["both"] = fetch(7, wanted) == [3, 200] and got == blobs
+
+# A liar claims all uids, and sends bytes of the right length.
+real = os.urandom(400_000)
+target = contribution(5, real)
+sources["liar"].rounds[8] = set(range(256))
+sources["liar"].files[target.blob_hash] = os.urandom(400_000)
+told["lie"] = fetch(8, [target], seconds=3) == [] and got == {}
+sources["alice"].rounds[8] = {5}
+sources["alice"].files[target.blob_hash] = real
+told["truth"] = fetch(8, [target]) == [5] and got == {5: real}
+asked = sources["liar"].asked
+told["truth again"] = fetch(8, [target]) == [5]
+told["liar is shunned"] = sources["liar"].asked == asked
+
+# A peer that claims all, and breaks off in the middle: the next one continues.
+many = {uid: os.urandom(300_000) for uid in range(20, 28)}
+sources["alice"].rounds[11] = set(many)
+sources["alice"].files |= {sha(blob): blob for blob in many.values()}
+
+
+async def break_off(info, reader, writer):
+    with contextlib.closing(writer):
+        kind, digest, number = REQUEST.unpack(await reader.readexactly(REQUEST.size))
+        if kind == 1:
+            writer.write(ANSWER.pack(0, 32) + (bytes([255]) * 32 if number == 11 else bytes(32)))
+        else:
+            whole = sources["alice"].files[digest]
+            writer.write(ANSWER.pack(0, len(whole) - number) + whole[number : number + 100_000])
+        await writer.drain()
+
+
+async def serve_broken(loop_p2p):
+    p2p = await P2P.replicate(loop_p2p)
+    await p2p.add_binary_stream_handler(f"sparseloco.1.{RUN.hex()}", break_off)
+    return p2p
+
+
+daemon = peers["broken"].dht.run_coroutine(DHT._get_p2p_daemon_listen_maddr)
+loop = asyncio.new_event_loop()
+threading.Thread(target=loop.run_forever, daemon=True).start()
+broken = asyncio.run_coroutine_threadsafe(serve_broken(daemon), loop).result(10)
+told["resumed"] = fetch(11, [contribution(*each) for each in many.items()]) == sorted(many)
+told["resumed"] = told["resumed"] and got == many
+
+# Streams that ask for nothing, or for what no call is, leave the others served.
+async def nonsense(data, peer, *, times):
+    answers = []
+    for _ in range(times):
+        _, reader, writer = await broken.call_binary_stream_handler(peer, NAME)
+        writer.write(data)
+        answers.append((reader, writer))
+    return answers
+
+
+NAME, ALICE = f"sparseloco.1.{RUN.hex()}", PeerID.from_base58(peers["alice"].peer_id)
+for data in (b"", bytes([7]) * REQUEST.size, REQUEST.pack(2, bytes(32), 2**63)):
+    asyncio.run_coroutine_threadsafe(nonsense(data, ALICE, times=9), loop).result(10)
+told["served beside nonsense"] = fetch(7, wanted) == [3, 200]
+
+
+# A stranger is not answered, and has nothing to say.
+async def as_stranger(daemon):
+    p2p = await P2P.replicate(daemon)
+    _, reader, writer = await p2p.call_binary_stream_handler(ALICE, NAME)
+    writer.write(REQUEST.pack(2, wanted[0].blob_hash, 0))
+    answer = await asyncio.wait_for(reader.read(), 20)
+    await p2p.shutdown()
+    return answer
+
+
+daemon = peers["stranger"].dht.run_coroutine(DHT._get_p2p_daemon_listen_maddr)
+answer = asyncio.run_coroutine_threadsafe(as_stranger(daemon), loop).result(30)
+told["no answer"] = answer == b""
+told["stranger"] = fetch(7, wanted, seconds=3, by=exchanges["stranger"])
+state_of = lambda seed: State.of(tiny_model("llama"))
+state = State.of(tiny_model("llama"))
+shapes = {name: value.shape for name, value in state.weights.items()}
+manifest = read_manifest(state.manifest(), shapes)
+sources["bob"].files[manifest.hash] = manifest.raw
+for piece in manifest.pieces:
+    sources["bob"].files[piece.hash] = piece_bytes(state, piece)
+no_state = exchanges["stranger"].fetch_state(manifest.hash, shapes, timeout_seconds=3)
+told["no state"] = no_state is None
+loaded = fetcher.fetch_state(manifest.hash, shapes, timeout_seconds=30)
+told["state"] = loaded is not None and loaded.hash() == state.hash()
+told["unknown state"] = fetcher.fetch_state(bytes(32), shapes, timeout_seconds=2) is None
+
+# A blob appears while it is being looked for.
+def appear():
+    time.sleep(2)
+    sources["bob"].rounds[9] = {9}
+threading.Thread(target=appear).start()
+blob = os.urandom(1000)
+late = contribution(9, blob)
+sources["bob"].files[late.blob_hash] = blob
+told["late"] = fetch(9, [late]) == [9]
+
+# The only other holder dies.
+sources["alice"].rounds[10] = sources["bob"].rounds[10] = {9}
+sources["alice"].files[late.blob_hash] = blob
+exchanges["bob"].close()
+peers["bob"].close()
+told["one died"] = fetch(10, [late]) == [9]
+began = time.monotonic()
+for exchange in exchanges.values():
+    exchange.close()
+    exchange.close()
+for peer in peers.values():
+    peer.close()
+asyncio.run_coroutine_threadsafe(broken.shutdown(), loop).result(5)
+told["closed"] = fetch(10, [late]) == []
+print("told", json.dumps(told), flush=True)
+"""
+
+
+@pytest.mark.timeout(240)
+def test_registered_peers_exchange_blobs_and_states(tmp_path: Path) -> None:
+    here = str(Path(__file__).resolve().parent)
+    with started(SCRIPT, here, folder=tmp_path / "log") as peers:
+        words = peers.says("told {", seconds=200)
+        told = json.loads(words.partition("told ")[2].splitlines()[0])
+        assert peers.process.wait(20) == 0, words
+    assert told.pop("met").pop("stranger") == 0, words
+    assert told.pop("stranger") == [], words
+    assert all(told.values()), words
