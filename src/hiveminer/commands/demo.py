@@ -412,11 +412,16 @@ def main(settings: DemoSettings) -> int:
     return 0 if summary["exit_clean"] and summary["train_requests"] else 1
 
 
+def printable(text: str) -> str:
+    """The text without what would control a terminal: an untrained model writes any byte."""
+    return "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in text)
+
+
 def _print_sample(console: Console, sample: dict[str, str], model: Path) -> None:
     table = Table(title="What the model wrote", title_justify="left", show_header=False)
     for name in ("prompt", "before", "after"):
         if name in sample:
-            table.add_row(name, Text(sample[name]))
+            table.add_row(name, Text(printable(sample[name])))
     console.print(table)
     console.print(f'Go on: hiveminer generate "text" --model {model}', soft_wrap=True)
 

@@ -29,6 +29,7 @@ class TrainingChecks(Checks):
         """Device, and memory for this model: one row at a time, and a batch as usual."""
         if self._run is None:
             return failed("not known without the run", "put the run right first")
+        from hiveminer.swarm.processes import shared_memory_problem
         from hiveminer.training.memory import memory_left, memory_needed
         from hiveminer.training.model import choose_device, shape_of_model
 
@@ -46,6 +47,8 @@ class TrainingChecks(Checks):
         self._fits = least <= free
         if not self._fits:
             return failed(said, "use a device with more memory, or a smaller model in run.toml")
+        if problem := shared_memory_problem(needed.parameters):
+            return failed(problem, "give the container more shared memory: --shm-size")
         if usual > free:
             return warned(said, "it trains, in smaller pieces and slower")
         return passed(said)
