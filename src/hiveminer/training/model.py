@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import pickle
+import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.activations import NewGELUActivation
+from transformers.utils.logging import disable_progress_bar
 
 from hiveminer.config.run import BUILTIN, is_local
 from hiveminer.errors import OperatorError
@@ -68,6 +70,8 @@ def load_model(name: str = BUILTIN, *, revision: str = "") -> PreTrainedModel:
     if name == BUILTIN:
         return builtin_model()
     source, config = _source(name, "model"), load_config(name, revision=revision)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     if is_local(name):
         model_checks.check_dtypes(name, Path(source))
     model_checks.configure_without_noise(config)
