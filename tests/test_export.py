@@ -108,21 +108,8 @@ def test_from_the_swarm_by_a_key_that_does_not_train(network: Network) -> None:
 
 
 @pytest.mark.timeout(420)
-def test_a_validator_keeps_the_newest_and_the_best(network: Network) -> None:
-    lines = network.numbers("held_out")
-    kept = wait_for(
-        lambda: sorted((network.folder / "state").glob("*/*/*/models/epoch-*")), seconds=60
-    )
-    assert 1 <= len(kept) <= 2  # the newest, and the best where that is another
-    facts = [read_facts(path) for path in kept]
-    best = min(line["loss"] for line in lines)
-    assert min(each["held_out_loss"] for each in facts) <= best + 1e-6
-    check_learned(kept[-1])
-
-
-@pytest.mark.timeout(420)
 def test_from_a_killed_miners_checkpoint_and_not_from_a_torn_one(network: Network) -> None:
-    """Last: it ends the network's programs."""
+    """Ends the network's programs."""
     for program in network.programs:
         program.end()
     out = network.folder / "killed"
@@ -137,3 +124,18 @@ def test_from_a_killed_miners_checkpoint_and_not_from_a_torn_one(network: Networ
     assert len(said) == 1, words
     assert "1000 bytes instead of" in said[0]
     assert not (network.folder / "torn").exists()
+
+
+@pytest.mark.timeout(420)
+def test_a_validator_keeps_the_newest_and_the_best(network: Network) -> None:
+    """Last, when no program writes and removes models any more."""
+    for program in network.programs:
+        program.end()
+    lines = network.numbers("held_out")
+    kept = sorted((network.folder / "state").glob("*/*/*/models/epoch-*"))
+    # The newest, the best where that is another, and what a kill left to be removed.
+    assert 1 <= len(kept) <= 3
+    facts = [read_facts(path) for path in kept]
+    best = min(line["loss"] for line in lines)
+    assert min(each["held_out_loss"] for each in facts) <= best + 1e-6
+    check_learned(kept[-1])
