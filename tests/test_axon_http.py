@@ -409,12 +409,12 @@ def test_no_request_however_malformed_brings_a_500() -> None:
             statuses[status_of(connection)] += 1
 
     # With room for all that is signed: none of it is to end at the caller's budget.
-    with serving(header_seconds=0.02, body_seconds=0.02, burst=5000) as fuzzed:
+    with serving(header_seconds=0.05, body_seconds=0.05, burst=5000) as fuzzed:
         fuzz()
         assert {400, 401, 404, 405, 422} <= set(statuses)
         assert max(statuses) < 500
         assert fuzzed.axon.counts["failed"] == 0
-        assert fuzzed.axon.counts["fields"] > 0  # how many depends on the deadline of a header
+        assert fuzzed.axon.counts["fields"] > 10
         until(lambda: fuzzed.alive().status_code == 200)
         until(lambda: not fuzzed.axon._gate.open)
         assert fuzzed.axon._bodies.size == 0

@@ -36,6 +36,7 @@ from hiveminer.strategies.registry import open_observer
 from hiveminer.training import model
 from hiveminer.training.checkpoint import SCORES_FOLDER
 from hiveminer.training.data import split_held_out
+from hiveminer.training.evaluation import HELD_OUT_ROWS
 from hiveminer.training.task import load_task
 from hiveminer.validation import curves
 from hiveminer.validation.curves import Evidence
@@ -51,9 +52,6 @@ T = TypeVar("T")
 
 EMBEDDED_STAKE = 10_000.0
 """TAO that a validator stakes on the embedded network, where it is free."""
-
-HELD_OUT_ROWS = 32
-"""Held-out rows that each global state is evaluated on."""
 
 ALIVE_SECONDS = 5.0
 

@@ -21,15 +21,13 @@ from hiveminer.runtime.metrics import progress_bar
 from hiveminer.strategies.base import Context, GlobalState, Observer
 from hiveminer.strategies.registry import open_observer
 from hiveminer.training.data import load_rows
-from hiveminer.training.evaluation import evaluate
+from hiveminer.training.evaluation import HELD_OUT_ROWS, evaluate
 from hiveminer.training.model import parameter_count, schema_hash
 from hiveminer.training.model_folder import Origin, check_absent, save_model, set_weights
 from hiveminer.training.task import load_task
 
 FETCH_SECONDS = 180.0
 """How long an export from the swarm may take to get the state."""
-
-HELD_OUT_ROWS = 32
 
 
 def main(settings: ExportSettings) -> int:

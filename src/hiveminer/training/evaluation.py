@@ -14,6 +14,9 @@ from hiveminer.training.model import CHARACTERS_PER_TOKEN, encode
 
 IGNORED = -100
 
+HELD_OUT_ROWS = 32
+"""Held-out rows that validators evaluate each global state on, and exports their model."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
