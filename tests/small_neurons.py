@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 from in_process import Hub
 from tiny import save_tiny
 
+from hiveminer.base_miner import BaseMinerNeuron
 from hiveminer.chain import Chain
 from hiveminer.config.settings import MinerSettings, Settings, ValidatorSettings
 from hiveminer.errors import HiveminerError, MinerError
-from hiveminer.neuron import BaseMinerNeuron
 from hiveminer.protocol import IsAlive, Train
 from hiveminer.rpc.dendrite import Dendrite, Endpoint
 from hiveminer.runtime.metrics import Metrics

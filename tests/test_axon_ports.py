@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from hiveminer.base_miner import BaseMinerNeuron
 from hiveminer.config.settings import AxonSettings, MinerSettings, NeuronSettings, SubtensorSettings
 from hiveminer.errors import OperatorError
-from hiveminer.neuron import BaseMinerNeuron
 from hiveminer.protocol import IsAlive, Train
 
 

@@ -19,7 +19,6 @@ from small_neurons import Recorded, SmallMiner, miner_settings, quiet, small_val
 
 import hiveminer
 from hiveminer import cli
-from hiveminer import neuron as base
 from hiveminer.config.run import Run
 from hiveminer.errors import OperatorError
 from hiveminer.miner import Miner
@@ -359,6 +358,7 @@ def test_peers_are_dialled_again_now_and_then(caplog: pytest.LogCaptureFixture) 
 
 
 class StuckMiner(SmallMiner):
+    grace_seconds = 0.05
     released = threading.Event()
 
     def forward(self, synapse: Train) -> Train:
@@ -371,11 +371,9 @@ class StuckMiner(SmallMiner):
 
 def test_a_request_that_hangs_is_reported_once_with_the_calls_of_its_thread(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(base, "GRACE_SECONDS", 0.05)
     with quiet(), StuckMiner(miner_settings(tmp_path)) as miner:
         miner.queue.start()
         asked = request(timeout_seconds=0.05)

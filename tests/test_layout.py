@@ -20,7 +20,7 @@ ROWS = [
     ["cli", "scoring"],
     ["commands"],
     ["miner", "validator"],
-    ["neuron"],
+    ["base_miner", "neuron"],
     ["validation"],
     ["strategies"],
     ["swarm"],

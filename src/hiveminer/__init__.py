@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 from hiveminer.__version__ import __version__
 
 if TYPE_CHECKING:
+    from hiveminer.base_miner import BaseMinerNeuron
     from hiveminer.miner import Miner
-    from hiveminer.neuron import BaseMinerNeuron
     from hiveminer.protocol import IsAlive, Train
     from hiveminer.validation.curves import Evidence
     from hiveminer.validator import Validator
 
 _HOMES = {
-    "BaseMinerNeuron": "hiveminer.neuron",
+    "BaseMinerNeuron": "hiveminer.base_miner",
     "Evidence": "hiveminer.validation.curves",
     "IsAlive": "hiveminer.protocol",
     "Miner": "hiveminer.miner",

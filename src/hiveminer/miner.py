@@ -16,11 +16,11 @@ import torch
 from transformers import BatchEncoding
 
 from hiveminer.__version__ import __version__
+from hiveminer.base_miner import BaseMinerNeuron
 from hiveminer.chain import Chain
 from hiveminer.config.run import Run, load_run
 from hiveminer.config.settings import MinerSettings, parse
 from hiveminer.errors import Refused, TrainingError
-from hiveminer.neuron import BaseMinerNeuron
 from hiveminer.protocol import IsAlive, Train
 from hiveminer.runtime.events import tell
 from hiveminer.runtime.metrics import Metrics, progress_bar
