@@ -104,6 +104,12 @@ def alive_message(start: str = "POST /IsAlive HTTP/1.1", **headers: str) -> byte
 
 
 CHUNKS = b"2\r\n{}\r\n0\r\n"
+
+
+def chunked_message(chunks: bytes, encoding: str = "chunked") -> bytes:
+    return alive_message(transfer_encoding=encoding) + chunks
+
+
 AMBIGUOUS: dict[str, Callable[[], bytes]] = {
     "length and chunks": lambda: (
         alive_message(content_length="2", transfer_encoding="chunked") + CHUNKS + b"\r\n"
@@ -111,7 +117,68 @@ AMBIGUOUS: dict[str, Callable[[], bytes]] = {
     "chunks in HTTP/1.0": lambda: (
         alive_message("POST /IsAlive HTTP/1.0", transfer_encoding="chunked") + CHUNKS + b"\r\n"
     ),
-    "trailers": lambda: alive_message(transfer_encoding="chunked") + CHUNKS + b"a: b\r\n\r\n",
+    "trailers": lambda: chunked_message(CHUNKS + b"a: b\r\n\r\n"),
+    "a bare line feed after the last chunk": lambda: chunked_message(CHUNKS + b"\n"),
+    "a bare line feed after a chunk": lambda: chunked_message(b"2\r\n{}\n0\r\n\r\n"),
+    "a bare line feed after a chunk's size": lambda: chunked_message(b"2\n{}\r\n0\r\n\r\n"),
+    "a longer chunk than it says": lambda: chunked_message(b"2\r\n{} \r\n0\r\n\r\n"),
+    **{
+        f"the chunk size {size[:20]!r}": lambda size=size: (  # type: ignore[misc]
+            chunked_message(size.encode() + b"\r\n{}\r\n0\r\n\r\n")
+        )
+        for size in (
+            "+2",
+            "-2",
+            "0x2",
+            " 2",
+            "2 ",
+            "2\t",
+            "2;a=b",
+            "2;" + "a" * 8000,
+            "2;\r",
+            "",
+            "1" * 17,
+        )
+    },
+    **{
+        f"the encoding {encoding!r}": lambda encoding=encoding: (  # type: ignore[misc]
+            chunked_message(CHUNKS + b"\r\n", encoding)
+        )
+        for encoding in ("chunked, chunked", "gzip, chunked", "identity", "\x0bchunked", "xchunked")
+    },
+    **{
+        f"the length {length!r}": lambda length=length: (  # type: ignore[misc]
+            alive_message(content_length=length) + b"{}"
+        )
+        for length in (
+            "+2",
+            "-2",
+            "0x2",
+            "2, 2",
+            "2,3",
+            "2 2",
+            "2\r\ncontent-length: 2",
+            "",
+            "\x0b2",
+        )
+    },
+    "a space before the colon": lambda: (
+        alive_message(a="b", content_length="2").replace(b"content-length:", b"content-length :")
+        + b"{}"
+    ),
+    "a tab before the colon": lambda: (
+        alive_message(content_length="2").replace(b"content-length:", b"content-length\t:") + b"{}"
+    ),
+    "a carriage return alone": lambda: (
+        alive_message(a="b", content_length="2").replace(b"a: b\r\n", b"a: b\r") + b"{}"
+    ),
+    "a carriage return in a value": lambda: alive_message(a="b\rc", content_length="2") + b"{}",
+    "a tab in the first line": lambda: (
+        alive_message("POST\t/IsAlive HTTP/1.1", content_length="2") + b"{}"
+    ),
+    "a space before the first header": lambda: (
+        alive_message(content_length="2").replace(b"HTTP/1.1\r\n", b"HTTP/1.1\r\n ") + b"{}"
+    ),
     "a bare line feed": lambda: (
         alive_message(a="b", content_length="2").replace(b"a: b\r\n", b"a: b\n") + b"{}"
     ),

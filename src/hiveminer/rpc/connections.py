@@ -25,6 +25,7 @@ from typing import Any, cast
 
 import h11
 import uvicorn
+from h11._receivebuffer import ReceiveBuffer
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
@@ -45,8 +46,12 @@ _BAD_REQUEST = (
     b'{"detail": "malformed HTTP"}'
 )
 
-_LOOSE_LINE = re.compile(rb"(?<!\r)\n|\n[ \t]")
-"""A line that ends without a carriage return, or continues the one before it."""
+_LOOSE_LINE = re.compile(rb"(?<!\r)\n|\n[ \t]|\r(?!\n)")
+"""A line that does not end with CR and LF, or that continues the one before it."""
+
+_LENGTH = re.compile(rb"^content-length:(.*)\r$", re.IGNORECASE | re.MULTILINE)
+_ONE_LENGTH = re.compile(rb"[ \t]*[0-9]+[ \t]*")
+_CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,16}\r\n")
 
 _silent = logging.getLogger(f"{__name__}.uvicorn")
 _silent.setLevel(logging.CRITICAL + 1)
@@ -181,21 +186,44 @@ def _victim(among: dict[Connection, None], newcomer: Connection) -> Connection:
     )
 
 
+class StrictBuffer(ReceiveBuffer):
+    """h11's buffer, without the lines that another program may read differently."""
+
+    def maybe_extract_lines(self) -> list[bytearray] | None:
+        """The lines of a header, or of trailers."""
+        data = bytes(self)
+        lines = super().maybe_extract_lines()
+        if lines is not None:
+            header = data[: len(data) - len(self)]
+            lengths = _LENGTH.findall(header)
+            if _LOOSE_LINE.search(header) or len(lengths) > 1:
+                raise h11.RemoteProtocolError("ambiguous header")
+            if lengths and not _ONE_LENGTH.fullmatch(lengths[0]):
+                raise h11.RemoteProtocolError("malformed content-length")
+        return lines
+
+    def maybe_extract_next_line(self) -> bytearray | None:
+        """The first line of a chunk."""
+        line = super().maybe_extract_next_line()
+        if line is not None and not _CHUNK_SIZE.fullmatch(line):
+            raise h11.RemoteProtocolError("malformed chunk size, or a chunk extension")
+        return line
+
+
 class StrictHTTP(h11.Connection):
     """h11, without what leaves open where a request ends or what its header says."""
 
+    def __init__(self, max_header_bytes: int) -> None:
+        super().__init__(h11.SERVER, max_header_bytes)
+        self._receive_buffer = StrictBuffer()
+
     def next_event(self) -> Any:
-        header = self.trailing_data[0] if self.their_state is h11.IDLE else b""
         event = super().next_event()
         if isinstance(event, h11.Request):
-            header = header[: len(header) - len(self.trailing_data[0])]
             names = {name for name, _ in event.headers}
-            loose = _LOOSE_LINE.search(header) is not None
             chunked = b"transfer-encoding" in names
-            if (
-                loose
-                or event.http_version not in (b"1.0", b"1.1")
-                or (chunked and (b"content-length" in names or event.http_version == b"1.0"))
+            if event.http_version not in (b"1.0", b"1.1") or (
+                chunked and (b"content-length" in names or event.http_version == b"1.0")
             ):
                 raise h11.RemoteProtocolError("ambiguous request")
         elif isinstance(event, h11.EndOfMessage) and event.headers:
@@ -215,7 +243,7 @@ class Connection(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, {**app_state, "connection": self}, _loop)
-        self.conn = StrictHTTP(h11.SERVER, config.h11_max_incomplete_event_size or 16384)
+        self.conn = StrictHTTP(config.h11_max_incomplete_event_size or 16384)
         # uvicorn writes a line for each malformed request.
         self.logger = _silent
         self.gate = gate
