@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import resource
 import signal
 import subprocess
@@ -206,6 +207,22 @@ def test_too_few_descriptors_are_one_line_and_more_are_taken_where_allowed() -> 
     assert few.returncode == 2
     assert few.stderr.startswith("hiveminer: only 64 files and sockets may be open")
     assert limited(64, 1024).stdout == "1024\n"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_that_was_freed_is_returned() -> None:
+    code = (
+        "import psutil\n"
+        "from hiveminer.runtime import machine\n"
+        "memory = psutil.Process().memory_info\n"
+        "held = [bytearray(60_000) for _ in range(1000)]\n"
+        "del held[::2]\n"
+        "before = memory().rss\n"
+        "machine.return_free_memory()\n"
+        "print(before - memory().rss)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert int(done.stdout) > 20e6
 
 
 # --- keys ----------------------------------------------------------------------------------------

@@ -139,6 +139,7 @@ def test_sparseloco_takes_muon() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("[swarm]\nmatchmaking_seconds = 91\n", "swarm.matchmaking_seconds"),
         ("[sparseloco]\nround_blocks = 201\n", "sparseloco.round_blocks"),
         ("[sparseloco]\nmark_blocks = 46\n", "together must be below round_blocks"),
         ("[sparseloco]\nquorum = 0.4\n", "sparseloco.quorum"),

@@ -53,7 +53,7 @@ SYNC_BLOCKS = 4
 a minute."""
 
 SAVE_SECONDS = 10.0
-"""Least seconds between two copies of the metagraph on disk."""
+"""Least seconds between two copies of the metagraph on disk. Free memory is returned as often."""
 
 
 class Neuron:
@@ -218,6 +218,7 @@ class Neuron:
         if time.monotonic() - self._saved_at < SAVE_SECONDS:
             return
         self._saved_at = time.monotonic()
+        machine.return_free_memory()
         try:
             snapshot.save(self.metagraph, self._snapshot)
         except OSError as error:

@@ -107,8 +107,9 @@ class OptimizerSection(_Section):
 class SwarmSection(_Section):
     epoch_samples: Annotated[int, Field(ge=1)] = 256
     """Rows that the whole swarm trains between two averagings."""
-    matchmaking_seconds: Annotated[float, Field(ge=0.5, le=300)] = 3.0
-    """How long a peer looks for a group when not all come."""
+    matchmaking_seconds: Annotated[float, Field(ge=0.5, le=90)] = 3.0
+    """How long a peer looks for a group when not all come. Its record in the DHT expires after
+    this time, and no record lives longer than two minutes."""
     averaging_timeout_seconds: Annotated[float, Field(ge=5, le=3600)] = 30.0
     """After this an averaging round is given up."""
     compression: Literal["float16", "none"] = "float16"

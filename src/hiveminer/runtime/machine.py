@@ -1,7 +1,9 @@
-"""What a program needs of this machine before it starts: temporary files and descriptors."""
+"""What a program needs of this machine (temporary files, descriptors), and gives back (memory)."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import resource
 from collections.abc import Mapping
@@ -58,3 +60,13 @@ def check_descriptors() -> int:
             "raise the limit: ulimit -n 4096 (systemd: LimitNOFILE=, Docker: --ulimit nofile=4096)"
         )
     return soft
+
+
+def return_free_memory() -> None:
+    """Return memory that was freed to the system, where the C library is glibc.
+
+    Each thread allocates from an arena of its own. Batches differ in size, so free pieces pile
+    up in the arenas: 40 MB more in ten minutes of training, with nothing that uses them.
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
