@@ -73,7 +73,7 @@ async def cycles(path: Path, count: int) -> None:
 
 def stay_in_mid_write(path: Path) -> None:
     ledger = Ledger(path, block_seconds=1.0, clock=time.time)
-    with ledger.writing() as db:
+    with ledger.writing() as (db, _):
         db.execute("DELETE FROM neurons")
         db.execute("DELETE FROM owners")
         print("writing", flush=True)

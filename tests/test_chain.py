@@ -32,7 +32,7 @@ from hiveminer.chain import (
     open_wallet,
 )
 from hiveminer.chain.embedded.consensus import Member, permits, scores
-from hiveminer.chain.embedded.ledger import FAUCET_RAO
+from hiveminer.chain.embedded.schema import FAUCET_RAO
 from hiveminer.errors import ChainError, NotRegistered, OperatorError
 
 WORKER = Path(__file__).with_name("chain_worker.py")
@@ -169,7 +169,7 @@ def test_the_sdks_other_reads_and_calls(network: Network) -> None:
     network.clock.blocks(3)
 
     async def ask() -> None:
-        assert await client.block() == await client.finalized_block() == 4
+        assert (await client.block(), await client.finalized_block()) == (4, 2)
         assert (await client.timestamp()).timestamp() == network.clock.seconds
         assert (await client.timestamp(block=2)).timestamp() == network.clock.seconds - 2
         assert await client.block_time() == 1.0
@@ -199,6 +199,90 @@ def test_blocks_come_from_the_clock_one_by_one(tmp_path: Path) -> None:
 
     seen = asyncio.run(asyncio.wait_for(watch(), 10))
     assert seen == list(range(seen[0], seen[0] + 5))
+
+
+def test_the_state_can_be_read_as_of_an_earlier_block(network: Network) -> None:
+    client, first = network.client, network.join(tao=VALIDATOR_STAKE)
+    network.commit(first, {"Raw1": "0x01"}).raise_for_failure()
+    network.clock.blocks(1)
+    second = network.join()
+    network.commit(first, {"Raw1": "0x02"}).raise_for_failure()
+    network.clock.blocks(3)
+
+    async def ask(block: int | None) -> tuple[int, list[str], dict[int, Any]]:
+        graph = await (await client.at(block)).subnets.metagraph(1)
+        assert graph is not None
+        said = {uid: each.fields for uid, each in graph.commitments.items()}
+        return graph.block, [n.hotkey for n in graph], said
+
+    one, two = (keys.hotkey.ss58_address for keys in (first, second))
+    assert network.run(ask(0)) == (0, [], {})
+    assert network.run(ask(1)) == (1, [one], {0: [{"Raw1": "0x01"}]})
+    for block in (2, 3, 4, 5):
+        assert network.run(ask(block)) == (block, [one, two], {0: [{"Raw1": "0x02"}]})
+    network.clock.blocks(257)
+    network.commit(first, {"Raw1": "0x03"}).raise_for_failure()
+    with pytest.raises(bt.ChainError, match="not kept"):
+        network.run(ask(5))
+    with pytest.raises(bt.ChainError):
+        network.run(ask(263))
+    assert network.run(ask(6)) == (6, [one, two], {0: [{"Raw1": "0x02"}]})
+
+
+def test_what_is_kept_of_the_past_is_bounded(network: Network) -> None:
+    keys = network.join()
+    network.substrate.set_hyperparameters(1, tempo=1)
+    for number in range(300):
+        network.clock.blocks(1)
+        network.commit(keys, {"Raw1": f"0x{number % 256:02x}"}).raise_for_failure()
+        network.run(network.client.finalized_block())
+    with contextlib.closing(sqlite3.connect(network.path)) as db:
+        for table in ("blocks", "history"):
+            assert db.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0] <= 258
+
+
+def test_a_final_block_is_sealed_and_its_hash_is_drawn_then(network: Network) -> None:
+    client, keys = network.client, network.join()
+
+    async def hash_of(block: int) -> Any:
+        return await client.query(("System", "BlockHash"), [block])
+
+    network.clock.blocks(4)
+    before = network.run(hash_of(3))
+    assert network.run(client.finalized_block()) == 3
+    assert network.run(hash_of(3)) != before
+    assert network.run(hash_of(3)) == network.run(hash_of(3))
+    assert len({network.run(hash_of(block)) for block in range(4)}) == 4
+    network.clock.blocks(-3)  # a process that was stopped, or a clock that was set back
+    network.commit(keys, {"Raw1": "0x01"}).raise_for_failure()
+    network.clock.blocks(4)
+    assert network.metagraph().commitments[0].block == 4
+
+
+def test_a_process_stopped_in_mid_write_holds_finality_up(network: Network) -> None:
+    network.run(network.client.finalized_block())
+    network.clock.blocks(5)
+    with network.substrate._ledger.writing() as (_, block):
+        assert block == 6
+        network.clock.blocks(5)
+        other = EmbeddedSubstrate(network.path, clock=network.clock)
+        other._ledger.connection().execute("PRAGMA busy_timeout = 50")
+        with pytest.raises(bt.RpcConnectionError):
+            asyncio.run(other.finalized_block_number())
+    assert network.run(network.client.finalized_block()) == 9
+
+
+def test_a_file_of_the_version_before_is_upgraded(network: Network) -> None:
+    keys = network.join()
+    network.run(network.client.close())
+    with contextlib.closing(sqlite3.connect(network.path)) as db:
+        db.executescript(
+            "DROP TABLE blocks; DROP TABLE history; DROP TABLE written; PRAGMA user_version = 1"
+        )
+    network.clock.blocks(500)
+    assert network.uid(keys) == 0
+    network.commit(keys, {"Raw1": "0x01"}).raise_for_failure()
+    assert network.run(network.client.finalized_block()) == 499
 
 
 def test_connecting_leaves_the_users_own_cache_alone(network: Network) -> None:
@@ -571,6 +655,7 @@ def test_kill_9_in_mid_write_leaves_the_file_sound(network: Network) -> None:
     assert network.serve(keys).success  # the lock went with its holder
     with running("write-for-ever", network.path) as process:
         assert [line(process) for _ in range(10)] == [str(count) for count in range(10)]
+    network.clock.seconds = time.time()
     assert sound(network.path)
     before = len(network.metagraph())
     network.join()

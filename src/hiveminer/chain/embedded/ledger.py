@@ -4,6 +4,11 @@ Any number of processes share the file. It is written whole under another name a
 linked into place, so that the first process creates it and none ever sees half of one. It
 is in WAL mode, so that readers never wait for a writer. A process killed in the middle of
 a write leaves nothing of that transaction.
+
+Blocks come from the clock. A block is final once it is sealed, which takes the write lock, and a
+write goes into the first block that is not: so a process that was stopped inside its transaction
+delays finality and never changes what others hold to be final. Before the first write of a block
+the state is copied into `history`, so that it can be read as of an earlier block.
 """
 
 from __future__ import annotations
@@ -15,145 +20,32 @@ import secrets
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import bittensor as bt
 
-from hiveminer.chain.embedded.consensus import RAO_PER_TAO
+from hiveminer.chain.embedded.schema import (
+    APPLICATION_ID,
+    BLOCKS,
+    SCHEMA_VERSION,
+    copied,
+    restored,
+    write_schema,
+)
 from hiveminer.errors import OperatorError
 
-SCHEMA_VERSION = 1
-"""Raised whenever the tables change; a file of another version is refused."""
+FINALITY_BLOCKS = 2
+"""A block becomes final when so many follow it."""
 
-APPLICATION_ID = 0x686D6E31
-"""In the file's header: tells our files from other SQLite files ("hmn1")."""
+KEPT_BLOCKS = 256
+"""The state can be read as of this many blocks before the head, as on a pruned node."""
 
 BUSY_SECONDS = 5.0
 """How long a writer waits for another process's transaction to end."""
 
 MAX_BLOCK_SECONDS = 3600.0
-MAX_NEURONS = 4096
-"""The most neurons that a subnet may have."""
-
-FAUCET_RAO = 1_000_000 * RAO_PER_TAO
-"""The balance of every new coldkey."""
-
-NOBODY: str = bt.sp_core.ss58_encode(bytes(32))
-"""The owner of what has no owner."""
 
 _CURE = "remove it, or choose another place"
-
-_SCHEMA = """
-CREATE TABLE network (
-    chain_id TEXT NOT NULL,
-    genesis_seconds REAL NOT NULL,
-    block_seconds REAL NOT NULL
-);
-CREATE TABLE subnets (
-    netuid INTEGER PRIMARY KEY,
-    registered_block INTEGER NOT NULL,
-    owner_hotkey TEXT NOT NULL,
-    owner_coldkey TEXT NOT NULL
-);
-CREATE TABLE hyperparameters (
-    netuid INTEGER NOT NULL,
-    name TEXT NOT NULL,
-    value INTEGER NOT NULL,
-    PRIMARY KEY (netuid, name)
-) WITHOUT ROWID;
-CREATE TABLE accounts (
-    address TEXT PRIMARY KEY,
-    free_rao INTEGER NOT NULL CHECK (free_rao >= 0),
-    nonce INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE owners (
-    hotkey TEXT PRIMARY KEY,
-    coldkey TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE stakes (
-    hotkey TEXT NOT NULL,
-    coldkey TEXT NOT NULL,
-    netuid INTEGER NOT NULL,
-    rao INTEGER NOT NULL,
-    PRIMARY KEY (hotkey, coldkey, netuid)
-) WITHOUT ROWID;
-CREATE TABLE neurons (
-    netuid INTEGER NOT NULL,
-    uid INTEGER NOT NULL,
-    hotkey TEXT NOT NULL,
-    vacant INTEGER NOT NULL DEFAULT 0,
-    registered_block INTEGER NOT NULL,
-    last_update INTEGER NOT NULL,
-    served_block INTEGER NOT NULL DEFAULT 0,
-    ip TEXT NOT NULL DEFAULT '0',
-    ip_type INTEGER NOT NULL DEFAULT 4,
-    port INTEGER NOT NULL DEFAULT 0,
-    protocol INTEGER NOT NULL DEFAULT 0,
-    version INTEGER NOT NULL DEFAULT 0,
-    PRIMARY KEY (netuid, uid),
-    UNIQUE (netuid, hotkey)
-) WITHOUT ROWID;
-CREATE TABLE weights (
-    netuid INTEGER NOT NULL,
-    uid INTEGER NOT NULL,
-    target INTEGER NOT NULL,
-    value INTEGER NOT NULL,
-    PRIMARY KEY (netuid, uid, target)
-) WITHOUT ROWID;
-CREATE TABLE commitments (
-    netuid INTEGER NOT NULL,
-    hotkey TEXT NOT NULL,
-    block INTEGER NOT NULL,
-    variant TEXT NOT NULL,
-    data BLOB NOT NULL,
-    epoch INTEGER NOT NULL,
-    used_bytes INTEGER NOT NULL,
-    PRIMARY KEY (netuid, hotkey)
-) WITHOUT ROWID;
-"""
-
-
-@dataclass(frozen=True)
-class Hyperparameter:
-    """A subnet's setting: its default here, its largest value, its name in chain storage,
-    and the chain's type for it."""
-
-    default: int
-    maximum: int
-    storage: str
-    type: str
-
-
-def _u16(default: int, storage: str, maximum: int = 65535) -> Hyperparameter:
-    return Hyperparameter(default, maximum, storage, "U16")
-
-
-def _u64(default: int, storage: str) -> Hyperparameter:
-    return Hyperparameter(default, 2**62, storage, "U64")
-
-
-def _flag(default: int, storage: str) -> Hyperparameter:
-    return Hyperparameter(default, 1, storage, "Bool")
-
-
-# The defaults are the main network's, but for the rate limits, which are short because a
-# demo lasts seconds, and the price of a registration, which does not float.
-HYPERPARAMETERS: dict[str, Hyperparameter] = {
-    "tempo": _u16(360, "Tempo"),
-    "immunity_period": _u16(4096, "ImmunityPeriod"),
-    "min_allowed_weights": _u16(1, "MinAllowedWeights"),
-    "max_weights_limit": _u16(65535, "MaxWeightsLimit"),
-    "weights_version": _u64(0, "WeightsVersionKey"),
-    "weights_rate_limit": _u64(5, "WeightsSetRateLimit"),
-    "serving_rate_limit": _u64(2, "ServingRateLimit"),
-    "activity_cutoff": _u16(5000, "ActivityCutoff"),
-    "max_validators": _u16(64, "MaxAllowedValidators", MAX_NEURONS),
-    "max_allowed_uids": _u16(256, "MaxAllowedUids", MAX_NEURONS),
-    "registration_allowed": _flag(1, "NetworkRegistrationAllowed"),
-    "commit_reveal_weights_enabled": _flag(0, "CommitRevealWeightsEnabled"),
-    "burn": _u64(RAO_PER_TAO, "Burn"),
-}
 
 
 class Ledger:
@@ -237,6 +129,46 @@ class Ledger:
         for key in [key for key in list(self._connections) if key[0] == os.getpid()]:
             self._connections.pop(key).close()
 
+    # Blocks ---------------------------------------------------------------------
+
+    def final_block(self) -> int:
+        """The newest final block. It and those before it are sealed by now."""
+        due = self.block() - FINALITY_BLOCKS
+        with self.reading() as db:
+            sealed = _sealed(db)
+        if sealed < due:
+            with self._transaction("BEGIN IMMEDIATE") as db:
+                sealed = _sealed(db)
+                oldest = due - KEPT_BLOCKS
+                new = range(max(sealed + 1, oldest), due + 1)
+                db.executemany(
+                    "INSERT INTO blocks VALUES (?, ?)",
+                    [(number, f"0x{secrets.token_hex(32)}") for number in new],
+                )
+                db.execute("DELETE FROM blocks WHERE number < ?", (oldest,))
+        return max(sealed, due, 0)
+
+    def hash_of(self, number: int) -> str:
+        """A block's hash: drawn by chance when it becomes final, and only a name before."""
+        with self.reading() as db:
+            row = db.execute("SELECT hash FROM blocks WHERE number = ?", (number,)).fetchone()
+            if row is not None:
+                return str(row[0])
+            if not _sealed(db) < number <= max(self.block(), _written(db)):
+                raise bt.ChainError(f"the embedded network has no block {number} any more, or yet")
+        return f"0x{self.chain_id}{number:032x}"
+
+    def number_of(self, block_hash: str) -> int:
+        """The number of the block with this hash."""
+        with self.reading() as db:
+            row = db.execute("SELECT number FROM blocks WHERE hash = ?", (block_hash,)).fetchone()
+        if row is not None:
+            return int(row[0])
+        name, number = block_hash[:-32], block_hash[-32:]
+        if name != f"0x{self.chain_id}":
+            raise bt.ChainError(f"no such block: {block_hash[:80]}")
+        return int(number, 16)
+
     # Transactions ---------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -246,10 +178,40 @@ class Ledger:
             yield connection
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
-        """The one writer: all changes are kept, or, if the block raises, none."""
-        with self._transaction("BEGIN IMMEDIATE") as connection:
-            yield connection
+    def at(self, block: int | None = None) -> Iterator[tuple[sqlite3.Connection, int]]:
+        """The state after a block, the current one if none is given, and the block."""
+        with self.reading() as db:
+            head = max(self.block(), _written(db))
+            number = head if block is None else block
+            if not head - KEPT_BLOCKS <= number <= head:
+                raise bt.ChainError(f"the state of block {number} is not kept, or not there yet")
+            if number >= _written(db):
+                yield db, number
+                return
+            row = db.execute(
+                "SELECT state FROM history WHERE block <= ? ORDER BY block DESC LIMIT 1", (number,)
+            ).fetchone()
+        if row is None:
+            raise bt.ChainError(f"the state of block {number} is not kept")
+        with contextlib.closing(restored(row[0])) as past:
+            yield past, number
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[tuple[sqlite3.Connection, int]]:
+        """The one writer, and the block that it writes into: all changes are kept, or, if the
+        body raises, none."""
+        with self._transaction("BEGIN IMMEDIATE") as db:
+            written = _written(db)
+            block = max(self.block(), written, _sealed(db) + 1)
+            if block > written:
+                db.execute("INSERT INTO history VALUES (?, ?)", (written, copied(db)))
+                db.execute(
+                    "DELETE FROM history WHERE block <"
+                    " (SELECT MAX(block) FROM history WHERE block <= ?)",
+                    (block - KEPT_BLOCKS,),
+                )
+                db.execute("UPDATE written SET block = ?", (block,))
+            yield db, block
 
     @contextlib.contextmanager
     def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
@@ -280,6 +242,7 @@ def _connect(path: Path) -> tuple[sqlite3.Connection, tuple[str, float, float]]:
         check_same_thread=False,
     )
     try:
+        _upgrade(connection)
         header = _read_header(connection, path)
         # In WAL mode this keeps the file sound through any crash of a process; only a
         # power cut may undo the last few writes, which a network for tests can afford.
@@ -290,9 +253,28 @@ def _connect(path: Path) -> tuple[sqlite3.Connection, tuple[str, float, float]]:
     return connection, header
 
 
+def _upgrade(connection: sqlite3.Connection) -> None:
+    """Add what version 1 did not have; its state is the first that can be read."""
+    if _pragmas(connection) != (APPLICATION_ID, 1):
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    if _pragmas(connection) == (APPLICATION_ID, 1):  # nobody else was first
+        for statement in BLOCKS.split(";"):
+            connection.execute(statement)
+        connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    connection.execute("COMMIT")
+
+
+def _pragmas(connection: sqlite3.Connection) -> tuple[int, int]:
+    application, version = (
+        int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+        for name in ("application_id", "user_version")
+    )
+    return application, version
+
+
 def _read_header(connection: sqlite3.Connection, path: Path) -> tuple[str, float, float]:
-    application = int(connection.execute("PRAGMA application_id").fetchone()[0])
-    version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+    application, version = _pragmas(connection)
     if application != APPLICATION_ID:
         raise OperatorError(f"{path} is not an embedded network's file; {_CURE}")
     if version != SCHEMA_VERSION:
@@ -313,7 +295,7 @@ def _create(path: Path, *, block_seconds: float, now: float) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as connection:
-            _write_schema(connection, block_seconds=block_seconds, now=now)
+            write_schema(connection, block_seconds=block_seconds, now=now)
         draft.chmod(0o600)
         # Another process may have been first: then its file is used.
         with contextlib.suppress(FileExistsError):
@@ -322,24 +304,11 @@ def _create(path: Path, *, block_seconds: float, now: float) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _write_schema(connection: sqlite3.Connection, *, block_seconds: float, now: float) -> None:
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
-    connection.execute("BEGIN")
-    connection.execute(
-        "INSERT INTO network VALUES (?, ?, ?)", (secrets.token_hex(16), now, block_seconds)
-    )
-    for netuid in (0, 1):
-        add_subnet(connection, netuid, block=1)
-    connection.execute("COMMIT")
-    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+def _sealed(db: sqlite3.Connection) -> int:
+    """The newest sealed block; -1 before there is one."""
+    newest = db.execute("SELECT MAX(number) FROM blocks").fetchone()[0]
+    return -1 if newest is None else int(newest)
 
 
-def add_subnet(connection: sqlite3.Connection, netuid: int, *, block: int) -> None:
-    """A new subnet that nobody owns, with the default hyperparameters."""
-    connection.execute("INSERT INTO subnets VALUES (?, ?, ?, ?)", (netuid, block, NOBODY, NOBODY))
-    connection.executemany(
-        "INSERT INTO hyperparameters VALUES (?, ?, ?)",
-        [(netuid, name, each.default) for name, each in HYPERPARAMETERS.items()],
-    )
+def _written(db: sqlite3.Connection) -> int:
+    return int(db.execute("SELECT block FROM written").fetchone()[0])

@@ -15,7 +15,7 @@ import bittensor as bt
 
 from hiveminer.chain.embedded import state
 from hiveminer.chain.embedded.consensus import RAO_PER_TAO
-from hiveminer.chain.embedded.ledger import HYPERPARAMETERS
+from hiveminer.chain.embedded.schema import HYPERPARAMETERS
 
 _NAME, _SYMBOL = b"embedded", "\N{GREEK SMALL LETTER ALPHA}".encode()
 

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import bittensor as bt
 
 from hiveminer.chain.embedded.consensus import RAO_PER_TAO, STAKE_THRESHOLD_RAO, permits
-from hiveminer.chain.embedded.ledger import MAX_NEURONS
+from hiveminer.chain.embedded.schema import MAX_NEURONS
 from hiveminer.chain.embedded.state import (
     Neuron,
     balance,
@@ -254,7 +254,8 @@ def set_commitment(db: sqlite3.Connection, origin: Origin, params: Params) -> No
     if uid_of(db, netuid, origin.signer) is None:
         refuse("AccountNotAllowedCommit", f"{origin.signer} is not on subnet {netuid}")
     variant, data = _field(params)
-    epoch = origin.block // max(1, settings["tempo"])
+    # As the chain counts its epochs; they are a block longer than the tempo.
+    epoch = (origin.block + netuid + 1) // (settings["tempo"] + 1)
     before = db.execute(
         "SELECT epoch, used_bytes FROM commitments WHERE netuid = ? AND hotkey = ?",
         (netuid, origin.signer),

@@ -11,7 +11,7 @@ from typing import NamedTuple, NoReturn
 import bittensor as bt
 
 from hiveminer.chain.embedded.consensus import Member, Scores, permits, scores
-from hiveminer.chain.embedded.ledger import FAUCET_RAO, NOBODY
+from hiveminer.chain.embedded.schema import FAUCET_RAO, NOBODY
 
 
 def refuse(name: str, reason: str) -> NoReturn:

@@ -7,8 +7,8 @@ read commitments. Blocks come from the clock. `rules` says what each call refuse
 this network is simpler than the real one, `reads` what can be read, and `consensus` how the
 metagraph's columns are computed.
 
-There is no history: a read at an earlier block is answered from the present state, with
-only the block's number, hash and time being its own.
+Everything can be read as of one of the last 256 blocks. A block is final two blocks later, and
+gets a hash that nobody could foresee; `ledger` says how.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from typing import Any, NamedTuple, NoReturn
 import bittensor as bt
 
 from hiveminer.chain.embedded import reads, rules, state
-from hiveminer.chain.embedded.ledger import HYPERPARAMETERS, NOBODY, Ledger, add_subnet
+from hiveminer.chain.embedded.ledger import FINALITY_BLOCKS, Ledger
+from hiveminer.chain.embedded.schema import HYPERPARAMETERS, NOBODY, add_subnet
 
 
 class Composed(NamedTuple):
@@ -94,12 +95,12 @@ class EmbeddedSubstrate(Unsupported):
         next registration takes it. Raises `bittensor.ChainError` if the hotkey
         is not registered.
         """
-        with self._ledger.writing() as db:
+        with self._ledger.writing() as (db, block):
             uid = state.uid_of(db, netuid, hotkey)
             if uid is None:
                 state.refuse("HotKeyNotRegisteredInSubNet", f"{hotkey} is not on {netuid}")
             nobody = bt.sp_core.ss58_encode(secrets.token_bytes(32))
-            rules.seat(db, netuid, uid, nobody, block=self._ledger.block(), vacant=True)
+            rules.seat(db, netuid, uid, nobody, block=block, vacant=True)
 
     def set_hyperparameters(self, netuid: int, **values: int) -> None:
         """Set some of a subnet's hyperparameters (their names are `HYPERPARAMETERS`).
@@ -110,7 +111,7 @@ class EmbeddedSubstrate(Unsupported):
             known = HYPERPARAMETERS.get(name)
             if known is None or not 0 <= value <= known.maximum:
                 raise ValueError(f"no hyperparameter {name} = {value}")
-        with self._ledger.writing() as db:
+        with self._ledger.writing() as (db, _):
             state.hyperparameters(db, netuid)
             db.executemany(
                 "UPDATE hyperparameters SET value = ? WHERE netuid = ? AND name = ?",
@@ -125,9 +126,9 @@ class EmbeddedSubstrate(Unsupported):
         if not 0 <= netuid <= 65535:
             raise ValueError(f"no netuid: {netuid}")
         bt.sp_core.ss58_decode(owner_hotkey[:64])
-        with self._ledger.writing() as db:
+        with self._ledger.writing() as (db, block):
             if db.execute("SELECT 1 FROM subnets WHERE netuid = ?", (netuid,)).fetchone() is None:
-                add_subnet(db, netuid, block=self._ledger.block())
+                add_subnet(db, netuid, block=block)
             coldkey = state.owner(db, owner_hotkey) or NOBODY
             db.execute(
                 "UPDATE subnets SET owner_hotkey = ?, owner_coldkey = ? WHERE netuid = ?",
@@ -151,12 +152,12 @@ class EmbeddedSubstrate(Unsupported):
         return self._ledger.block()
 
     async def finalized_block_number(self) -> int:
-        """The same: every block is final at once."""
-        return self._ledger.block()
+        """The newest final block, two behind the head."""
+        return self._ledger.final_block()
 
     async def block_hash(self, block: int | None = None) -> str:
-        """A hash of this network's id and the block's number."""
-        return self._hash(self._ledger.block() if block is None else block)
+        """A block's hash; before it is final, a name that stands for it."""
+        return self._ledger.hash_of(self._ledger.block() if block is None else block)
 
     async def block_time(self) -> float:
         """Seconds a block."""
@@ -164,31 +165,26 @@ class EmbeddedSubstrate(Unsupported):
 
     async def blocks(self, *, finalized: bool = False) -> AsyncIterator[dict[str, Any]]:
         """The current block, and then each new one as it comes."""
-        number = self._ledger.block()
+        behind = FINALITY_BLOCKS if finalized else 0
+        number = max(1, self._ledger.block() - behind)
         while True:
-            if number <= self._ledger.block():
+            if number <= self._ledger.block() - behind:
+                if finalized:
+                    self._ledger.final_block()
                 yield {"header": self._block_header(number)}
                 number += 1
             else:
-                await asyncio.sleep(max(0.001, self._start(number) - self._ledger.now()))
+                await asyncio.sleep(max(0.001, self._start(number + behind) - self._ledger.now()))
 
     def _start(self, number: int) -> float:
         return self._ledger.genesis_seconds + (number - 1) * self._ledger.block_seconds
 
-    def _hash(self, number: int) -> str:
-        return f"0x{self._ledger.chain_id}{number:032x}"
-
     def _number(self, block_hash: str | None) -> int:
-        if block_hash is None:
-            return self._ledger.block()
-        try:
-            return int(block_hash[-32:], 16)
-        except ValueError:
-            raise bt.ChainError(f"no such block: {block_hash[:80]}") from None
+        return self._ledger.block() if block_hash is None else self._ledger.number_of(block_hash)
 
     def _block_header(self, number: int) -> dict[str, Any]:
-        parent = self._hash(number - 1)
-        return {"number": number, "hash": self._hash(number), "parentHash": parent}
+        block, parent = self._ledger.hash_of(number), self._ledger.hash_of(number - 1)
+        return {"number": number, "hash": block, "parentHash": parent}
 
     # Reads ------------------------------------------------------------------------
 
@@ -204,6 +200,8 @@ class EmbeddedSubstrate(Unsupported):
         block_hash: str | None = None,
     ) -> Any:
         """One storage item, decoded. `bittensor.ChainError` for what is not kept here."""
+        if (module, storage_function) == ("System", "BlockHash"):
+            return self._ledger.hash_of(int((params or [0])[0]))
         if (module, storage_function) == ("Timestamp", "Now"):
             return int(self._start(self._number(block_hash)) * 1000)
         return self._read(reads.item(module, storage_function), params, block_hash)
@@ -225,9 +223,9 @@ class EmbeddedSubstrate(Unsupported):
         return self._read(reads.runtime(api, method), params, block_hash)
 
     def _read(self, reader: reads.Reader, params: list[Any] | None, block_hash: str | None) -> Any:
-        # Without history, every block is read as the current one.
-        with self._ledger.reading() as db:
-            return reader(db, list(params or []), self._ledger.block())
+        number = None if block_hash is None else self._ledger.number_of(block_hash)
+        with self._ledger.at(number) as (db, block):
+            return reader(db, list(params or []), block)
 
     # Calls ------------------------------------------------------------------------
 
@@ -278,18 +276,17 @@ class EmbeddedSubstrate(Unsupported):
         return bt.ExtrinsicResult(
             success=True,
             message="Success",
-            block_hash=self._hash(block),
+            block_hash=self._ledger.hash_of(block),
             extrinsic_id=f"{block}-{index:04d}",
             fee=bt.Balance.from_rao(0),
         )
 
     def _apply(self, call: Composed, signer: str, nonce: int | None) -> tuple[int, int]:
-        with self._ledger.writing() as db:
+        with self._ledger.writing() as (db, block):
             expected = reads.nonce(db, signer)
             if nonce is not None and nonce != expected:
                 name = "Stale" if nonce < expected else "Future"
                 state.refuse(name, f"the next nonce of {signer} is {expected}, not {nonce}")
-            block = self._ledger.block()
             rule = rules.CALLS[call.module, call.function]
             rule(db, rules.Origin(signer, block), call.params)
             rules.touch(db, signer)

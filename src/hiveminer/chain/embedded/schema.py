@@ -1,0 +1,207 @@
+"""The embedded network's tables: their schema, what they begin with, and copies of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import sqlite3
+import zlib
+from dataclasses import dataclass
+
+import bittensor as bt
+
+from hiveminer.chain.embedded.consensus import RAO_PER_TAO
+
+SCHEMA_VERSION = 2
+"""Raised whenever the tables change. A file of version 1 is upgraded, another one is refused."""
+
+APPLICATION_ID = 0x686D6E31
+"""In the file's header: tells our files from other SQLite files ("hmn1")."""
+
+MAX_NEURONS = 4096
+"""The most neurons that a subnet may have."""
+
+FAUCET_RAO = 1_000_000 * RAO_PER_TAO
+"""The balance of every new coldkey."""
+
+NOBODY: str = bt.sp_core.ss58_encode(bytes(32))
+"""The owner of what has no owner."""
+
+NETWORK = """
+CREATE TABLE network (
+    chain_id TEXT NOT NULL,
+    genesis_seconds REAL NOT NULL,
+    block_seconds REAL NOT NULL
+);
+"""
+
+BLOCKS = """
+CREATE TABLE blocks (
+    number INTEGER PRIMARY KEY,
+    hash TEXT NOT NULL UNIQUE
+);
+CREATE TABLE history (
+    block INTEGER PRIMARY KEY,
+    state BLOB NOT NULL
+);
+CREATE TABLE written (
+    block INTEGER NOT NULL
+);
+INSERT INTO written VALUES (0);
+"""
+"""blocks: the final ones. written: the block of the newest write. history: the state after
+earlier writes, each up to the next."""
+
+STATE = """
+CREATE TABLE subnets (
+    netuid INTEGER PRIMARY KEY,
+    registered_block INTEGER NOT NULL,
+    owner_hotkey TEXT NOT NULL,
+    owner_coldkey TEXT NOT NULL
+);
+CREATE TABLE hyperparameters (
+    netuid INTEGER NOT NULL,
+    name TEXT NOT NULL,
+    value INTEGER NOT NULL,
+    PRIMARY KEY (netuid, name)
+) WITHOUT ROWID;
+CREATE TABLE accounts (
+    address TEXT PRIMARY KEY,
+    free_rao INTEGER NOT NULL CHECK (free_rao >= 0),
+    nonce INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE owners (
+    hotkey TEXT PRIMARY KEY,
+    coldkey TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE stakes (
+    hotkey TEXT NOT NULL,
+    coldkey TEXT NOT NULL,
+    netuid INTEGER NOT NULL,
+    rao INTEGER NOT NULL,
+    PRIMARY KEY (hotkey, coldkey, netuid)
+) WITHOUT ROWID;
+CREATE TABLE neurons (
+    netuid INTEGER NOT NULL,
+    uid INTEGER NOT NULL,
+    hotkey TEXT NOT NULL,
+    vacant INTEGER NOT NULL DEFAULT 0,
+    registered_block INTEGER NOT NULL,
+    last_update INTEGER NOT NULL,
+    served_block INTEGER NOT NULL DEFAULT 0,
+    ip TEXT NOT NULL DEFAULT '0',
+    ip_type INTEGER NOT NULL DEFAULT 4,
+    port INTEGER NOT NULL DEFAULT 0,
+    protocol INTEGER NOT NULL DEFAULT 0,
+    version INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY (netuid, uid),
+    UNIQUE (netuid, hotkey)
+) WITHOUT ROWID;
+CREATE TABLE weights (
+    netuid INTEGER NOT NULL,
+    uid INTEGER NOT NULL,
+    target INTEGER NOT NULL,
+    value INTEGER NOT NULL,
+    PRIMARY KEY (netuid, uid, target)
+) WITHOUT ROWID;
+CREATE TABLE commitments (
+    netuid INTEGER NOT NULL,
+    hotkey TEXT NOT NULL,
+    block INTEGER NOT NULL,
+    variant TEXT NOT NULL,
+    data BLOB NOT NULL,
+    epoch INTEGER NOT NULL,
+    used_bytes INTEGER NOT NULL,
+    PRIMARY KEY (netuid, hotkey)
+) WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """A subnet's setting: its default here, its largest value, its name in chain storage,
+    and the chain's type for it."""
+
+    default: int
+    maximum: int
+    storage: str
+    type: str
+
+
+def _u16(default: int, storage: str, maximum: int = 65535) -> Hyperparameter:
+    return Hyperparameter(default, maximum, storage, "U16")
+
+
+def _u64(default: int, storage: str) -> Hyperparameter:
+    return Hyperparameter(default, 2**62, storage, "U64")
+
+
+def _flag(default: int, storage: str) -> Hyperparameter:
+    return Hyperparameter(default, 1, storage, "Bool")
+
+
+# The defaults are the main network's, but for the rate limits, which are short because a
+# demo lasts seconds, and the price of a registration, which does not float.
+HYPERPARAMETERS: dict[str, Hyperparameter] = {
+    "tempo": _u16(360, "Tempo"),
+    "immunity_period": _u16(4096, "ImmunityPeriod"),
+    "min_allowed_weights": _u16(1, "MinAllowedWeights"),
+    "max_weights_limit": _u16(65535, "MaxWeightsLimit"),
+    "weights_version": _u64(0, "WeightsVersionKey"),
+    "weights_rate_limit": _u64(5, "WeightsSetRateLimit"),
+    "serving_rate_limit": _u64(2, "ServingRateLimit"),
+    "activity_cutoff": _u16(5000, "ActivityCutoff"),
+    "max_validators": _u16(64, "MaxAllowedValidators", MAX_NEURONS),
+    "max_allowed_uids": _u16(256, "MaxAllowedUids", MAX_NEURONS),
+    "registration_allowed": _flag(1, "NetworkRegistrationAllowed"),
+    "commit_reveal_weights_enabled": _flag(0, "CommitRevealWeightsEnabled"),
+    "burn": _u64(RAO_PER_TAO, "Burn"),
+}
+
+
+TABLES = re.findall(r"CREATE TABLE (\w+)", STATE)
+
+
+def write_schema(connection: sqlite3.Connection, *, block_seconds: float, now: float) -> None:
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.executescript(f"BEGIN; {NETWORK} {BLOCKS} {STATE} COMMIT;")
+    connection.execute("BEGIN")
+    connection.execute(
+        "INSERT INTO network VALUES (?, ?, ?)", (secrets.token_hex(16), now, block_seconds)
+    )
+    for netuid in (0, 1):
+        add_subnet(connection, netuid, block=1)
+    connection.execute("COMMIT")
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def add_subnet(connection: sqlite3.Connection, netuid: int, *, block: int) -> None:
+    """A new subnet that nobody owns, with the default hyperparameters."""
+    connection.execute("INSERT INTO subnets VALUES (?, ?, ?, ?)", (netuid, block, NOBODY, NOBODY))
+    connection.executemany(
+        "INSERT INTO hyperparameters VALUES (?, ?, ?)",
+        [(netuid, name, each.default) for name, each in HYPERPARAMETERS.items()],
+    )
+
+
+def copied(db: sqlite3.Connection) -> bytes:
+    """All tables of the state."""
+    tables = {name: db.execute(f"SELECT * FROM {name}").fetchall() for name in TABLES}
+    text = json.dumps(tables, default=lambda raw: {"hex": raw.hex()}, separators=(",", ":"))
+    return zlib.compress(text.encode(), 1)
+
+
+def restored(copy: bytes) -> sqlite3.Connection:
+    """The tables that were copied, in memory."""
+    tables = json.loads(
+        zlib.decompress(copy),
+        object_hook=lambda each: bytes.fromhex(each["hex"]) if "hex" in each else each,
+    )
+    db = sqlite3.connect(":memory:", isolation_level=None)
+    db.executescript(STATE)
+    for name, rows in tables.items():
+        for row in rows:
+            db.execute(f"INSERT INTO {name} VALUES ({', '.join('?' * len(row))})", row)
+    return db
