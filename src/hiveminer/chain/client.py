@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ import bittensor as bt
 from hiveminer.chain import retry
 from hiveminer.chain.connection import Connection
 from hiveminer.chain.embedded.substrate import EmbeddedSubstrate
+from hiveminer.chain.turns import Turns
 from hiveminer.errors import ChainError, HiveminerError, NotRegistered, OperatorError
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ class Chain:
 
     `network` is "embedded" or what the SDK was given, `netuid` the subnet, and `wallet`
     holds the hotkey that signs (a coldkey is needed by `join_embedded` only). Each read
-    has `timeout_seconds`, each write twice that, because it waits for its block.
+    has `timeout_seconds`, each write twice that, because it waits for its block. Writes are
+    sent one after the other.
 
     In a forked child, calls raise `ChainError` at once, and the parent's chain goes on as
     before.
@@ -73,6 +75,7 @@ class Chain:
         self.hotkey: str = wallet.hotkey.ss58_address
         self._timeout_seconds = timeout_seconds
         self._block_seconds: float | None = None
+        self._turns = Turns()
         self._connection = Connection(client, network=network)
         try:
             self._connect(must_connect)
@@ -115,6 +118,10 @@ class Chain:
         """The current block's number."""
         return self.read("reading the block", lambda client: client.block())
 
+    def final_block(self) -> int:
+        """The newest final block's number."""
+        return self.read("reading the final block", lambda client: client.finalized_block())
+
     def block_seconds(self) -> float:
         """Seconds per block; read once."""
         if self._block_seconds is None:
@@ -148,7 +155,7 @@ class Chain:
         graph = self.metagraph() if metagraph is None else metagraph
         found = {}
         for commitment in graph.commitments.values():
-            data = _committed_bytes(commitment.fields)
+            data = committed_bytes(commitment.fields)
             if data is not None:
                 found[commitment.hotkey] = data
         return found
@@ -197,10 +204,11 @@ class Chain:
         intent = bt.ServeAxon(netuid=self.netuid, ip=ip, port=port)
         self._write("serving the axon", lambda client: self._execute(client, intent))
 
-    def commit(self, data: bytes) -> None:
+    def commit(self, data: bytes, *, valid_blocks: int | None = None, urgent: bool = False) -> None:
         """Publish up to 512 bytes for this neuron; they replace its earlier commitment.
 
-        Raises `ValueError` if they are too long.
+        After `valid_blocks` the signed call can no longer be included. `urgent` lets it pass
+        other calls that wait. Raises `ValueError` if the data is too long.
         """
         if len(data) > MAX_COMMITMENT_BYTES:
             raise ValueError(f"a commitment holds {MAX_COMMITMENT_BYTES} bytes, not {len(data)}")
@@ -208,7 +216,12 @@ class Chain:
         call = bt.calls.Commitments.set_commitment(
             netuid=self.netuid, info={"fields": [{kind: "0x" + data.hex()}]}
         )
-        self._write("committing", lambda client: self._submit(client, call, signer="hotkey"))
+        options = _validity(valid_blocks)
+        self._write(
+            "committing",
+            lambda client: self._submit(client, call, signer="hotkey", **options),
+            urgent=urgent,
+        )
 
     def set_weights(
         self,
@@ -229,7 +242,7 @@ class Chain:
             weights={int(uid): float(weight) for uid, weight in weights.items()},
             version_key=version_key,
         )
-        options = {} if valid_blocks is None else {"period": valid_blocks}
+        options = _validity(valid_blocks)
         self._write("setting weights", lambda client: self._execute(client, intent, **options))
 
     def submit_as_coldkey(self, doing: str, call: Any) -> None:
@@ -242,9 +255,9 @@ class Chain:
         result = await client.execute(intent, self.wallet, wait_for_finalization=False, **options)
         result.raise_for_failure()
 
-    async def _submit(self, client: bt.Client, call: Any, *, signer: str) -> None:
+    async def _submit(self, client: bt.Client, call: Any, *, signer: str, **options: int) -> None:
         result = await client.submit_call(
-            call, self.wallet, signer=signer, wait_for_finalization=False
+            call, self.wallet, signer=signer, wait_for_finalization=False, **options
         )
         result.raise_for_failure()
 
@@ -265,10 +278,14 @@ class Chain:
 
     # Calls and their errors -------------------------------------------------------
 
-    def _write(self, doing: str, ask: Callable[[bt.Client], Awaitable[T]]) -> T:
+    def _write(
+        self, doing: str, ask: Callable[[bt.Client], Awaitable[T]], *, urgent: bool = False
+    ) -> T:
         # Once: a write whose connection failed may have arrived.
         hint = "; it may still go through, so look before it is sent again"
-        return self._call(doing, ask, seconds=2 * self._timeout_seconds, attempts=1, hint=hint)
+        seconds = 2 * self._timeout_seconds
+        with self._turns.take(urgent=urgent, timeout_seconds=seconds):
+            return self._call(doing, ask, seconds=seconds, attempts=1, hint=hint)
 
     def _call(
         self,
@@ -332,11 +349,16 @@ def _is_in_doubt(error: Exception) -> bool:
     return nameless or error.name in _IN_DOUBT or any(each in words for each in _IN_DOUBT_WORDS)
 
 
+def _validity(blocks: int | None) -> dict[str, int]:
+    return {} if blocks is None else {"period": blocks}
+
+
 def _kind(error: Exception) -> str:
     return error.code.name if isinstance(error, bt.ChainError) else type(error).__name__
 
 
-def _committed_bytes(fields: list[Any]) -> bytes | None:
+def committed_bytes(fields: Sequence[Any]) -> bytes | None:
+    """What the fields of a commitment hold; None unless it is plain bytes."""
     data = b""
     for field in fields:
         for variant, value in field.items() if isinstance(field, dict) else [("", None)]:

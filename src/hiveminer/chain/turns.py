@@ -1,0 +1,43 @@
+"""One write at a time: two calls of a hotkey at once would be signed with the same nonce."""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import threading
+from collections.abc import Iterator
+
+from hiveminer.errors import ChainError
+
+
+class Turns:
+    """A lock whose waiters are let in by urgency, then in the order in which they came."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._numbers = itertools.count()
+        self._waiting: list[tuple[int, int]] = []
+        self._taken = False
+
+    @contextlib.contextmanager
+    def take(self, *, urgent: bool = False, timeout_seconds: float) -> Iterator[None]:
+        """Wait for a turn, and keep it for the body. Raises ChainError when none comes in time."""
+        with self._changed:
+            ticket = (0 if urgent else 1, next(self._numbers))
+            heapq.heappush(self._waiting, ticket)
+            came = self._changed.wait_for(
+                lambda: not self._taken and self._waiting[0] == ticket, timeout_seconds
+            )
+            self._waiting.remove(ticket)
+            heapq.heapify(self._waiting)
+            if not came:
+                self._changed.notify_all()
+                raise ChainError(f"other calls of this hotkey took {timeout_seconds:g} s")
+            self._taken = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken = False
+                self._changed.notify_all()

@@ -1,0 +1,109 @@
+"""The rounds' view of a subnet: final blocks, snapshots and raw commitments, through `Chain`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+import bittensor as bt
+
+from hiveminer.chain import Chain
+from hiveminer.chain.client import committed_bytes
+from hiveminer.errors import ChainError
+from hiveminer.strategies.sparseloco.rounds import Block, Neuron
+
+VALID_BLOCKS = 8
+"""A record or mark that is not included by then lapses: it would be late anyway."""
+
+BLOCK_SECONDS = 12.0
+"""Assumed while a real chain does not answer."""
+
+T = TypeVar("T")
+
+
+class SubnetRounds:
+    """A `RoundChain` on a real or an embedded chain.
+
+    What is read of a block is read by its number once it is final, and its hash is the same before
+    and after. A commitment passes other calls of this hotkey that wait.
+    """
+
+    def __init__(self, chain: Chain):
+        self.chain = chain
+        try:
+            self.block_seconds = chain.block_seconds()
+        except ChainError:
+            self.block_seconds = BLOCK_SECONDS
+
+    def head(self) -> int:
+        return self.chain.block()
+
+    def final_head(self) -> int:
+        return self.chain.final_block()
+
+    def snapshot(self, number: int) -> tuple[Block, tuple[Neuron, ...]]:
+        method, netuid = ("SubnetInfoRuntimeApi", "get_metagraph"), self.chain.netuid
+        block, graph = self._read(
+            number, lambda client: client.runtime(method, [netuid], block=number)
+        )
+        return block, () if graph is None else neurons_of(graph)
+
+    def commitments(self, number: int) -> tuple[Block, Mapping[bytes, bytes]]:
+        item, netuid = ("Commitments", "CommitmentOf"), self.chain.netuid
+        block, found = self._read(
+            number, lambda client: client.query_map(item, [netuid], block=number)
+        )
+        return block, commitments_of(found)
+
+    def commit(self, data: bytes) -> None:
+        self.chain.commit(data, valid_blocks=VALID_BLOCKS, urgent=True)
+
+    def _read(self, number: int, ask: Callable[[bt.Client], Awaitable[T]]) -> tuple[Block, T]:
+        doing = f"reading block {number}"
+
+        async def read(client: bt.Client) -> tuple[Block, T]:
+            if number > await client.finalized_block():
+                raise ChainError(f"{doing}: it is not final yet")
+            before = await _hash(client, number)
+            found = await ask(client)
+            if before != await _hash(client, number):
+                raise ChainError(f"{doing}: its hash changed meanwhile")
+            return Block(number, before), found
+
+        return self.chain.read(doing, read)
+
+
+async def _hash(client: bt.Client, number: int) -> bytes:
+    """The hash of a block that has a successor."""
+    found = await client.query(("System", "BlockHash"), [number], block=number + 1)
+    raw = bytes.fromhex(str(found).removeprefix("0x"))
+    if len(raw) != 32 or not any(raw):
+        raise ChainError(f"the hash of block {number} is not known")
+    return raw
+
+
+def neurons_of(graph: Mapping[str, Any]) -> tuple[Neuron, ...]:
+    """The neurons in a runtime's metagraph, with its integers as they are."""
+    columns = zip(
+        graph["hotkeys"], graph["validator_permit"], graph["total_stake"], graph["incentives"],
+        strict=True,
+    )  # fmt: skip
+    return tuple(
+        Neuron(uid, public_key(hotkey), bool(permit), int(stake), int(incentive))
+        for uid, (hotkey, permit, stake, incentive) in enumerate(columns)
+    )
+
+
+def commitments_of(rows: list[tuple[Any, Any]]) -> dict[bytes, bytes]:
+    """The plain bytes in a whole map of commitments, by hotkey."""
+    found = {}
+    for hotkey, record in rows:
+        data = committed_bytes(record["info"]["fields"])
+        if data is not None:
+            found[public_key(hotkey)] = data
+    return found
+
+
+def public_key(address: Any) -> bytes:
+    """The 32 bytes of an ss58 address."""
+    return bytes(bt.sp_core.ss58_decode(str(address)))
