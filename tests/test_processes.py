@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import os
@@ -17,16 +18,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from uuid import uuid4
 
 import psutil
 import pytest
+from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
+from hivemind.proto.p2pd_pb2 import PersistentConnectionResponse
 
 from hiveminer.chain import embedded_wallet
 from hiveminer.errors import SwarmError
 from hiveminer.runtime.processes import lives
 from hiveminer.strategies.hivemind.averager import SwarmAverager
 from hiveminer.swarm import processes
-from hiveminer.swarm.processes import ChildProcesses, shared_memory_problem, sweep
+from hiveminer.swarm.processes import ChildProcesses, guard_tasks, shared_memory_problem, sweep
 from programs import Network, Program, descendants_gone, started, wait_for
 
 linux = pytest.mark.skipif(
@@ -59,6 +63,22 @@ while True:
         told = children.lost()
         print("lost", told, flush=True)
     time.sleep(0.05)
+"""
+
+DEAF_PEER = """
+from hiveminer.swarm import Peer
+from hiveminer.swarm.processes import ChildProcesses
+from programs import wait_for
+
+async def deafen(_dht, node):
+    reading = node.p2p._client.control._read_task.get_coro()
+    reading.cr_frame.f_locals["reader"].set_exception(ValueError("no message"))
+
+peer = Peer()
+children = ChildProcesses()
+children.watch("the DHT's process", peer.process)
+peer.dht.run_coroutine(deafen, return_future=True)
+print("lost", wait_for(children.lost, seconds=20), flush=True)
 """
 
 SLOW_FORK = """
@@ -287,6 +307,39 @@ def test_a_tracker_leaves_no_task_behind(tmp_path: Path) -> None:
         assert "left False []" in program.says("left ", seconds=60)
         assert program.process.wait(30) == 0
         assert "destroyed" not in program.words
+
+
+@pytest.mark.timeout(120)
+def test_a_process_ends_with_a_lasting_task_and_says_which(tmp_path: Path) -> None:
+    path = {"PYTHONPATH": str(Path(__file__).parent)}
+    with started(DEAF_PEER, folder=tmp_path / "deaf", env=path) as program:
+        program.says("lost [", seconds=60)
+        assert "task that reads the libp2p daemon's answers has died" in program.words
+        assert "ValueError: no message" in program.words
+
+
+def test_an_answer_to_a_call_that_was_cancelled_this_moment_harms_no_other() -> None:
+    async def answers() -> list[str]:
+        ended: list[str] = []
+        control = ControlClient(None, _initialized_with_create=True)
+        ours, cancelled = uuid4(), uuid4()
+        control._pending_calls = {call: asyncio.Future() for call in (cancelled, ours)}
+        control._pending_calls[cancelled].cancel()
+        reader = asyncio.StreamReader()
+        reading = asyncio.create_task(control._read_from_persistent_conn(reader))
+        p2p = SimpleNamespace(_client=SimpleNamespace(control=control))
+        guard_tasks(p2p, end=lambda: ended.append("ended"))
+        for call in (cancelled, ours):
+            answer = PersistentConnectionResponse(callId=call.bytes)
+            answer.callUnaryResponse.response = b"here"
+            data = answer.SerializeToString()
+            reader.feed_data(bytes([len(data)]) + data)
+        assert await asyncio.wait_for(control._pending_calls[ours], 5) == b"here"
+        reader.feed_eof()
+        await reading
+        return ended
+
+    assert asyncio.run(answers()) == []
 
 
 def test_the_end_of_children_kills_what_is_left() -> None:

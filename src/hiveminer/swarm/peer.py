@@ -30,6 +30,7 @@ from hiveminer.swarm.identity import Authorizer, Identity, change_admitted, guar
 from hiveminer.swarm.processes import (
     before_fork,
     detach_from_parent,
+    guard_tasks,
     mark_temporary_folder,
     start_shared_memory,
     sweep,
@@ -180,8 +181,11 @@ class Peer:
             raise self._failure(ip, port, _first_line(error)) from error
         self.peer_id = str(self.dht.peer_id)
         self._met: set[str] = set()
-        if identity is not None:
+        try:
             self._open(identity, admitted)
+        except BaseException:
+            self.close()
+            raise
 
     def _start(self, options: dict[str, Any]) -> _Node:
         if self.identity is not None:
@@ -199,16 +203,15 @@ class Peer:
         tell(logger, "peer_start", cause, level=logging.ERROR)
         return OperatorError(f"{cause}; {start_cure(reason)}")
 
-    def _open(self, identity: Identity, admitted: Collection[str]) -> None:
+    def _open(self, identity: Identity | None, admitted: Collection[str]) -> None:
         """Let registered peers in, behind the guard."""
-        try:
-            assert self.peer_id == identity.peer_id
-            self._ask(protect_records, timeout_seconds=START_SECONDS)
-            self._ask(guard, timeout_seconds=START_SECONDS)
-            self.admit(admitted)
-        except BaseException:
-            self.close()
-            raise
+        self._ask(_guard_tasks, timeout_seconds=START_SECONDS)
+        if identity is None:
+            return
+        assert self.peer_id == identity.peer_id
+        self._ask(protect_records, timeout_seconds=START_SECONDS)
+        self._ask(guard, timeout_seconds=START_SECONDS)
+        self.admit(admitted)
 
     def _ask(self, what: Callable[..., Any], *, timeout_seconds: float) -> Any:
         """Run a coroutine in the DHT's process, and wait for what it gives."""
@@ -426,6 +429,11 @@ def start_cure(reason: str) -> str:
 def why_silent(error: BaseException) -> str:
     """What a failed dial means."""
     return next((why for words, why in SILENCES if words in str(error)), UNREACHED)
+
+
+async def _guard_tasks(_dht: Any, node: Any) -> None:
+    """Runs in the DHT's process, at its start."""
+    guard_tasks(node.p2p)
 
 
 async def _dial(

@@ -10,6 +10,7 @@ pipe that nobody reads.) What files are left is swept away when the next peer st
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 import gc
@@ -21,7 +22,9 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -30,6 +33,8 @@ from hivemind.utils.logging import use_hivemind_log_handler
 from hiveminer.errors import OperatorError, SwarmError
 from hiveminer.runtime.processes import SHARED_MEMORY, is_dead, lives
 from hiveminer.runtime.signals import NUMBERS
+
+logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.5
 
@@ -150,6 +155,50 @@ def _end() -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
+LASTING_TASKS = {
+    "_declare_for_download_periodically": "that declares this peer as a donor",
+    "_read_from_persistent_conn": "that reads the libp2p daemon's answers",
+    "_write_to_persistent_conn": "that calls the libp2p daemon",
+    "_read_outputs": "that reads the libp2p daemon's log",
+    "listen": "that takes other peers' calls",
+}
+"""Hivemind's asyncio tasks that run as long as their process, by the name of their coroutine."""
+
+
+def guard_tasks(p2p: Any, *, end: Callable[[], None] = _end) -> None:
+    """End this process when one of Hivemind's lasting tasks in it dies; to be called in its event
+    loop.
+
+    Nothing else would: asyncio keeps the exception of a task that nobody awaits, and the process
+    would live on without it, deaf to its daemon for instance.
+    """
+    control = p2p._client.control
+    control._pending_calls = _PendingCalls(control._pending_calls)
+    for task in asyncio.all_tasks():
+        what = LASTING_TASKS.get(task.get_coro().__name__)  # type: ignore[union-attr]
+        if what is not None:
+            task.add_done_callback(functools.partial(_end_without, what, end))
+
+
+def _end_without(what: str, end: Callable[[], None], task: asyncio.Task[Any]) -> None:
+    if task.cancelled() or task.exception() is None:  # at the end of the process, or its daemon's
+        return
+    logger.critical("Hivemind's task %s has died", what, exc_info=task.exception())
+    end()
+
+
+class _PendingCalls(dict[Any, Any]):
+    """The calls of a libp2p daemon that can still take an answer.
+
+    The reader of all answers dies of one to a call that was cancelled in the same turn of the
+    event loop, which is what a timeout does on a busy machine.
+    """
+
+    def __contains__(self, key: object) -> bool:
+        call = self.get(key)
+        return call is not None and not call.done()
+
+
 class ChildProcesses:
     """The processes and threads that a peer needs.
 
@@ -188,8 +237,8 @@ class ChildProcesses:
         lost = self.lost()
         if lost:
             raise SwarmError(
-                f"{' and '.join(lost)} has ended, and without it there is no swarm; the system may "
-                "have ended it for lack of memory: see dmesg, and start again"
+                f"{' and '.join(lost)} has ended, and without it there is no swarm; the log says "
+                "why, or the system has ended it for lack of memory: see dmesg, and start again"
             )
 
     def end(self) -> None:

@@ -23,7 +23,7 @@ from hiveminer.strategies.hivemind.admission import Admission, epoch_in
 from hiveminer.strategies.hivemind.bounds import Bounds
 from hiveminer.strategies.hivemind.state_transfer import StateDownload, StateInspector, next_of
 from hiveminer.strategies.hivemind.stub import CheckedStub
-from hiveminer.swarm.processes import detach_from_parent
+from hiveminer.swarm.processes import detach_from_parent, guard_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,11 @@ class RoundServer(StateDownload):
             all_bytes=self.state_bytes,
         )
         super().run()
+
+    async def _declare_for_download_periodically(self) -> None:
+        """As in the base class, which begins this last of its lasting tasks."""
+        guard_tasks(self._p2p)
+        await super()._declare_for_download_periodically()
 
     def _report(self, *news: Any) -> None:
         self._news_there.send_bytes(MSGPackSerializer.dumps(news))
