@@ -1,4 +1,5 @@
-"""A neuron's axon where a port is another's: the next one, or the name of the right flag."""
+"""A neuron's axon where a port is another's: the next one, or the name of the right flag; and
+where its thread dies."""
 
 from __future__ import annotations
 
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_neurons import miner_settings, running
 
 from hiveminer.base_miner import BaseMinerNeuron
 from hiveminer.config.settings import AxonSettings, MinerSettings, NeuronSettings, SubtensorSettings
 from hiveminer.errors import OperatorError
 from hiveminer.protocol import IsAlive, Train
+from programs import wait_for
 
 
 class Idle(BaseMinerNeuron):
@@ -69,3 +72,14 @@ def test_the_next_free_port_is_taken_where_none_was_asked_for(tmp_path: Path) ->
             stack.enter_context(socket.create_server(("127.0.0.1", usual)))
         idle.axon = idle._start_axon()
         assert usual < idle.axon.port < usual + 64
+
+
+def test_a_miner_whose_axon_has_died_ends_and_names_it(tmp_path: Path) -> None:
+    with running(miner_settings(tmp_path)) as program:
+        program.endpoint()
+        axon = program.miner.axon
+        assert axon is not None
+        assert axon._server is not None
+        axon._server.should_exit = True
+        wait_for(lambda: not program.thread.is_alive(), seconds=20)
+    assert "the thread 'axon' has died" in str(program.error)

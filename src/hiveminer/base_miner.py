@@ -22,6 +22,7 @@ from hiveminer.rpc.blacklist import Policy, refusal
 from hiveminer.rpc.connections import PortInUse
 from hiveminer.rpc.queue import WorkQueue
 from hiveminer.runtime import addresses
+from hiveminer.runtime.processes import require_alive
 from hiveminer.runtime.signals import SHUTDOWN_SECONDS
 from hiveminer.runtime.watchdog import watch
 
@@ -109,7 +110,8 @@ class BaseMinerNeuron(ABC):
             self.idle()
 
     def run(self) -> None:
-        """Serve until Ctrl-C or SIGTERM. Raises NotRegistered when our uid is lost."""
+        """Serve until Ctrl-C or SIGTERM. Raises NotRegistered when our uid is lost, and
+        HiveminerError when a thread has died."""
         self.neuron.go_on()
         self.queue.start()
         self.axon = self._start_axon()
@@ -118,6 +120,7 @@ class BaseMinerNeuron(ABC):
         logger.info("serving on %s port %d", self.settings.axon_ip, self.axon.port)
         while not self.neuron.stopping.wait(1.0):
             self.neuron.check_registered()
+            require_alive(self.axon.thread, *self.queue.threads)
             self.check()
 
     def close(self) -> None:

@@ -126,7 +126,7 @@ class Axon:
         self._bodies = UnverifiedBodies(max_unverified_bytes)
         self._socket: socket.socket | None = None
         self._server: Server | None = None
-        self._thread: threading.Thread | None = None
+        self.thread: threading.Thread | None = None
         self._silence = SilenceWatch(quiet_seconds)
         _open_axons.add(self)
 
@@ -196,7 +196,7 @@ class Axon:
 
     def start(self, *, timeout_seconds: float = 10.0) -> Self:
         """Bind and serve; returns once requests are accepted. Raises `OperatorError`."""
-        assert self._thread is None, "an axon starts once"
+        assert self.thread is None, "an axon starts once"
         self.bind()
         try:
             if self.metrics_port is not None:
@@ -209,8 +209,8 @@ class Axon:
         assert self._socket is not None
         self._server = Server(self._serve, self._gate, max_header_bytes=2 * MAX_HEADER_BYTES)
         main = self._main(self._server, self._socket)
-        self._thread = threading.Thread(target=asyncio.run, args=[main], name="axon", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=asyncio.run, args=[main], name="axon", daemon=True)
+        self.thread.start()
         if not self._server.ready.wait(timeout_seconds):
             self.stop()
             raise OperatorError(f"the axon did not start within {timeout_seconds:g} s")
@@ -222,9 +222,9 @@ class Axon:
         Stop the queues first, so that waiting callers get their refusal.
         """
         _open_axons.discard(self)
-        if self._server is not None and self._thread is not None:
+        if self._server is not None and self.thread is not None:
             self._server.stop_within(timeout_seconds)
-            self._thread.join(timeout_seconds + 2.0)
+            self.thread.join(timeout_seconds + 2.0)
         if self._socket is not None:
             self._socket.close()
         self.metrics.close()

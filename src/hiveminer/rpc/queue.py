@@ -75,6 +75,7 @@ class WorkQueue:
         self._stopping = False
         self._worker = threading.Thread(target=self._work, name=name, daemon=True)
         self._expirer = threading.Thread(target=self._expire, name=f"{name}-expiry", daemon=True)
+        self.threads = self._worker, self._expirer
 
     def start(self) -> None:
         """Start the worker. Jobs submitted earlier have been waiting."""

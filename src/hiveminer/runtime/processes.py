@@ -1,13 +1,26 @@
-"""Which processes still live, and what those that ended have left behind."""
+"""Which threads and processes still live, and what those that ended have left behind."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Collection
 from pathlib import Path
 
 import psutil
 
+from hiveminer.errors import HiveminerError
+
 SHARED_MEMORY = Path("/dev/shm")
+
+
+def require_alive(*threads: threading.Thread | None) -> None:
+    """Raise HiveminerError when one of these threads has ended."""
+    for thread in threads:
+        if thread is not None and not thread.is_alive():
+            raise HiveminerError(
+                f"the thread {thread.name!r} has died; start again, and report the traceback in "
+                "the log"
+            )
 
 
 def lives(process: psutil.Process) -> bool:

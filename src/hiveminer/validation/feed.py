@@ -97,7 +97,11 @@ class Feed:
         return sum(at is not None and at > since for at in times)
 
     async def find(self, dendrite: Dendrite, neurons: Iterable[MetagraphNeuron]) -> None:
-        """Probe every served axon; feed the live miners, and drop the others."""
+        """Probe every served axon; feed the live miners, and drop the others. Raises what a
+        miner's feeding has failed with."""
+        for task in (task for miner in self._miners.values() for task in miner.tasks):
+            if task.done():
+                task.result()
         endpoints = [each for neuron in neurons if (each := endpoint_of(neuron)) is not None]
         alive = await asyncio.gather(*(self._probe(dendrite, each) for each in endpoints))
         live = {each.hotkey: each for each, good in zip(endpoints, alive, strict=True) if good}
