@@ -175,7 +175,7 @@ def guard_tasks(p2p: Any, *, end: Callable[[], None] = _end) -> None:
     control = p2p._client.control
     control._pending_calls = _PendingCalls(control._pending_calls)
     for task in asyncio.all_tasks():
-        what = LASTING_TASKS.get(task.get_coro().__name__)  # type: ignore[union-attr]
+        what = LASTING_TASKS.get(getattr(task.get_coro(), "__name__", ""))
         if what is not None:
             task.add_done_callback(functools.partial(_end_without, what, end))
 
