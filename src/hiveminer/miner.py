@@ -104,6 +104,7 @@ class Miner(BaseMinerNeuron):
         synapse.data_hash = self.dataset.hash
         synapse.epoch = self.swarm.epoch
         synapse.queued = self.queue.waiting
+        synapse.peer = self.swarm.address
         return synapse
 
     def accept(self, synapse: Train) -> None:

@@ -10,7 +10,16 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
 MAX_ROWS = 4096
 """Rows in one `Train`."""
@@ -104,6 +113,15 @@ class IsAlive(Synapse):
     """Set by the miner: the swarm's epoch as it knows it."""
     queued: Annotated[int, Field(ge=0)] = 0
     """Set by the miner: requests that wait."""
+    peer: Annotated[str, Field(max_length=256, pattern=r"^[!-~ ]*$")] = ""
+    """Set by the miner: its address in the swarm, where that does not stand on the chain."""
+
+    @model_serializer(mode="wrap")
+    def _without_empty_peer(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = dump(self)
+        if not fields.get("peer"):  # earlier versions refuse a key that they do not know
+            fields.pop("peer", None)
+        return fields
 
 
 class Train(Synapse):

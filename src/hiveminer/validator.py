@@ -28,7 +28,7 @@ from hiveminer.config.settings import ValidatorSettings, parse
 from hiveminer.errors import HiveminerError
 from hiveminer.neuron import Neuron
 from hiveminer.rpc.dendrite import Dendrite
-from hiveminer.runtime import events
+from hiveminer.runtime import addresses, events
 from hiveminer.runtime.metrics import Metrics
 from hiveminer.runtime.program import script
 from hiveminer.strategies.base import Context, GlobalState, ObserverFactory
@@ -145,7 +145,7 @@ class Validator:
         self.table = self.scores.load() if settings.neuron.resume else ScoreTable()
         neuron.go_on()
         self.observer = observer(
-            Context(neuron, self.task, public_ip=lambda: "", on_round=lambda _: None)
+            Context(neuron, self.task, public_ip=addresses.ask_outside, on_round=lambda _: None)
         )
         parts.callback(self.observer.close)
         neuron.go_on()
@@ -180,7 +180,7 @@ class Validator:
             metrics=self.metrics,
         )
         self._began = time.monotonic()
-        neuron.keep_committed(f"run {self.run_id}".encode())
+        self.observer.declare()
         self._sync()
         neuron.keep_in_sync(self._sync)
         parts.callback(self._save)
@@ -247,6 +247,8 @@ class Validator:
                 "seconds": round(answered.seconds, 3),
             },
         )
+        if self.observer.shares() is not None:
+            return  # the rounds say what is earned
         unproved = self.table.of(hotkey).replays == 0
         self.samples.offer(Sample(hotkey, answered.request, answer), unproved=unproved)
 
@@ -355,6 +357,9 @@ class Validator:
         registered = {neuron.hotkey for neuron in graph}
         self.table.retain(registered)
         self._save()
+        shares = self.observer.shares()
+        if shares is not None:
+            return {who: share for who, share in shares.items() if who in registered} or None
         return weights_of(
             self.table,
             registered.intersection(live),

@@ -30,7 +30,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hiveminer.commands.demo_model import keep_model, samples
-from hiveminer.commands.demo_run import DemoRun, demo_run
+from hiveminer.commands.demo_rounds import rounds_summary
+from hiveminer.commands.demo_run import BLOCK_SECONDS, DemoRun, demo_run
 from hiveminer.config.run import Run
 from hiveminer.config.run_file import to_toml
 from hiveminer.config.settings import DemoSettings
@@ -145,6 +146,8 @@ class Demo:
                 signal.signal(number, handler)
         kept = keep_model(self.out / "state" / "validator", self.lines, self.out / "model")
         summary = summarise(self.lines, miners=self.miners) | {"exit_clean": clean}
+        if self.task.has_rounds:
+            summary |= rounds_summary(self.out / "state")
         if kept and not self.interrupted:
             summary["sample"] = samples(self.task.run or Run(), self.out / "model")
         (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -176,7 +179,7 @@ class Demo:
         work = [] if rows is None else ["--validator.rows", str(rows)]
         self.programs.append(self._launch("validator", "validator", work))
         for number in range(self.miners):
-            flags = ["--axon.port", "0", "--dht.port", "0"]
+            flags = ["--axon.port", "0"]
             self.programs.append(self._launch(f"miner-{number}", "miner", flags))
 
     def _launch(self, name: str, command: str, flags: Sequence[str]) -> Program:
@@ -187,6 +190,8 @@ class Demo:
             *("--subtensor.path", str(self.out.resolve() / "network")),
             *("--neuron.path", str(state.resolve())),
             *(("--neuron.run", str(self._run_file)) if self.task.run is not None else ()),
+            *(("--subtensor.block_seconds", str(BLOCK_SECONDS)) if self.task.has_rounds else ()),
+            *("--dht.port", "0"),
         ]
         env = {key: value for key, value in os.environ.items() if not key.startswith("HIVEMINER_")}
         with log.open("wb") as stream:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hiveminer.config.run import BUILTIN, Run, is_local, load_run, run_from_table
+from hiveminer.config.run import BUILTIN, Run, SparselocoSection, is_local, load_run, run_from_table
 from hiveminer.config.settings import DemoSettings, WorkSettings
 from hiveminer.errors import OperatorError
 
@@ -20,6 +20,21 @@ TRAINED_SHARE = 0.1
 """A model that is trained already learns at this share of the rate for training from scratch."""
 
 
+SPARSELOCO: dict[str, Any] = {
+    "round_blocks": 15,
+    "mark_blocks": 7,
+    "cut_blocks": 2,
+    "density": 1.0,
+    "bits": 2,
+    "rho": 0.95,
+    "contributor_power": 1.0,
+}
+"""[sparseloco] for one machine: bytes between its processes are free, so updates are dense."""
+
+BLOCK_SECONDS = 0.5
+"""Of the embedded network under strategy `sparseloco`, so that rounds are short."""
+
+
 @dataclass(frozen=True)
 class DemoRun:
     """run: None for the built-in one. request_rows: rows in a request, None for the default."""
@@ -27,12 +42,24 @@ class DemoRun:
     run: Run | None = None
     request_rows: int | None = None
 
+    @property
+    def has_rounds(self) -> bool:
+        """Whether the miners' updates are counted in rounds on the chain."""
+        return self.run is not None and self.run.strategy == "sparseloco"
+
 
 def demo_run(settings: DemoSettings) -> DemoRun:
     """The run for these settings. Raises OperatorError for data or a model that cannot be used."""
-    if settings.data is None and settings.model is None and settings.run is None:
-        return DemoRun()
     table = load_run(settings.run).model_dump()
+    table["strategy"] = settings.strategy or table["strategy"]
+    if (
+        table["strategy"] == "sparseloco"
+        and table["sparseloco"] == SparselocoSection().model_dump()
+    ):
+        table["sparseloco"] = SPARSELOCO
+    if settings.data is None and settings.model is None and settings.run is None:
+        run = run_from_table(table, source="hiveminer demo")
+        return DemoRun(None if run == Run() else run)
     if settings.data is not None:
         column = table["data"]["column"]
         name = _absolute(settings.data)

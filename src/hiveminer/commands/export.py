@@ -17,6 +17,7 @@ from hiveminer.config.run import Run, RunId, load_run
 from hiveminer.config.settings import ExportSettings
 from hiveminer.errors import SwarmError
 from hiveminer.neuron import Neuron
+from hiveminer.runtime import addresses
 from hiveminer.runtime.metrics import progress_bar
 from hiveminer.strategies.base import Context, GlobalState, Observer
 from hiveminer.strategies.registry import open_observer
@@ -37,8 +38,11 @@ def main(settings: ExportSettings) -> int:
     if settings.source == "disk":
         found = from_checkpoint(settings, run)
         trained: dict[str, Any] = found.metadata.get("trained") or {}
-        epoch = int((found.metadata.get("swarm") or {}).get("epoch", 0))
+        swarm: dict[str, Any] = found.metadata.get("swarm") or {}
+        epoch = int(swarm.get("epoch", 0))
         source = f"a miner's checkpoint of {time.strftime('%Y-%m-%d %H:%M', _written(found))} UTC"
+        if swarm.get("counts") is False:
+            source += " (its own weights: no miner's update has counted yet)"
     else:
         found, epoch = from_swarm(settings, run)
         trained, source = {}, "the state that the swarm's peers hand out"
@@ -96,7 +100,7 @@ def from_swarm(settings: ExportSettings, run: Run) -> tuple[Found, int]:
         parts.callback(neuron.close)
         task = load_task(run, threads=neuron.threads)
         observer = open_observer(
-            Context(neuron, task, public_ip=lambda: "", on_round=lambda _: None)
+            Context(neuron, task, public_ip=addresses.ask_outside, on_round=lambda _: None)
         )
         parts.callback(observer.close)
         neuron.keep_in_sync(lambda: observer.sync(working=0))

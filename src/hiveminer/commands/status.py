@@ -24,10 +24,10 @@ from rich.table import Table
 from hiveminer.chain import Chain, open_chain, open_wallet
 from hiveminer.chain.wallets import Reader, embedded_key
 from hiveminer.config.settings import MinerSettings
-from hiveminer.errors import MinerError, OperatorError
+from hiveminer.errors import OperatorError
 from hiveminer.neuron import subnet_folder
 from hiveminer.protocol import IsAlive
-from hiveminer.rpc.dendrite import Dendrite, Endpoint, endpoint_of
+from hiveminer.rpc.dendrite import endpoints_of, probe
 from hiveminer.runtime.program import rendered
 from hiveminer.training.checkpoint import SCORES_FOLDER, newest
 from hiveminer.validation.scores import ScoreTable
@@ -83,7 +83,7 @@ def gather(settings: MinerSettings, *, clock: Callable[[], float] = time.time) -
         immunity = int(chain.hyperparameters().get("immunity_period", 0))
         wallet = chain.wallet
     local = read_local(subnet_folder(settings))
-    alive = asyncio.run(probe(wallet, graph))
+    alive = asyncio.run(probe(wallet, endpoints_of(graph)))
     commitments = chain.commitments(graph)
     return [
         _row(neuron, graph, local, alive, commitments, immunity=immunity, now=clock())
@@ -113,26 +113,6 @@ def open_reader(settings: MinerSettings) -> Chain:
         path=file,
         block_seconds=settings.subtensor.block_seconds,
     )
-
-
-async def probe(wallet: Any, graph: bt.Metagraph) -> dict[str, IsAlive | str]:
-    """By hotkey: what every served axon answers to `IsAlive`, or why it does not."""
-    endpoints = [found for neuron in graph if (found := endpoint_of(neuron)) is not None]
-    answers: dict[str, IsAlive | str] = {}
-    if not endpoints:
-        return answers
-    async with Dendrite(wallet, retries=0, connect_seconds=ALIVE_SECONDS) as dendrite:
-
-        async def one(endpoint: Endpoint) -> None:
-            try:
-                answers[endpoint.hotkey] = await dendrite.call(
-                    endpoint, IsAlive(), timeout_seconds=ALIVE_SECONDS
-                )
-            except MinerError as error:
-                answers[endpoint.hotkey] = error.reason
-
-        await asyncio.gather(*map(one, endpoints))
-    return answers
 
 
 def _row(

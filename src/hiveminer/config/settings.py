@@ -367,6 +367,10 @@ class DemoSettings(ProgramSettings):
     out: Folder = Field(
         Path("demo-out"), description="folder for numbers, logs, the plot and the trained model"
     )
+    strategy: Literal["hivemind", "sparseloco"] | None = Field(
+        None,
+        description="how the miners learn from each other; if not given: as the run says",
+    )
     data: str | None = Field(
         None,
         description="your own text: a file or a folder of .txt, .md, .jsonl or .parquet files, or "

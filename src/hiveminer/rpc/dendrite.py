@@ -11,6 +11,7 @@ import asyncio
 import ipaddress
 import json
 import random
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, Self, TypeVar
@@ -25,6 +26,7 @@ from hiveminer.rpc.signatures import own_hotkey, verify_answer
 S = TypeVar("S", bound=Synapse)
 
 CONNECT_SECONDS = 5.0
+PROBE_SECONDS = 3.0
 RETRY_SECONDS = 0.2
 MAX_RETRY_AFTER_SECONDS = 3600.0
 
@@ -59,6 +61,11 @@ def endpoint_of(neuron: Any) -> Endpoint | None:
         return None
     ip, _, port = neuron.axon.rpartition(":")
     return Endpoint(hotkey=neuron.hotkey, ip=ip.strip("[]"), port=int(port))
+
+
+def endpoints_of(neurons: Iterable[Any]) -> list[Endpoint]:
+    """Where these neurons serve an axon, as far as they do."""
+    return [found for neuron in neurons if (found := endpoint_of(neuron)) is not None]
 
 
 class Dendrite:
@@ -182,6 +189,25 @@ class Dendrite:
             if len(answer) > cap:
                 raise MinerError(endpoint.hotkey, f"its answer is larger than {cap} bytes")
         return bytes(answer)
+
+
+async def probe(wallet: Any, endpoints: Sequence[Endpoint]) -> dict[str, IsAlive | str]:
+    """By hotkey: what each of these axons answers to `IsAlive`, or why it does not."""
+    answers: dict[str, IsAlive | str] = {}
+    if not endpoints:
+        return answers
+    async with Dendrite(wallet, retries=0, connect_seconds=PROBE_SECONDS) as dendrite:
+
+        async def one(endpoint: Endpoint) -> None:
+            try:
+                answers[endpoint.hotkey] = await dendrite.call(
+                    endpoint, IsAlive(), timeout_seconds=PROBE_SECONDS
+                )
+            except MinerError as error:
+                answers[endpoint.hotkey] = error.reason
+
+        await asyncio.gather(*map(one, endpoints))
+    return answers
 
 
 def _is_idempotent(synapse: Synapse) -> bool:

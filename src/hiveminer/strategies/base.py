@@ -114,6 +114,11 @@ class Strategy(ABC):
     def peers(self) -> int:
         """Peers of the run that are working, this one included."""
 
+    @property
+    def address(self) -> str:
+        """Where this peer is in the swarm, for `IsAlive`; empty where the chain says it."""
+        return ""
+
     @abstractmethod
     def step(self, *, batch_size: int) -> bool:
         """Learn from the gradients of `batch_size` rows, and exchange with the other peers
@@ -204,6 +209,13 @@ class Observer(ABC):
     def local_step(self, model: nn.Module, state: GlobalState) -> Step:
         """A miner's steps between two rounds, without the others: trains a model that has the
         state's weights."""
+
+    def declare(self) -> None:  # noqa: B027 - nothing, unless a strategy wants it
+        """Say on the chain which run this validator is in; called once, at its start."""
+
+    def shares(self) -> dict[str, float] | None:
+        """What each hotkey has earned, where the rounds say it; None where answers are judged."""
+        return None
 
     @abstractmethod
     def sync(self, *, working: int) -> None:

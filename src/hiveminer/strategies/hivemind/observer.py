@@ -6,6 +6,7 @@ group, and serves nobody.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,11 +32,20 @@ class HivemindObserver(Observer):
     process.
     """
 
-    def __init__(self, model: nn.Module, *, membership: Membership, run: Run, run_id: str):
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        membership: Membership,
+        run: Run,
+        run_id: str,
+        commit: Callable[[bytes], None] = lambda _: None,
+    ):
         require_shared_memory(sum(each.numel() for each in model.parameters()))
         self.model = model
         self.run = run
         self.membership = membership
+        self._commit, self._run_id = commit, run_id
         self._closed = False
         peer = membership.peer
         peer.dht.add_validators([Shapes(run_id)])
@@ -84,6 +94,9 @@ class HivemindObserver(Observer):
     def local_step(self, model: nn.Module, state: GlobalState) -> Step:
         return local_step(model, state, section=self.run.optimizer)
 
+    def declare(self) -> None:
+        self._commit(f"run {self._run_id}".encode())
+
     def sync(self, *, working: int) -> None:
         if self.membership.sync() is not None:
             self.membership.discovery.compare(working=working, reporting=self.peers)
@@ -122,7 +135,13 @@ def open_hivemind_observer(context: Context) -> Observer:
     membership = Membership(peer, registered=lambda: host.registered, addresses=host.peer_addresses)
     try:
         host.go_on()
-        return HivemindObserver(task.model, membership=membership, run=task.run, run_id=run_id)
+        return HivemindObserver(
+            task.model,
+            membership=membership,
+            run=task.run,
+            run_id=run_id,
+            commit=host.keep_committed,
+        )
     except BaseException:
         membership.close()
         raise

@@ -4,6 +4,7 @@
     left.N.NAME   what own blob N left out, as long as it is needed
     blob.N        own blob N, uint8
     inner.I.KEY   the inner optimizer's state of parameter I
+    weights.NAME  the global state, for export; the local weights while nothing has counted
 
 The two states of the position are not here: the log makes them again, or another peer gives
 them.
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from hiveminer.runtime.files import write_atomically
 from hiveminer.strategies.sparseloco import update
@@ -137,6 +138,19 @@ def optimizer_state(
             if value.dim() and value.shape != parameters[number].shape:
                 raise ValueError("the optimizer's state is of another model")
     return {"state": state, "param_groups": own["param_groups"]}
+
+
+def exported_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in a checkpoint that are worth exporting. Raises ValueError without any."""
+    weights = {
+        name.removeprefix("weights."): value
+        for name, value in tensors.items()
+        if name.startswith("weights.")
+    }
+    if not weights:
+        raise ValueError("it holds no weights")
+    frozen = {n: each.detach() for n, each in model.named_parameters() if not each.requires_grad}
+    return frozen | weights
 
 
 def write_journal(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
+from hiveminer.errors import ChainError
 from hiveminer.strategies.sparseloco.follower import Follower, Reading
 from hiveminer.strategies.sparseloco.replica import Replica
 
@@ -17,7 +18,8 @@ class CuttingFollower(Follower):
     """A miner's: cuts what was learned, and commits a record.
 
     weights: a copy of the local weights since the last move, as (count of moves, tensors);
-    None when there is none yet, which asks for one at the end of the running step.
+    None when there is none yet, which asks for one at the end of the running step. has_trained:
+    whether there is anything to cut.
     """
 
     def __init__(
@@ -25,28 +27,39 @@ class CuttingFollower(Follower):
         replica: Replica,
         *,
         weights: Callable[[int], tuple[int, list[torch.Tensor]] | None],
+        has_trained: Callable[[], bool] = lambda: True,
         saved: Callable[[], None] = lambda: None,
         **options: object,
     ):
         super().__init__(replica, **options)  # type: ignore[arg-type]
         self._weights = weights
+        self._has_trained = has_trained
         self._saved = saved
         self._committed = -1
+        self._looked_back = -1
+        self._why = (-1, "")
 
     def before_records(self, number: int, head: int) -> None:
         position = self.replica.position
+        self._why = number, self.problem or "the run's state is not here yet"
         if self.problem or position.base is None or position.round != number - 1:
             return
         if position.cut is None:
             copied = self._weights(number)
             if copied is None or copied[0] != self.replica.moves:
+                late = "no training step has ended since the cut was due"
+                self._why = number, late if self._has_trained() else ""
                 return
             self.log.add_blob(self.replica.cut(number, copied[1]).blob)
             self._saved()
         if self._committed == number:
             return
         record = self.replica.record
-        self.chain.commit(record.encode())
+        try:
+            self.chain.commit(record.encode())
+        except ChainError as error:
+            self._why = number, str(error)
+            raise
         self._committed = number
         logger.info("round %d: an update of %d bytes committed", number, record.blob_bytes)
 
@@ -54,6 +67,24 @@ class CuttingFollower(Follower):
         """Serve the own blob from now on: nobody can copy it for this round any more."""
         cut = self.replica.position.cut
         assert reading.records is not None
+        if self._looked_back < reading.number:
+            self._looked_back = reading.number
+            self._look_back(reading.number, reading.records)
         for neuron in reading.neurons:
             if cut is not None and neuron.hotkey == self.replica.position.hotkey:
                 self.shelf.serve(reading.number, neuron.uid, cut.blob_hash)
+
+    def _look_back(self, number: int, records: Mapping[bytes, bytes]) -> None:
+        """Log why this peer takes no part in a round, unless it had nothing to send."""
+        cut = self.replica.position.cut
+        if cut is not None and cut.round == number:
+            if records.get(self.replica.position.hotkey) == self.replica.record.encode():
+                return
+            if self._committed == number:
+                logger.warning("round %d is missed: its record came too late", number)
+                return
+        known, why = self._why
+        if known == -1 or (known == number and not why):
+            return  # it has just begun, or has nothing to send
+        why = why if known == number else "the chain was not read while the cut was due"
+        logger.warning("round %d is missed: %s", number, why)

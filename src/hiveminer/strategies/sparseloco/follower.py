@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -44,6 +45,12 @@ STATE_SECONDS = 60.0
 STATE_BYTES = 1_250_000.0
 """A download of a state is given up after STATE_SECONDS, and a second more for each STATE_BYTES:
 it may by then be a round behind, and is asked for anew."""
+
+COUNTED_ROUNDS = 24
+"""A miner's pay is its share of this many rounds."""
+
+EMPTY_ROUNDS = 3
+"""So many empty rounds in a row are reported."""
 
 KEPT_BLOCKS = 256
 """Blocks whose state a pruned node keeps."""
@@ -132,11 +139,14 @@ class Follower(ABC):
         """The newest decided round, empty or not."""
         self.contributors = 0
         """How many blobs counted in the newest round that was not empty."""
+        self.counted: deque[frozenset[bytes]] = deque(maxlen=COUNTED_ROUNDS)
+        """The hotkeys whose blobs counted, by round that was not empty; oldest first."""
         self._start_state = start_state
         self._poll_seconds = poll_seconds or max(0.1, chain.block_seconds / 2)
         self._reading = Reading(-1)
         self._stopping = threading.Event()
         self._told = ""
+        self._empty = 0
         self.thread = threading.Thread(target=self._run, name="rounds", daemon=True)
 
     # The role -----------------------------------------------------------------------
@@ -148,6 +158,9 @@ class Follower(ABC):
     @abstractmethod
     def after_records(self, reading: Reading, head: int) -> None:
         """Called once the records of the round under way are final, until it is decided."""
+
+    def after_settling(self, facts: Facts) -> None:  # noqa: B027 - nothing, unless a role looks
+        """Called with each round that is settled."""
 
     # The thread ---------------------------------------------------------------------
 
@@ -247,12 +260,25 @@ class Follower(ABC):
         self.log.add_round(facts, made=self.replica.position.newest if decision.parent else None)
         self.decided = facts.round
         if decision.parent is not None:
-            self.contributors = len(decision.contributions)
+            self._remember(decision)
             self._save_state(facts.round)
         self._report(decision)
+        self.after_settling(facts)
         self.shelf.serve_states(self.replica.states.values())
         own = {blob.blob_hash for blob in self.replica.position.own_blobs}
         self.log.prune(keep_blobs=self.shelf.blobs() | own)
+
+    def remember_logged(self) -> None:
+        """Take what was decided before a restart into what is reported of the last rounds."""
+        for number in self.log.rounds()[-COUNTED_ROUNDS:]:
+            entry = self.log.entry(number)
+            if entry is not None:
+                self._remember(decide(self.plan.rules, entry.facts))
+
+    def _remember(self, decision: Decision) -> None:
+        if decision.parent is not None:
+            self.contributors = len(decision.contributions)
+            self.counted.append(frozenset(each.hotkey for each in decision.contributions))
 
     def _refuses(self, decision: Decision) -> bool:
         """Whether the chain names a state that does not follow from the log. It is taken if it
@@ -280,8 +306,14 @@ class Follower(ABC):
             self.log.add_state(number, state)
 
     def _report(self, decision: Decision) -> None:
+        self._empty = self._empty + 1 if decision.parent is None else 0
         if decision.parent is None:
             logger.info("round %d is empty: %s", decision.round, decision.reason)
+            if self._empty == EMPTY_ROUNDS:
+                logger.warning(
+                    "%d rounds in a row are empty (%s): training goes on alone, and nothing of it "
+                    "is lost, until validators mark again", self._empty, decision.reason,
+                )  # fmt: skip
             return
         logger.info(
             "round %d: %d updates count, on state %s%s", decision.round,

@@ -9,8 +9,11 @@ from hiveminer.swarm.membership import Membership
 class Link:
     """A swarm of one: there is nobody to meet. `SwarmLink` is the real one."""
 
+    address = ""
+    """Where this peer is, as it states it in `IsAlive`."""
+
     def join(self) -> None:
-        """Publish this peer's address, and meet the others."""
+        """Meet the others."""
 
     def sync(self) -> None:
         """Follow the metagraph: who is registered, and where peers are."""
@@ -28,6 +31,7 @@ class SwarmLink(Link):
     def __init__(self, membership: Membership, exchange: Exchange):
         self.membership = membership
         self.exchange = exchange
+        self.address = membership.peer.commitment
         membership.watch_thread("the exchange", exchange.thread)
 
     def join(self) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from hiveminer.errors import ChainError
 from hiveminer.strategies.sparseloco.codec import BlobError, Header, decode
 from hiveminer.strategies.sparseloco.follower import Follower, Reading
-from hiveminer.strategies.sparseloco.records import Mark, decode_record, witness
+from hiveminer.strategies.sparseloco.records import Mark, decode_mark, decode_record, witness
 from hiveminer.strategies.sparseloco.rounds import (
     Block,
     Contribution,
@@ -35,6 +36,7 @@ class MarkingFollower(Follower):
     """A validator's: fetches the blobs of a round, checks them, and commits a mark."""
 
     _marked = -1
+    _why = (-1, "")
 
     def before_records(self, number: int, head: int) -> None:
         """There is nothing to check yet."""
@@ -42,7 +44,10 @@ class MarkingFollower(Follower):
     def after_records(self, reading: Reading, head: int) -> None:
         base = self.replica.position.base
         deadline = self.plan.rules.schedule.marks_block(reading.number)
-        if self._marked == reading.number or base is None or self.problem or head >= deadline:
+        if self._marked == reading.number or head >= deadline:
+            return
+        if base is None or self.problem:
+            self._why = reading.number, self.problem or "the run's state is not here yet"
             return
         if self.replica.position.hotkey not in {n.hotkey for n in reading.neurons if n.permit}:
             return  # a mark would not count
@@ -51,9 +56,25 @@ class MarkingFollower(Follower):
             self.plan.rules.run, reading.number, base, frozenset(blobs),
             witness(self.replica.position.hotkey, blobs),
         )  # fmt: skip
-        self.chain.commit(mark.encode())
+        try:
+            self.chain.commit(mark.encode())
+        except ChainError as error:
+            self._why = reading.number, str(error)
+            raise
         self._marked = reading.number
         logger.info("round %d: %d updates marked", reading.number, len(blobs))
+
+    def after_settling(self, facts: Facts) -> None:
+        """Log why a round has no mark of ours, where one would have counted."""
+        own = self.replica.position.hotkey
+        mark = decode_mark(facts.marks.get(own))
+        if mark is not None and mark.round == facts.round:
+            return
+        if own in {n.hotkey for n in facts.neurons if n.permit}:
+            known, why = self._why
+            late = "it came too late" if self._marked == facts.round else "there was no time for it"
+            why = why if known == facts.round else late
+            logger.warning("round %d has no mark of this validator: %s", facts.round, why)
 
     def _check(self, reading: Reading, base: bytes, deadline: int) -> dict[int, bytes]:
         """The blobs that may be marked, by uid, as far as they came in time."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
+import bittensor as bt
 from torch import nn
 
 from hiveminer.config.run import OptimizerSection
@@ -46,6 +48,8 @@ class SparselocoObserver(Observer):
         self.section = section
         self.link = link or Link()
         self._start = State.of(model)
+        named = model.named_parameters()
+        self._frozen = {n: each.detach().clone() for n, each in named if not each.requires_grad}
         self.replica = Replica(plan, hotkey=hotkey, start=self._start)
         self.follower = MarkingFollower(
             self.replica,
@@ -56,6 +60,7 @@ class SparselocoObserver(Observer):
             start_state=self._start,
             poll_seconds=poll_seconds,
         )
+        self.follower.remember_logged()
         self._closed = False
 
     def begin(self) -> None:
@@ -79,11 +84,23 @@ class SparselocoObserver(Observer):
     def fetch(self, *, timeout_seconds: float = 30.0) -> GlobalState | None:
         """The newest state that this validator holds; it makes each one itself."""
         deadline = time.monotonic() + timeout_seconds
-        while not self.replica.is_ready:
+        while self._is_behind:
             if time.monotonic() > deadline or self._closed:
                 return None
             time.sleep(LOOK_SECONDS)
         return self._global(self.replica.state, epoch=self.epoch)
+
+    @property
+    def _is_behind(self) -> bool:
+        position = self.replica.position
+        missing = position.missing_state is not None or bool(position.missing_blobs)
+        return missing or not self.replica.is_ready
+
+    def shares(self) -> dict[str, float]:
+        """Of the last rounds that were not empty, the share in which a hotkey's blob counted."""
+        rounds = list(self.follower.counted)
+        counts = Counter(hotkey for each in rounds for hotkey in each)
+        return {bt.sp_core.ss58_encode(who): n / len(rounds) for who, n in counts.items()}
 
     def local_step(self, model: nn.Module, state: GlobalState) -> Step:
         """A miner's inner optimizer, anew: its own state is nobody else's."""
@@ -107,4 +124,4 @@ class SparselocoObserver(Observer):
 
     def _global(self, state: State, *, epoch: int) -> GlobalState:
         weights = {name: value.clone() for name, value in state.weights.items()}
-        return GlobalState(epoch=epoch, weights=weights, optimizer={})
+        return GlobalState(epoch=epoch, weights=self._frozen | weights, optimizer={})

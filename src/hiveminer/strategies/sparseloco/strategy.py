@@ -71,10 +71,12 @@ class SparselocoStrategy(Strategy):
         self.on_round = on_round
         self.optimizer = inner_optimizer(model, section)
         start = State.of(model)
+        self._start_hash = start.hash()
         self.replica = Replica(plan, hotkey=hotkey, start=start)
         self.follower = CuttingFollower(
             self.replica,
             weights=self._copied_weights,
+            has_trained=self._has_trained,
             saved=self._save_cut,
             chain=chain,
             exchange=exchange,
@@ -100,6 +102,10 @@ class SparselocoStrategy(Strategy):
     def peers(self) -> int:
         """Peers whose updates counted in the last round that was not empty."""
         return max(1, self.follower.contributors)
+
+    @property
+    def address(self) -> str:
+        return self.link.address
 
     def step(self, *, batch_size: int) -> bool:
         """False while the run's state is missing: what is trained before it arrives is lost."""
@@ -149,12 +155,17 @@ class SparselocoStrategy(Strategy):
             names = self.replica.names
             position, cuts, learned = self.replica.snapshot(self._parameters())
             tensors = {f"u.{name}": each for name, each in zip(names, learned, strict=True)}
+            weights = self.replica.state.weights
+            counts = position.held is not None and position.held != self._start_hash
+            if not counts:  # then these are worth more
+                weights = {n: weights[n] - u for n, u in zip(names, learned, strict=True)}
+            tensors |= {f"weights.{name}": value for name, value in weights.items()}
             tensors |= checkpoint.cuts_to_tensors(cuts, names)
             tensors |= checkpoint.optimizer_to_tensors(self.optimizer)
         finally:
             self._lock.release()
         content = checkpoint.position_to_json(position)
-        return tensors, {"epoch": self.epoch, "rows": 0, "position": content}
+        return tensors, {"epoch": self.epoch, "rows": 0, "counts": counts, "position": content}
 
     def load_state_dict(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         names = self.replica.names
@@ -232,9 +243,15 @@ class SparselocoStrategy(Strategy):
         if copy is not None and copy[0] == number:
             self._cut_at = self._steps
             return copy[1], copy[2]
-        if self._steps and (self._steps > self._cut_at or self.replica.position.counted is None):
-            self._wanted = number  # there is something to send
+        if self._has_trained():
+            self._wanted = number
         return None
+
+    def _has_trained(self) -> bool:
+        """Whether there is something that has not been sent."""
+        return self._steps > 0 and (
+            self._steps > self._cut_at or self.replica.position.counted is None
+        )
 
     def _save_cut(self) -> None:
         checkpoint.write_journal(

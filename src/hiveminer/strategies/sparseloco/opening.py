@@ -1,0 +1,110 @@
+"""Opens the strategy and the observer on a neuron: its peer, its exchange, its chain, its log."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from hiveminer.errors import ChainError, OperatorError
+from hiveminer.strategies.base import Context, Observer, Strategy
+from hiveminer.strategies.sparseloco.exchange import Exchange
+from hiveminer.strategies.sparseloco.link import SwarmLink
+from hiveminer.strategies.sparseloco.log import Log
+from hiveminer.strategies.sparseloco.observer import SparselocoObserver
+from hiveminer.strategies.sparseloco.onchain import SubnetRounds, public_key
+from hiveminer.strategies.sparseloco.plan import Plan
+from hiveminer.strategies.sparseloco.schedule import (
+    CHAIN_LATENCY,
+    EMBEDDED_LATENCY,
+    Schedule,
+    schedule_problems,
+)
+from hiveminer.strategies.sparseloco.shelf import Shelf
+from hiveminer.strategies.sparseloco.strategy import SparselocoStrategy
+from hiveminer.swarm.axons import AxonAddresses
+from hiveminer.swarm.membership import Membership, announced_ip, start_peer
+
+logger = logging.getLogger(__name__)
+
+LOG_FOLDER = "rounds"
+"""In a neuron's folder; holds the log of each run, by run id."""
+
+
+def open_sparseloco(context: Context) -> Strategy:
+    """Start a peer and the strategy on it, for a miner. Raises OperatorError."""
+    with _parts(context) as parts:
+        return SparselocoStrategy(context.task.model, on_round=context.on_round, **parts)
+
+
+def open_sparseloco_observer(context: Context) -> Observer:
+    """Start a peer and the observer on it, which follows the rounds from now on, and marks in
+    them if its hotkey is permitted to. Raises OperatorError."""
+    with _parts(context) as parts:
+        observer = SparselocoObserver(context.task.model, **parts)
+        observer.begin()
+        return observer
+
+
+@contextlib.contextmanager
+def _parts(context: Context) -> Iterator[dict[str, Any]]:
+    """What both are built from; closed again if the body fails."""
+    host, task = context.host, context.task
+    settings, run_id = host.settings, str(task.run_id)
+    plan = Plan.of(task.run.sparseloco, run_id=run_id, model=task.model)
+    check_schedule(plan.rules.schedule, context)
+    log = Log(host.folder / LOG_FOLDER / run_id)
+    try:
+        log.begin(plan, run_id=run_id)
+    except OSError as error:
+        raise OperatorError(f"--neuron.path: {log.folder} cannot be used: {error}") from None
+    announced = announced_ip(settings, context.public_ip)
+    host.check_address("--dht.external_ip", announced or settings.dht_ip)
+    with contextlib.ExitStack() as unfinished:
+        peer = start_peer(
+            settings,
+            identity=host.identity(run_id),
+            admitted=host.registered,
+            announce_ip=announced,
+        )
+        membership = Membership(
+            peer, registered=lambda: host.registered, addresses=_addresses(context)
+        )
+        unfinished.callback(membership.close)
+        host.go_on()
+        shelf = Shelf(log)
+        exchange = Exchange(peer.dht, run=plan.rules.run, source=shelf)
+        unfinished.callback(exchange.close)
+        yield {
+            "section": task.run.optimizer,
+            "plan": plan,
+            "hotkey": public_key(host.hotkey),
+            "chain": SubnetRounds(host.chain),
+            "exchange": exchange,
+            "log": log,
+            "shelf": shelf,
+            "link": SwarmLink(membership, exchange),
+        }
+        unfinished.pop_all()
+
+
+def _addresses(context: Context) -> Callable[[], frozenset[str]]:
+    host = context.host
+    asked = AxonAddresses(host.chain.wallet, hotkey=host.hotkey, neurons=lambda: host.metagraph)
+    given = frozenset(host.settings.dht.initial_peers)
+    return lambda: given or asked()
+
+
+def check_schedule(schedule: Schedule, context: Context) -> None:
+    """Raise OperatorError when the run's schedule does not work on this subnet."""
+    chain = context.host.chain
+    try:
+        tempo = int(chain.hyperparameters()["tempo"])
+    except ChainError as error:
+        logger.warning("whether [sparseloco] of run.toml fits the subnet is not known: %s", error)
+        return
+    latency = EMBEDDED_LATENCY if chain.embedded else CHAIN_LATENCY
+    problems = schedule_problems(schedule, tempo=tempo, roles=1, latency=latency)
+    if problems:
+        raise OperatorError(f"[sparseloco] of run.toml: {problems[0]}")
