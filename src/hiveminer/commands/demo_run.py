@@ -23,7 +23,7 @@ TRAINED_SHARE = 0.1
 SPARSELOCO: dict[str, Any] = {
     "round_blocks": 15,
     "mark_blocks": 7,
-    "cut_blocks": 2,
+    "cut_blocks": 3,
     "density": 1.0,
     "bits": 2,
     "rho": 0.95,
@@ -31,7 +31,7 @@ SPARSELOCO: dict[str, Any] = {
 }
 """[sparseloco] for one machine: bytes between its processes are free, so updates are dense."""
 
-BLOCK_SECONDS = 0.5
+BLOCK_SECONDS = 0.75
 """Of the embedded network under strategy `sparseloco`, so that rounds are short."""
 
 
