@@ -15,10 +15,11 @@ from small_neurons import miner_settings
 
 from hiveminer import cli
 from hiveminer.chain import Chain, EmbeddedSubstrate, embedded_wallet, join_embedded, open_chain
-from hiveminer.commands import doctor
-from hiveminer.commands.checks.base import Check, passed
+from hiveminer.commands.checks import chain as chain_checks
+from hiveminer.commands.checks import machine, training
+from hiveminer.commands.checks.base import Check, Examination, passed
 from hiveminer.commands.checks.machine import PYTHONS
-from hiveminer.commands.doctor import Doctor, within
+from hiveminer.commands.doctor import examine, exit_code, within
 from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import OperatorError
 
@@ -34,7 +35,7 @@ def flags(folder: Path) -> list[str]:
 
 
 def examined(settings: MinerSettings, **options: Any) -> dict[str, Check]:
-    return {check.name: check for check in Doctor(settings, **options).examine()}
+    return {check.name: check for check in examine(Examination(settings, **options))}
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_a_registered_miner_is_found_without_claiming_its_key(registered: MinerS
     assert checks["registered"].found.startswith("uid 0 since block ")
     assert "1 of 256 neurons" in checks["chain"].found
     assert checks["clock"].verdict == "passed"
-    assert "127.0.0.1:8091 stands there" in checks["axon on the chain"].found
+    assert "127.0.0.1:8091 is published" in checks["axon on the chain"].found
     assert {check.verdict for check in checks.values()} == {"passed"}
 
 
@@ -141,7 +142,7 @@ def test_peers_are_dialled_and_their_run_compared(
 def test_taken_ports_fail_unless_any_would_do(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        check = Doctor(miner_settings(tmp_path, axon={"port": port})).ports()
+        check = machine.ports(Examination(miner_settings(tmp_path, axon={"port": port})))
         assert (check.verdict, check.found) == ("failed", f"in use: --axon.port {port}")
 
 
@@ -154,19 +155,19 @@ def test_a_real_network_wants_a_real_wallet_and_says_how(tmp_path: Path) -> None
     assert "btcli wallet new-hotkey --wallet w --wallet-hotkey default" in checks["wallet"].cure
     assert checks["chain"].verdict == "failed"
     assert dead in checks["chain"].found
-    assert checks["registered"].cure == "put the chain right first"
+    assert checks["registered"].cure == "fix the chain first"
     assert checks["address"].verdict == "warned"
     assert "private" in checks["address"].found
     assert "curl http://10.0.0.9:0/" in checks["reachable from outside"].cure
     bt.Wallet("w", "default", str(tmp_path / "wallets")).create_new_hotkey(suppress=True)
-    assert Doctor(settings).wallet().verdict == "passed"
+    assert chain_checks.wallet(Examination(settings)).verdict == "passed"
     file = tmp_path / "wallets" / "w" / "hotkeys" / "default"
     file.chmod(0o644)
-    open_to_all = Doctor(settings).wallet()
+    open_to_all = chain_checks.wallet(Examination(settings))
     assert (open_to_all.verdict, open_to_all.cure) == ("failed", f"chmod 600 {file}")
     file.chmod(0o600)
     (tmp_path / "wallets" / "w" / "coldkey").write_text("{}")
-    assert Doctor(settings).wallet().verdict == "warned"
+    assert chain_checks.wallet(Examination(settings)).verdict == "warned"
 
 
 def test_not_registered_names_the_price_and_the_line(tmp_path: Path) -> None:
@@ -175,12 +176,12 @@ def test_not_registered_names_the_price_and_the_line(tmp_path: Path) -> None:
     settings = miner_settings(
         tmp_path, subtensor={"network": "test"}, wallet={"name": "w", "hotkey": "h"}
     )
-    made = Doctor(settings)
-    made.wallet()
+    exam = Examination(settings)
+    chain_checks.wallet(exam)
     client = bt.Client("local", substrate=EmbeddedSubstrate(tmp_path / "chain.sqlite"))
-    with Chain(network="test", netuid=1, wallet=made._wallet, client=client) as chain:
-        made._chain, made._metagraph = chain, chain.metagraph()
-        check = made.registered()
+    with Chain(network="test", netuid=1, wallet=exam.wallet, client=client) as chain:
+        exam.chain, exam.metagraph = chain, chain.metagraph()
+        check = chain_checks.registered(exam)
     assert check.verdict == "failed"
     assert "it costs 1.0000 TAO now" in check.found
     line = "btcli tx burned-register --netuid 1 --wallet w --wallet-hotkey h --network test"
@@ -189,8 +190,9 @@ def test_not_registered_names_the_price_and_the_line(tmp_path: Path) -> None:
 
 def test_wandb_without_a_key_stays_offline(tmp_path: Path) -> None:
     settings = miner_settings(tmp_path, wandb={"mode": "online"})
-    assert Doctor(settings, environ={}).wandb().verdict == "warned"
-    assert Doctor(settings, environ={"WANDB_API_KEY": "x"}).wandb().verdict == "passed"
+    assert machine.wandb(Examination(settings, environ={})).verdict == "warned"
+    exam = Examination(settings, environ={"WANDB_API_KEY": "x"})
+    assert machine.wandb(exam).verdict == "passed"
 
 
 def test_a_check_that_hangs_breaks_or_refuses_is_a_failure_with_a_cure() -> None:
@@ -205,15 +207,12 @@ def test_a_check_that_hangs_breaks_or_refuses_is_a_failure_with_a_cure() -> None
     refused = within(refuses, seconds=5)
     assert (refused.verdict, refused.found, refused.cure) == ("failed", "no such thing", "make one")
     assert within(breaks, seconds=5).found == "KeyError: 'x'"
-    assert "not looked at" in within(refuses, seconds=0).found
+    assert "not checked" in within(refuses, seconds=0).found
 
 
-def test_the_exit_code_is_the_number_of_failures_capped(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    many = [Check(str(n), "failed", "x", "y") for n in range(300)]
-    monkeypatch.setattr(Doctor, "examine", lambda self: iter(many))
-    assert doctor.main(miner_settings(tmp_path), as_json_text=True) == 100
+def test_the_exit_code_is_the_number_of_failures_capped() -> None:
+    assert exit_code([passed("x"), *(Check(str(n), "failed", "x", "y") for n in range(3))]) == 3
+    assert exit_code([Check(str(n), "failed", "x", "y") for n in range(300)]) == 100
 
 
 def test_the_pythons_are_those_of_pyproject() -> None:
@@ -229,7 +228,7 @@ def test_a_package_outside_its_range_fails(tmp_path: Path, monkeypatch: pytest.M
         "Metadata-Version: 2.4\nName: hiveminer\nVersion: 9.9.9\nRequires-Dist: torch>=98\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    check = Doctor(miner_settings(tmp_path)).packages()
+    check = machine.packages(Examination(miner_settings(tmp_path)))
     assert check.verdict == "failed"
     assert "pip install 'torch>=98'" in check.found
 
@@ -238,8 +237,8 @@ def test_a_temporary_folder_that_a_start_would_refuse_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
-    checks = Doctor(miner_settings(tmp_path)).examine()
-    (check,) = [check for check in checks if check.name == "temporary and open files"]
+    exam = Examination(miner_settings(tmp_path))
+    check = within(lambda: machine.limits(exam), seconds=5)
     assert check.verdict == "failed"
     assert "does not exist" in check.found
 
@@ -260,14 +259,13 @@ def test_a_hotkey_that_cannot_sign_fails(tmp_path: Path, how: str) -> None:
         subtensor={"network": "test"},
         wallet={"name": "w", "hotkey": "h", "path": tmp_path / "wallets"},
     )
-    check = within(Doctor(settings).wallet, seconds=30)
+    check = within(lambda: chain_checks.wallet(Examination(settings)), seconds=30)
     assert check.verdict == "failed"
     assert "the hotkey at" in check.found
 
 
-def test_memory_is_read_off_the_models_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_is_read_off_the_models_configuration(tmp_path: Path) -> None:
+    import torch
     from tiny import tiny_model
 
     from hiveminer.training import memory
@@ -278,20 +276,17 @@ def test_memory_is_read_off_the_models_configuration(
     run = tmp_path / "run.toml"
     run.write_text(f'[model]\nname = "{tmp_path / "model"}"\nsequence_length = 64')
 
-    def looked(free: int) -> Check:
-        monkeypatch.setattr(memory, "memory_left", lambda device: free)
-        made = Doctor(miner_settings(tmp_path, neuron={"run": run, "device": "cpu"}))
-        made.run_file()
-        check = made.memory()
-        assert made._fits == (check.verdict != "failed")
-        return check
-
+    exam = Examination(miner_settings(tmp_path, neuron={"run": run, "device": "cpu"}))
+    training.run_file(exam)
     needed = memory.memory_needed(built, sequence_length=64)
+    assert f"{needed.parameters / 1e6:.1f}M parameters" in training.memory(exam).found
+    assert exam.fits
     least = needed.training + needed.host
-    assert looked(10**12).verdict == "passed"
-    assert looked(least + 1).verdict == "warned"
-    assert looked(least - 1).verdict == "failed"
-    assert f"{needed.parameters / 1e6:.1f}M parameters" in looked(0).found
+    verdicts = [
+        training.memory_check(needed, torch.device("cpu"), free=free).verdict
+        for free in (10**12, least + 1, least - 1)
+    ]
+    assert verdicts == ["passed", "warned", "failed"]
 
 
 def test_model_and_data_are_checked_as_the_programs_check_them(tmp_path: Path) -> None:
@@ -300,10 +295,10 @@ def test_model_and_data_are_checked_as_the_programs_check_them(tmp_path: Path) -
 
     def checked(content: bytes) -> Check:
         data.write_bytes(content)
-        made = Doctor(miner_settings(tmp_path, neuron={"run": run, "device": "cpu"}))
-        made.run_file()
-        made.memory()
-        return within(made.task, seconds=60)
+        exam = Examination(miner_settings(tmp_path, neuron={"run": run, "device": "cpu"}))
+        training.run_file(exam)
+        training.memory(exam)
+        return within(lambda: training.task(exam), seconds=60)
 
     assert checked(b"short\n" * 100).verdict == "warned", "rows of 480 bytes, and 64 are trained"
     assert checked(b"short\n").verdict == "passed"

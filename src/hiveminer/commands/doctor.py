@@ -1,8 +1,8 @@
-"""`hiveminer doctor`: is this machine ready to mine? Checks everything, changes nothing.
+"""`hiveminer doctor`: checks whether this machine is ready to mine, and changes nothing.
 
-Each check is one line, passed, warned or failed, with what to do. It takes the miner's own
-settings, needs no network for the embedded one, starts no swarm and registers nothing. A
-check that hangs is cut off, so that the whole ends within half a minute.
+Each check prints one line: passed, warned or failed, with the remedy. It takes the miner's own
+settings, needs no internet for the embedded network, starts no swarm and registers nothing. A
+check that hangs is cut off, so that everything ends within half a minute.
 """
 
 from __future__ import annotations
@@ -12,90 +12,85 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 
 from rich.table import Table
 
-from hiveminer.commands.checks.base import Check, failed
-from hiveminer.commands.checks.chain import ChainChecks
-from hiveminer.commands.checks.machine import MachineChecks
-from hiveminer.commands.checks.training import TrainingChecks
+from hiveminer.commands.checks import chain, machine, training
+from hiveminer.commands.checks.base import Check, Examination, failed
 from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import ChainError, OperatorError
 from hiveminer.runtime.program import rendered
 
 TOTAL_SECONDS = 28.0
-"""All checks together; one that is unfinished by then is cut off and fails."""
+"""Limit of all checks together; one that is unfinished by then fails."""
 
 CHECK_SECONDS = 12.0
-"""One check, at most."""
 
 LOAD_SECONDS = 300.0
-"""The check that loads model and data, at most; not counted in TOTAL_SECONDS."""
+"""Limit of the check that loads model and data; not counted in TOTAL_SECONDS."""
 
 MAX_EXIT_CODE = 100
 
 
-class Doctor(MachineChecks, ChainChecks, TrainingChecks):
-    """All checks of one machine with one set of settings, in their order."""
-
-    def checks(self) -> list[tuple[str, Callable[[], Check]]]:
-        """Every check with its name, in the order that the later ones need the earlier."""
-        return [
-            ("python", self.python),
-            ("packages", self.packages),
-            ("temporary and open files", self.limits),
-            ("run", self.run_file),
-            ("device and memory", self.memory),
-            ("disk", self.disk),
-            ("ports", self.ports),
-            ("wallet", self.wallet),
-            ("chain", self.chain),
-            ("clock", self.clock),
-            ("registered", self.registered),
-            ("stake and permit", self.stake),
-            ("address", self.address),
-            ("axon on the chain", self.axon),
-            ("model and data", self.task),
-            ("bootstrap peers", self.peers),
-            ("wandb", self.wandb),
-            ("reachable from outside", self.outside),
-        ]
-
-    def examine(self) -> Iterator[Check]:
-        """Do every check, each within its time."""
-        deadline = time.monotonic() + TOTAL_SECONDS
-        try:
-            for name, look in self.checks():
-                began = time.monotonic()
-                loads = look == self.task
-                left = LOAD_SECONDS if loads else min(CHECK_SECONDS, deadline - began)
-                found = within(look, seconds=left)
-                deadline += time.monotonic() - began if loads else 0.0
-                yield Check(name, found.verdict, found.found, found.cure)
-        finally:
-            if self._chain is not None:
-                self._chain.close()
+CHECKS: tuple[tuple[str, Callable[[Examination], Check]], ...] = (
+    ("python", machine.python),
+    ("packages", machine.packages),
+    ("temporary and open files", machine.limits),
+    ("run", training.run_file),
+    ("device and memory", training.memory),
+    ("disk", machine.disk),
+    ("ports", machine.ports),
+    ("wallet", chain.wallet),
+    ("chain", chain.chain),
+    ("clock", chain.clock),
+    ("registered", chain.registered),
+    ("stake and permit", chain.stake),
+    ("address", chain.address),
+    ("axon on the chain", chain.axon),
+    ("model and data", training.task),
+    ("bootstrap peers", training.peers),
+    ("wandb", machine.wandb),
+    ("reachable from outside", chain.outside),
+)
+"""Every check, in the order in which they need each other."""
 
 
-def within(look: Callable[[], Check], *, seconds: float) -> Check:
-    """A check's outcome; its mistakes are failures, and so is taking too long."""
+def examine(exam: Examination) -> Iterator[Check]:
+    """Run every check, each within its time limit."""
+    deadline = time.monotonic() + TOTAL_SECONDS
+    try:
+        for name, check in CHECKS:
+            began = time.monotonic()
+            loads = check is training.task
+            left = LOAD_SECONDS if loads else min(CHECK_SECONDS, deadline - began)
+            found = within(partial(check, exam), seconds=left)
+            deadline += time.monotonic() - began if loads else 0.0
+            yield replace(found, name=name)
+    finally:
+        if exam.chain is not None:
+            exam.chain.close()
+
+
+def within(check: Callable[[], Check], *, seconds: float) -> Check:
+    """The result of a check; an error or a timeout is a failure."""
     future: concurrent.futures.Future[Check] = concurrent.futures.Future()
 
     def work() -> None:
         try:
-            future.set_result(look())
-        except BaseException as error:  # noqa: BLE001 - told below
+            future.set_result(check())
+        except BaseException as error:  # noqa: BLE001 - reported below
             future.set_exception(error)
 
     if seconds <= 0:
-        return failed("not looked at: the checks before it took too long", "put those right first")
-    # A thread of our own: one that hangs for ever must not keep the program from ending.
+        return failed("not checked: the checks before it took too long", "fix those first")
+    # A daemon thread, so that a check that hangs does not keep the program from ending.
     threading.Thread(target=work, name="check", daemon=True).start()
     try:
         return future.result(seconds)
     except concurrent.futures.TimeoutError:
-        return failed(f"no answer within {seconds:.0f} s", "look at the network, and try again")
+        return failed(f"no answer within {seconds:.0f} s", "check the network, and try again")
     except (OperatorError, ChainError) as error:
         found, _, cure = " ".join(str(error).split()).partition("; ")
         return failed(found, cure or "try again in a minute")
@@ -129,7 +124,11 @@ def as_json(checks: Sequence[Check]) -> str:
 
 
 def main(settings: MinerSettings, *, as_json_text: bool = False) -> int:
-    """Examine this machine; the exit code is the number of failures, 100 at most."""
-    checks = list(Doctor(settings).examine())
+    """Check this machine; the exit code is the number of failures, at most 100."""
+    checks = list(examine(Examination(settings)))
     print(as_json(checks) if as_json_text else as_text(checks))
+    return exit_code(checks)
+
+
+def exit_code(checks: Sequence[Check]) -> int:
     return min(MAX_EXIT_CODE, sum(check.verdict == "failed" for check in checks))

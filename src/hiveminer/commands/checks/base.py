@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import bittensor as bt
@@ -20,7 +20,7 @@ Verdict = Literal["passed", "warned", "failed"]
 
 @dataclass(frozen=True)
 class Check:
-    """One line: what was looked at, what was found, and what to do about it."""
+    """The result of one check: what was found, and what to do about it."""
 
     name: str
     verdict: Verdict
@@ -40,32 +40,25 @@ def failed(found: str, cure: str) -> Check:
     return Check("", "failed", found, cure)
 
 
-class Checks:
+@dataclass
+class Examination:
     """The settings to check, and what the earlier checks found for the later ones.
 
-    clock: seconds since 1970. ask_outside: asks for the public address. Both are for tests,
-    as is `environ`.
+    clock: seconds since 1970. ask_outside: returns the public address. ip: the address to
+    publish.
     """
 
-    def __init__(
-        self,
-        settings: MinerSettings,
-        *,
-        clock: Callable[[], float] = time.time,
-        ask_outside: Callable[[], str] = addresses.ask_outside,
-        environ: Mapping[str, str] = os.environ,
-    ):
-        self.settings = settings
-        self._clock = clock
-        self._ask_outside = ask_outside
-        self._environ = environ
-        self._wallet: Any = None
-        self._chain: Chain | None = None
-        self._metagraph: bt.Metagraph | None = None
-        self._run: Run | None = None
-        self._run_id: RunId | None = None
-        self._fits = False
-        self._ip: str | None = None
+    settings: MinerSettings
+    clock: Callable[[], float] = time.time
+    ask_outside: Callable[[], str] = addresses.ask_outside
+    environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    wallet: Any = None
+    chain: Chain | None = None
+    metagraph: bt.Metagraph | None = None
+    run: Run | None = None
+    run_id: RunId | None = None
+    fits: bool = False
+    ip: str | None = None
 
 
 def gigabytes(count: float) -> str:

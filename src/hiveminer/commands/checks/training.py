@@ -1,121 +1,130 @@
-"""Checks of the run, the memory, the model and its data, and the peers to train with."""
+"""Doctor's checks of the run, the memory, the model and its data, and the bootstrap peers."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import socket
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from hiveminer.commands.checks.base import Check, Checks, failed, gigabytes, passed, warned
+from hiveminer.commands.checks.base import Check, Examination, failed, gigabytes, passed, warned
 from hiveminer.config.run import load_run
+
+if TYPE_CHECKING:
+    import torch
+
+    from hiveminer.training.memory import MemoryNeeded
 
 PEER_SECONDS = 3.0
 MAX_PEERS = 64
 
 USUAL_ROWS = 4
-"""A validator's batch, unless it says otherwise."""
+"""A validator's batch size by default."""
 
 
-class TrainingChecks(Checks):
-    """Can this machine train the run's model, and with whom?"""
+def run_file(exam: Examination) -> Check:
+    exam.run = load_run(exam.settings.neuron.run)
+    exam.run.check_version()
+    place = exam.settings.neuron.run or "built in"
+    return passed(f"{exam.run.name} ({place}), hash {exam.run.hash[:8]}")
 
-    def run_file(self) -> Check:
-        self._run = load_run(self.settings.neuron.run)
-        self._run.check_version()
-        place = self.settings.neuron.run or "built in"
-        return passed(f"{self._run.name} ({place}), hash {self._run.hash[:8]}")
 
-    def memory(self) -> Check:
-        """Device, and memory for this model: one row at a time, and a batch as usual."""
-        if self._run is None:
-            return failed("not known without the run", "put the run right first")
-        from hiveminer.swarm.processes import shared_memory_problem
-        from hiveminer.training.memory import memory_left, memory_needed
-        from hiveminer.training.model import choose_device, shape_of_model
+def memory(exam: Examination) -> Check:
+    """Whether the device has the memory for one row at a time, and for the usual batch."""
+    if exam.run is None:
+        return failed("unknown without the run", "fix the run first")
+    from hiveminer.swarm.processes import shared_memory_problem
+    from hiveminer.training.memory import memory_left, memory_needed
+    from hiveminer.training.model import choose_device, shape_of_model
 
-        named = self._run.model
-        built = shape_of_model(named.name, revision=named.revision)
-        device = choose_device(self.settings.neuron.device)
-        free = memory_left(device)
-        needed = memory_needed(built, sequence_length=self._run.model.sequence_length)
-        least = needed.training + (0 if device.type == "cuda" else needed.host)
-        usual = least + (USUAL_ROWS - 1) * needed.activations
-        said = (
-            f"{device}, {gigabytes(free)} free; {needed.parameters / 1e6:.1f}M parameters take "
-            f"{gigabytes(least)} at least, {gigabytes(usual)} with {USUAL_ROWS} rows at a time"
+    named = exam.run.model
+    built = shape_of_model(named.name, revision=named.revision)
+    device = choose_device(exam.settings.neuron.device)
+    needed = memory_needed(built, sequence_length=exam.run.model.sequence_length)
+    check = memory_check(needed, device, free=memory_left(device))
+    exam.fits = check.verdict != "failed"
+    if exam.fits and (problem := shared_memory_problem(needed.parameters)):
+        return failed(problem, "give the container more shared memory: --shm-size")
+    return check
+
+
+def memory_check(needed: MemoryNeeded, device: torch.device, *, free: int) -> Check:
+    least = needed.training + (0 if device.type == "cuda" else needed.host)
+    usual = least + (USUAL_ROWS - 1) * needed.activations
+    said = (
+        f"{device}, {gigabytes(free)} free; {needed.parameters / 1e6:.1f}M parameters take "
+        f"{gigabytes(least)} at least, {gigabytes(usual)} with {USUAL_ROWS} rows at a time"
+    )
+    if least > free:
+        return failed(said, "use a device with more memory, or a smaller model in run.toml")
+    if usual > free:
+        return warned(said, "it trains with smaller micro-batches, and slower")
+    return passed(said)
+
+
+def task(exam: Examination) -> Check:
+    """Load what a miner loads at its start."""
+    if exam.run is None:
+        return failed("unknown without the run", "fix the run first")
+    if not exam.fits:
+        return failed("unknown without the memory to load it", "fix the memory first")
+    from hiveminer.training.model import REPORTED_SHARE
+    from hiveminer.training.task import load_task
+
+    task = load_task(exam.run)
+    exam.run_id = task.run_id
+    compared = "as in the run" if exam.run.data.hash else "the run names none"
+    found = (
+        f"model {exam.run.model.name}; data {exam.run.data.name}: {len(task.dataset)} rows, "
+        f"hash {task.dataset.hash[:8]} ({compared})"
+    )
+    if task.beyond >= REPORTED_SHARE:
+        return warned(
+            f"{found}; about {task.beyond:.0%} of it is beyond the sequence length and never "
+            "trained",
+            "cut its rows into shorter ones, or raise model.sequence_length in run.toml",
         )
-        self._fits = least <= free
-        if not self._fits:
-            return failed(said, "use a device with more memory, or a smaller model in run.toml")
-        if problem := shared_memory_problem(needed.parameters):
-            return failed(problem, "give the container more shared memory: --shm-size")
-        if usual > free:
-            return warned(said, "it trains, in smaller pieces and slower")
-        return passed(said)
+    return passed(found)
 
-    def task(self) -> Check:
-        """Everything that a program loads at its start, checked as it does."""
-        if self._run is None:
-            return failed("not known without the run", "put the run right first")
-        if not self._fits:
-            return failed("not known without the memory to load it", "put the memory right first")
-        from hiveminer.training.model import REPORTED_SHARE
-        from hiveminer.training.task import load_task
 
-        task = load_task(self._run)
-        self._run_id = task.run_id
-        compared = "as the run wants it" if self._run.data.hash else "the run names none"
-        found = (
-            f"model {self._run.model.name}; data {self._run.data.name}: {len(task.dataset)} rows, "
-            f"hash {task.dataset.hash[:8]} ({compared})"
-        )
-        if task.beyond >= REPORTED_SHARE:
-            return warned(
-                f"{found}; about {task.beyond:.0%} of it is beyond the sequence length and never "
-                "trained",
-                "cut its rows into shorter ones, or raise model.sequence_length in run.toml",
-            )
-        return passed(found)
+def peers(exam: Examination) -> Check:
+    """Whether a known peer accepts connections, and the validators' committed run is ours."""
+    known = list(exam.settings.dht.initial_peers)
+    commitments: Mapping[str, bytes] = {}
+    if exam.chain is not None and exam.metagraph is not None:
+        commitments = exam.chain.commitments(exam.metagraph)
+        own = exam.chain.hotkey
+        said = (text.decode(errors="replace") for who, text in commitments.items() if who != own)
+        known = known or [text.split()[0] for text in said if text.startswith("/")]
+    other = _other_run(exam, commitments)
+    if other:
+        return failed(other, "get the subnet's run.toml and data: --neuron.run")
+    if not known:
+        return passed("none yet; this miner would be the first")
+    answered = sum(answers(known[:MAX_PEERS]))
+    said_so = f"{answered} of {min(len(known), MAX_PEERS)} take a connection"
+    if answered:
+        return passed(said_so)
+    cure = "their ports may be closed to you; a miner starts alone and tries again"
+    return (failed if exam.settings.dht.initial_peers else warned)(said_so, cure)
 
-    def peers(self) -> Check:
-        """Do the known peers answer, and is the run that validators commit ours?"""
-        known = list(self.settings.dht.initial_peers)
-        commitments: Mapping[str, bytes] = {}
-        if self._chain is not None and self._metagraph is not None:
-            commitments = self._chain.commitments(self._metagraph)
-            own = self._chain.hotkey
-            said = (
-                text.decode(errors="replace") for who, text in commitments.items() if who != own
-            )
-            known = known or [text.split()[0] for text in said if text.startswith("/")]
-        other = self._other_run(commitments)
-        if other:
-            return failed(other, "get the subnet's run.toml and data: --neuron.run")
-        if not known:
-            return passed("none yet; this miner would be the first")
-        answered = sum(answers(known[:MAX_PEERS]))
-        said_so = f"{answered} of {min(len(known), MAX_PEERS)} take a connection"
-        if answered:
-            return passed(said_so)
-        cure = "their ports may be closed to you; a miner starts alone and tries again"
-        return (failed if self.settings.dht.initial_peers else warned)(said_so, cure)
 
-    def _other_run(self, commitments: Mapping[str, bytes]) -> str | None:
-        """How our run differs from every one that a validator has committed, if it does."""
-        if self._run_id is None or self._metagraph is None:
-            return None
-        permitted = {n.hotkey for n in self._metagraph if n.validator_permit}
-        runs = [
-            text.decode(errors="replace").removeprefix("run ")
-            for who, text in commitments.items()
-            if who in permitted and text.startswith(b"run ")
-        ]
-        differences = [self._run_id.difference(run) for run in runs]
-        return differences[0] if differences and None not in differences else None
+def _other_run(exam: Examination, commitments: Mapping[str, bytes]) -> str | None:
+    """How our run differs from the committed runs of all validators, if it does."""
+    if exam.run_id is None or exam.metagraph is None:
+        return None
+    permitted = {n.hotkey for n in exam.metagraph if n.validator_permit}
+    runs = [
+        text.decode(errors="replace").removeprefix("run ")
+        for who, text in commitments.items()
+        if who in permitted and text.startswith(b"run ")
+    ]
+    differences = [exam.run_id.difference(run) for run in runs]
+    return differences[0] if differences and None not in differences else None
 
 
 def answers(peers: Iterable[str]) -> list[bool]:
-    """Which of these multiaddresses take a TCP connection; all are tried at once."""
+    """Which of these multiaddresses accept a TCP connection; all are tried at once."""
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         return list(pool.map(_answers, peers))
 
