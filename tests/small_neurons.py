@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 from in_process import Hub
 from tiny import save_tiny
 
@@ -175,3 +176,9 @@ def quiet() -> Iterator[None]:
         root.setLevel(level)
         for name, old in levels.items():
             logging.getLogger(name).setLevel(old)
+
+
+def told(caplog: pytest.LogCaptureFixture, event: str) -> list[str]:
+    """The messages of this event so far."""
+    found = [r for r in caplog.records if getattr(r, "event", None) == event]
+    return [record.getMessage() for record in found]

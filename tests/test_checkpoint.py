@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import random
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
@@ -14,77 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import is_number, look_in, rewrite, tensors, the_one_before, written
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny import no_file_longer_than
-from torch import Tensor
 
 from hiveminer.training.checkpoint import (
     MANIFEST,
-    MAX_MANIFEST_BYTES,
     STATE,
-    Checkpoint,
     Checkpoints,
-    newest,
-    of_run,
 )
 from hiveminer.validation.scores import SavedScores, ScoreTable
 from programs import started
-
-
-def tensors(number: int) -> dict[str, Tensor]:
-    """What checkpoint `number` of a test holds."""
-    return {"a": torch.full((4, 3), float(number)), "b": torch.tensor(0.1 * number)}
-
-
-def written(folder: Path, *, count: int = 2) -> Checkpoints:
-    """A folder with this many checkpoints; `n` in their metadata is their number."""
-    kept = Checkpoints(folder)
-    for number in range(1, count + 1):
-        assert kept.save(tensors(number), {"n": number}) == f"checkpoint-{number:06d}"
-    return kept
-
-
-def is_number(found: Checkpoint | None, number: int) -> bool:
-    """Whether this is checkpoint `number`, each bit of it."""
-    if found is None or found.metadata != {"n": number} or found.tensors.keys() != {"a", "b"}:
-        return False
-    return all(torch.equal(found.tensors[name], value) for name, value in tensors(number).items())
-
-
-def look_in(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """What is found, and the reasons why newer ones were refused."""
-    refused: list[str] = []
-    return newest(folder, refuse=refused.append), refused
-
-
-def the_one_before(folder: Path, words: str = "") -> None:
-    """The newest of two is refused with these words, in one line, and the first is used."""
-    found, refused = look_in(folder)
-    assert is_number(found, 1)
-    assert len(refused) == 1
-    assert refused[0].startswith("checkpoint-000002 is refused: ")
-    assert words in refused[0], refused
-    assert "\n" not in refused[0]
-
-
-def rewrite(path: Path, **changes: Any) -> None:
-    """Change a manifest, with the hash that belongs to it."""
-    content = json.loads(path.read_bytes()) | changes
-    del content["sha256"]
-    content["sha256"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    path.write_text(json.dumps(content))
-
-
-def rewrite_as_0_1(path: Path) -> None:
-    """Rewrite a manifest as version 0.1 wrote it: signed, and in canonical JSON."""
-    content = json.loads(path.read_bytes())
-    del content["sha256"]
-    content["signature"] = "5a" * 64
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    path.write_bytes(text.encode("ascii") + b"\n")
-
 
 # --- what is kept ---------------------------------------------------------------------------
 
@@ -170,75 +110,6 @@ def test_an_empty_and_a_missing_folder_hold_none(tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
-# --- what is refused ------------------------------------------------------------------------
-
-
-def test_a_manifest_cut_at_any_byte_is_survived(tmp_path: Path) -> None:
-    written(tmp_path)
-    path = tmp_path / "checkpoint-000002" / MANIFEST
-    whole = path.read_bytes()
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        the_one_before(tmp_path, MANIFEST)
-    path.write_bytes(whole)
-    assert is_number(look_in(tmp_path)[0], 2)
-
-
-def test_tensors_cut_at_any_byte_are_survived(tmp_path: Path) -> None:
-    written(tmp_path)
-    path = tmp_path / "checkpoint-000002" / STATE
-    whole = path.read_bytes()
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        the_one_before(tmp_path, f"has {length} bytes instead of {len(whole)}")
-    path.write_bytes(whole + b"\0")
-    the_one_before(tmp_path, "bytes instead of")
-
-
-def test_a_flipped_bit_anywhere_is_seen(tmp_path: Path) -> None:
-    written(tmp_path)
-    chance = random.Random(5)
-    for name in (MANIFEST, STATE):
-        path = tmp_path / "checkpoint-000002" / name
-        whole = path.read_bytes()
-        for place in range(len(whole)):
-            flipped = bytearray(whole)
-            flipped[place] ^= 1 << chance.randrange(8)
-            path.write_bytes(flipped)
-            the_one_before(tmp_path, name)
-        path.write_bytes(whole)
-    assert is_number(look_in(tmp_path)[0], 2)
-
-
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(data=st.data())
-def test_whatever_is_done_to_the_newest_a_sound_one_is_loaded(
-    tmp_path: Path, data: st.DataObject
-) -> None:
-    """Any bytes in place of any others, in either file."""
-    folder = tmp_path / "kept"
-    if not folder.exists():
-        written(folder)
-    path = folder / "checkpoint-000002" / data.draw(st.sampled_from([MANIFEST, STATE]))
-    whole = path.read_bytes()
-    start = data.draw(st.integers(0, len(whole)))
-    stop = data.draw(st.integers(start, len(whole)))
-    changed = whole[:start] + data.draw(st.binary(max_size=64)) + whole[stop:]
-    path.write_bytes(changed)
-    try:
-        found = look_in(folder)[0]
-        # White space in the manifest may change without changing what it says.
-        assert (
-            is_number(found, 1)
-            or (is_number(found, 2) and path.name == MANIFEST)
-            or (is_number(found, 2) and changed == whole)
-        )
-    finally:
-        path.write_bytes(whole)
-
-
 JSON = st.recursive(
     st.none()
     | st.booleans()
@@ -260,109 +131,6 @@ def test_facts_come_back_as_they_were(tmp_path: Path, facts: dict[str, Any]) -> 
     found = kept.load()
     assert found is not None
     assert found.metadata == facts
-
-
-def _swap(first: Path, second: Path) -> None:
-    aside = first.with_name("aside")
-    first.rename(aside)
-    second.rename(first)
-    aside.rename(second)
-
-
-def test_swapped_manifests_are_refused_both(tmp_path: Path) -> None:
-    written(tmp_path)
-    _swap(tmp_path / "checkpoint-000001" / MANIFEST, tmp_path / "checkpoint-000002" / MANIFEST)
-    found, refused = look_in(tmp_path)
-    assert found is None
-    assert ["it was written as number" in line for line in refused] == [True, True]
-
-
-def test_swapped_tensors_are_refused_both(tmp_path: Path) -> None:
-    written(tmp_path)
-    _swap(tmp_path / "checkpoint-000001" / STATE, tmp_path / "checkpoint-000002" / STATE)
-    found, refused = look_in(tmp_path)
-    assert found is None
-    assert ["its hash differs" in line for line in refused] == [True, True]
-
-
-def test_a_checkpoint_under_another_number_is_refused(tmp_path: Path) -> None:
-    written(tmp_path, count=3)
-    (tmp_path / "checkpoint-000002").rename(tmp_path / "checkpoint-000009")
-    found, refused = look_in(tmp_path)
-    assert is_number(found, 3)
-    assert refused == ["checkpoint-000009 is refused: it was written as number 2"]
-
-
-@pytest.mark.parametrize("name", [MANIFEST, STATE])
-def test_a_missing_file_and_a_folder_in_its_place_are_refused(tmp_path: Path, name: str) -> None:
-    written(tmp_path)
-    path = tmp_path / "checkpoint-000002" / name
-    path.unlink()
-    the_one_before(tmp_path, f"{name} cannot be read")
-    path.mkdir()
-    the_one_before(tmp_path, name)
-
-
-def test_a_signed_checkpoint_of_version_0_1_still_loads(tmp_path: Path) -> None:
-    written(tmp_path)
-    path = tmp_path / "checkpoint-000002" / MANIFEST
-    rewrite_as_0_1(path)
-    found, refused = look_in(tmp_path)
-    assert (is_number(found, 2), refused) == (True, [])
-    state = path.with_name(STATE)
-    state.write_bytes(state.read_bytes()[:-1] + b"\x7f")
-    the_one_before(tmp_path, "its hash differs")
-
-
-@pytest.mark.parametrize(
-    "text", [b"", b"[]", b"1", b"[" * 100_000, b'{"a":' * 5000, b"\xff\xfe", b"9" * 5000, b"NaN"]
-)
-def test_what_is_no_manifest_is_refused(tmp_path: Path, text: bytes) -> None:
-    written(tmp_path)
-    (tmp_path / "checkpoint-000002" / MANIFEST).write_bytes(text)
-    the_one_before(tmp_path, MANIFEST)
-
-
-def test_a_manifest_is_not_read_beyond_its_limit(tmp_path: Path) -> None:
-    kept = written(tmp_path)
-    with (tmp_path / "checkpoint-000002" / MANIFEST).open("wb") as stream:
-        stream.truncate(2**40)  # it takes no room, but a reader's memory
-    the_one_before(tmp_path, f"longer than {MAX_MANIFEST_BYTES} bytes")
-    assert kept.save(None, {"text": "x" * MAX_MANIFEST_BYTES}) is None
-
-
-def test_a_newer_format_is_refused(tmp_path: Path) -> None:
-    written(tmp_path)
-    rewrite(tmp_path / "checkpoint-000002" / MANIFEST, format=2)
-    the_one_before(tmp_path, "its format is 2, and this version reads 1")
-
-
-def test_nothing_is_unpickled(tmp_path: Path) -> None:
-    written(tmp_path)
-    path = tmp_path / "checkpoint-000002" / STATE
-    torch.save({"a": torch.zeros(1)}, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    said = {"bytes": path.stat().st_size, "sha256": digest}
-    rewrite(path.with_name(MANIFEST), state=said)
-    the_one_before(tmp_path, f"{STATE} cannot be read")
-
-
-def test_each_refusal_is_one_line_of_the_event(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    kept = Checkpoints(tmp_path)
-    for number, run in enumerate(["ours", "theirs", "ours"], start=1):
-        kept.save(tensors(number), {"run_id": run})
-    (tmp_path / "checkpoint-000003" / STATE).unlink()
-    with caplog.at_level(logging.WARNING):
-        found = kept.load(of_run("ours"))
-    assert found is not None
-    assert found.name == "checkpoint-000001"
-    assert [record.__dict__["event"] for record in caplog.records] == ["checkpoint"] * 2
-    first, second = (record.getMessage() for record in caplog.records)
-    assert first.startswith(f"checkpoint-000003 is refused: {STATE} cannot be read (No such file")
-    words = "checkpoint-000002 is refused: it is of run theirs, and this is ours"
-    assert second.startswith(words)
 
 
 # --- a disk that fails ------------------------------------------------------------------------

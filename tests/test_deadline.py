@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-import pytest
 import torch
 from serving import MINER, VALIDATOR, ss58, standing
+from steps import one_thread  # noqa: F401 - a fixture
 
 from hiveminer.protocol import Train
 from hiveminer.rpc.axon import Axon
@@ -43,15 +43,6 @@ class RealTraining:
         return synapse
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_training_stops_at_its_deadline_and_answers_with_whole_batches() -> None:
     training, queue = RealTraining(), WorkQueue()
     queue.start()

@@ -2,104 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import sqlite3
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import bittensor as bt
 import pytest
 from chain_worker import Keys, new_keys
+from flaky_subnet import Subnet, address, earned
 from flaky_substrate import FlakySubstrate, refusal
-from hypothesis import given
-from hypothesis import strategies as st
-from small_neurons import Recorded, SmallMiner, miner_settings, quiet, running, small_validator
+from small_neurons import SmallMiner, miner_settings, quiet, running
 
-from hiveminer.chain import Chain, EmbeddedSubstrate, join_embedded
-from hiveminer.chain.weights import WeightSetter, clipped, filled, same, version_key
+from hiveminer.chain import Chain, join_embedded
 from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import ChainError, NotRegistered, NotYetRegistered
-from hiveminer.validation.scores import DOUBTS, ScoreTable
-from hiveminer.validator import weights_of
 from programs import wait_for
-
-BLOCK_SECONDS = 0.05
-
-
-class Clock:
-    """The real clock, put forward by a test. One for all substrates of it."""
-
-    def __init__(self) -> None:
-        self.ahead = 0.0
-
-    def __call__(self) -> float:
-        return time.time() + self.ahead
-
-    def blocks(self, count: int) -> None:
-        self.ahead += count * BLOCK_SECONDS
-
-
-class Subnet:
-    """A validator with its setter of weights, and miners, over one flaky network."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.clock = Clock()
-        self.path = folder / "chain.sqlite"
-        self.substrate = self.new_substrate()
-        self.opened: list[Chain] = []
-        self.validator = self.chain(self.substrate)
-        join_embedded(self.validator, stake_tao=5000)
-        self.stopping = threading.Event()
-        self.setter = self.new_setter()
-
-    def new_substrate(self) -> FlakySubstrate:
-        return FlakySubstrate(self.path, block_seconds=BLOCK_SECONDS, clock=self.clock)
-
-    def chain(self, substrate: EmbeddedSubstrate, keys: Any = None, **options: Any) -> Chain:
-        opened = Chain(
-            network="embedded",
-            netuid=1,
-            wallet=keys or new_keys(),
-            client=bt.Client("local", substrate=substrate),
-            **({"timeout_seconds": 2.0} | options),
-        )
-        self.opened.append(opened)
-        return opened
-
-    def new_setter(self, **options: Any) -> WeightSetter:
-        return WeightSetter(
-            self.validator,
-            path=self.folder / "weights.json",
-            stopping=self.stopping,
-            first_pause_seconds=0.05,
-            **({"every_seconds": 500 * BLOCK_SECONDS} | options),
-        )
-
-    def join(self) -> Keys:
-        keys = new_keys()
-        with self.chain(self.new_substrate(), keys) as chain:
-            join_embedded(chain)
-        return keys
-
-    def shares(self) -> dict[str, float]:
-        """The validator's weights as they stand on the chain, by hotkey."""
-        graph = self.validator.metagraph()
-        ours = graph.by_hotkey(self.validator.hotkey)
-        assert ours is not None
-        found = self.validator.weights_of(ours.uid)
-        total = sum(found.values()) or 1
-        return {graph.neuron(uid).hotkey: value / total for uid, value in found.items()}
-
-    def close(self) -> None:
-        self.stopping.set()
-        for chain in self.opened:
-            chain.close()
 
 
 @pytest.fixture
@@ -107,14 +27,6 @@ def subnet(tmp_path: Path) -> Iterator[Subnet]:
     made = Subnet(tmp_path)
     yield made
     made.close()
-
-
-def address(keys: Any) -> str:
-    return str(keys.hotkey.ss58_address)
-
-
-def earned(shares: Mapping[str, float]) -> Callable[[bt.Metagraph], Mapping[str, float]]:
-    return lambda graph: shares
 
 
 # Each fault: a miner that answers, and weights that are set once ------------------------------
@@ -303,156 +215,6 @@ def test_a_miner_that_loses_its_uid_says_so_and_ends(subnet: Subnet, tmp_path: P
     assert "has lost its uid" in str(program.error)
 
 
-# When, and when not ----------------------------------------------------------------------------
-
-
-def test_the_rate_limit_and_the_interval_are_respected(subnet: Subnet) -> None:
-    table = earned({address(subnet.join()): 1.0})
-    assert subnet.setter.set_if_due(table) is None  # just registered
-    subnet.clock.blocks(501)
-    assert subnet.setter.set_if_due(table) is not None
-    subnet.clock.blocks(400)
-    assert subnet.setter.set_if_due(table) is None
-    subnet.substrate.set_hyperparameters(1, weights_rate_limit=2000)
-    subnet.clock.blocks(1000)
-    assert subnet.setter.set_if_due(table) is None
-    subnet.clock.blocks(1000)
-    assert subnet.setter.set_if_due(table) is not None
-    assert subnet.substrate.submitted == 2 + 2  # the validator registered and staked
-
-
-def test_weights_are_sent_again_before_they_stop_counting(subnet: Subnet) -> None:
-    """Also from a table that has become half empty, and after a restart."""
-    miner, gone = subnet.join(), subnet.join()
-    subnet.clock.blocks(1000)
-    assert subnet.setter.set_if_due(earned({address(miner): 1.0, address(gone): 1.0}))
-    subnet.substrate.set_hyperparameters(1, activity_cutoff=1000)
-    subnet.substrate.give_away(address(gone))
-    restarted = subnet.new_setter()
-    subnet.clock.blocks(800)
-    assert restarted.set_if_due(lambda graph: None) is None
-    subnet.clock.blocks(150)
-    sent = restarted.set_if_due(lambda graph: None)
-    assert sent is not None
-    assert subnet.shares() == {address(miner): 1.0}
-    # However rarely the operator wants weights: the cutoff comes first.
-    rare = subnet.new_setter(every_seconds=86400.0)
-    subnet.clock.blocks(950)
-    assert rare.set_if_due(earned({address(miner): 1.0})) is not None
-
-
-@pytest.mark.parametrize("text", ["", "[]", '{"weights": {"a": 2}}', '{"weights": [1]}'])
-def test_damaged_last_weights_are_none(subnet: Subnet, text: str) -> None:
-    subnet.setter.path.write_text(text)
-    subnet.clock.blocks(4900)
-    assert subnet.setter.set_if_due(lambda graph: None) is None
-
-
-def test_what_nobody_earned_is_burnt_to_the_owner(
-    subnet: Subnet, caplog: pytest.LogCaptureFixture
-) -> None:
-    owner = subnet.join()
-    subnet.clock.blocks(1000)
-    for _ in range(3):
-        assert subnet.setter.set_if_due(earned({})) is None
-    assert caplog.text.count("the subnet's owner holds no uid") == 1
-    subnet.substrate.create_subnet(1, owner_hotkey=address(owner))
-    sent = subnet.setter.set_if_due(earned({}))
-    assert sent is not None
-    assert sent.burnt
-    assert subnet.shares() == {address(owner): 1.0}
-
-
-def test_a_half_filled_table_sets_nothing(subnet: Subnet) -> None:
-    subnet.join()
-    subnet.clock.blocks(1000)
-    assert subnet.setter.set_if_due(lambda graph: None) is None
-    assert subnet.substrate.weights_set == 0
-    late = {"waited_seconds": 601.0, "patience": 600.0}
-    early = {"waited_seconds": 1.0, "patience": 600.0}
-    assert not filled(["a", "b"], replayed=["a"], **early)
-    assert not filled([], replayed=["a"], **early)
-    assert filled(["a", "b"], replayed=["b", "a", "c"], **early)
-    assert filled(["a", "b"], replayed=[], **late)
-    assert filled([], replayed=[], **late)
-
-
-def test_an_old_version_is_told_and_sends_nothing(
-    subnet: Subnet, caplog: pytest.LogCaptureFixture
-) -> None:
-    table = earned({address(subnet.join()): 1.0})
-    subnet.clock.blocks(1000)
-    subnet.substrate.set_hyperparameters(1, weights_version=2000)
-    assert version_key("1.2.3") == 1023
-    before = subnet.substrate.submitted
-    for _ in range(3):
-        assert subnet.new_setter(version="1.9.9").set_if_due(table) is None
-    assert "wants version key 2000, and this version 1.9.9 is 1099; update" in caplog.text
-    assert subnet.substrate.submitted == before
-    assert subnet.new_setter(version="2.0.0").set_if_due(table) is not None
-
-
-def test_weights_are_clipped_and_what_is_read_back_is_compared(
-    subnet: Subnet, caplog: pytest.LogCaptureFixture
-) -> None:
-    first, second, third = (address(subnet.join()) for _ in range(3))
-    subnet.clock.blocks(1000)
-    subnet.substrate.set_hyperparameters(1, max_weights_limit=32768)
-    assert subnet.setter.set_if_due(earned({first: 8.0, second: 1.5, third: 0.5}))
-    shares = subnet.shares()
-    assert shares[first] == pytest.approx(0.5, abs=0.01)
-    assert "are not those" not in caplog.text
-    # Somebody else with the same key, or a reorganisation, put other weights there.
-    subnet.clock.blocks(1000)
-    real = subnet.validator.weights_of
-    subnet.validator.weights_of = lambda uid: {1: 1, 2: 65535}  # type: ignore[method-assign]
-    assert subnet.setter.set_if_due(earned({first: 8.0, second: 1.5, third: 0.5}))
-    subnet.validator.weights_of = real  # type: ignore[method-assign]
-    assert "are not those that were sent" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("found", "sent", "is_same"),
-    [
-        ({1: 65535}, {1: 1.0}, True),
-        ({1: 65535, 2: 21845}, {1: 0.75, 2: 0.25}, True),
-        ({1: 65535, 2: 65535}, {1: 0.75, 2: 0.25}, False),
-        ({1: 65535, 3: 1}, {1: 1.0}, False),
-        ({1: 21845, 2: 65535}, {1: 0.75, 2: 0.25}, False),
-        ({2: 65535}, {1: 1.0}, False),
-        ({}, {1: 1.0}, False),
-        ({1: 65535}, {1: 0.99999, 2: 0.00001}, True),  # too small to be kept
-    ],
-)
-def test_what_is_the_same(found: dict[int, int], sent: dict[int, float], *, is_same: bool) -> None:
-    assert same(found, sent) is is_same
-
-
-def test_shares_are_clipped_to_the_subnets_limit() -> None:
-    assert clipped({1: 0.8, 2: 0.15, 3: 0.05}, 0.5) == pytest.approx({1: 0.5, 2: 0.375, 3: 0.125})
-    assert clipped({1: 0.8, 2: 0.19, 3: 0.01}, 0.4) == pytest.approx({1: 0.4, 2: 0.4, 3: 0.2})
-    assert clipped({1: 0.9, 2: 0.1}, 0.3) == {1: 0.5, 2: 0.5}
-    assert clipped({1: 0.4, 2: 0.6}, 1.0) == {1: 0.4, 2: 0.6}
-
-
-@given(st.lists(st.floats(0.001, 1000.0), min_size=1, max_size=40), st.floats(0.01, 1.0))
-def test_no_share_ends_above_the_limit_and_none_is_lost(given_: list[float], limit: float) -> None:
-    total = sum(given_)
-    found = clipped({uid: weight / total for uid, weight in enumerate(given_)}, limit)
-    assert sum(found.values()) == pytest.approx(1.0)
-    assert max(found.values()) <= max(limit, 1 / len(given_)) + 1e-6
-
-
-def test_commit_reveal_which_this_network_lacks_is_told(
-    subnet: Subnet, caplog: pytest.LogCaptureFixture
-) -> None:
-    table = earned({address(subnet.join()): 1.0})
-    subnet.clock.blocks(1000)
-    subnet.substrate.set_hyperparameters(1, commit_reveal_weights_enabled=1)
-    assert subnet.setter.set_if_due(table) is None
-    assert "weights were not set" in caplog.text
-
-
 # The metagraph on disk ----------------------------------------------------------------------
 
 
@@ -635,44 +397,3 @@ def test_a_dead_session_is_followed_by_a_new_one(subnet: Subnet) -> None:
         chain.block()
     one.delay_seconds, one.dead = 0.0, True
     assert chain.block() > 0
-
-
-# The validator -------------------------------------------------------------------------------
-
-
-def test_the_validator_brings_its_table_to_the_chain(subnet: Subnet, tmp_path: Path) -> None:
-    miner, idle = address(subnet.join()), address(subnet.join())
-    metrics = Recorded()
-    options = {"validator": {"weights_seconds": 500 * BLOCK_SECONDS}, "chain": subnet.validator}
-    with small_validator(tmp_path, metrics=metrics, **options) as made:
-        subnet.clock.blocks(1000)
-
-        def tick() -> list[dict[str, Any]]:
-            asyncio.run(made._set_weights([miner, idle]))
-            return metrics.of("weights")
-
-        made.table.add_work(miner, 100)
-        made.table.add_score(miner, 0.5)
-        assert tick() == []  # the other one was not replayed yet
-        made.table.add_work(idle, 100)
-        made.table.add_score(idle, 0.0)
-        assert tick() == [{"weights": {"1": 1.0}, "burnt": False}]
-        assert made.table.of(miner).tokens == pytest.approx(90.0)
-        assert len(tick()) == 1
-        subnet.substrate.give_away(miner)
-        subnet.substrate.create_subnet(1, owner_hotkey=idle)
-        subnet.clock.blocks(1000)
-        assert tick()[1:] == [{"weights": {"2": 1.0}, "burnt": True}]
-    saved = made.scores.load()
-    assert miner not in saved.standings
-    assert idle in saved.standings
-
-
-def test_a_miner_that_is_never_replayed_holds_weights_up_for_a_while_only() -> None:
-    table = ScoreTable()
-    table.add_work("silent", 10)
-    assert weights_of(table, {"silent"}, waited_seconds=29, patience=30) is None
-    assert weights_of(table, {"silent"}, waited_seconds=30, patience=30) == {}
-    for _ in range(DOUBTS):
-        table.add_unjudged("silent")
-    assert weights_of(table, {"silent"}, waited_seconds=0, patience=30) == {"silent": 1.0}

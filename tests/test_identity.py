@@ -3,80 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
-import re
-import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import bittensor
 import pytest
-from bittensor.keyfiles import Keypair
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
-from hivemind.p2p import P2P, PeerID
-from hivemind.proto import crypto_pb2, dht_pb2
+from hivemind.p2p import PeerID
+from hivemind.proto import dht_pb2
 from hivemind.utils import auth
+from identities import (
+    ALICE,
+    BOB,
+    CHARLIE,
+    EVERYBODY,
+    OTHER_RUN,
+    RUN,
+    authorizer,
+    copied,
+    forget,
+    hotkey,
+    passes,
+    signed,
+    token_of,
+    who,
+)
 
-from hiveminer.errors import OperatorError, SwarmError
+from hiveminer.errors import SwarmError
 from hiveminer.swarm import Identity, identity
 from hiveminer.swarm.identity import Authorizer
 from hiveminer.swarm.keys import peer_id_of_key
-from programs import Network, started
-
-RUN = "embedded-11aa-22bb-33cc"
-OTHER_RUN = "embedded-99ff-22bb-33cc"
-
-
-@functools.cache
-def hotkey(name: str) -> Any:
-    return Keypair.create_from_uri(f"//{name}")
-
-
-@functools.cache
-def who(name: str, *, run_id: str = RUN, key: int = 0) -> Identity:
-    """This hotkey's identity, with the `key`-th of its RSA keys."""
-    return Identity(hotkey(name), run_id=run_id, key_path=None)
-
-
-EVERYBODY = tuple(str(hotkey(name).ss58_address) for name in ("Alice", "Bob", "Charlie"))
-ALICE, BOB, CHARLIE = EVERYBODY
-
-
-def authorizer(name: str, **options: Any) -> Authorizer:
-    return Authorizer(who(name, **options), admitted=EVERYBODY)
-
-
-def signed(sender: Authorizer, **fields: Any) -> Any:
-    """A request as the sender's DHT sends it."""
-    request = dht_pb2.PingRequest(**fields)
-    asyncio.run(sender.sign_request(request, None))
-    return request
-
-
-def copied(message: Any) -> Any:
-    """hivemind's check takes the signature out of what it checks."""
-    copy = type(message)()
-    copy.CopyFrom(message)
-    return copy
-
-
-def passes(receiver: Authorizer, request: Any) -> bool:
-    return asyncio.run(receiver.validate_request(copied(request)))
-
-
-def token_of(one: Identity, *, seconds: float = 500.0) -> Any:
-    return one.endorse(expires=time.time() + seconds)
-
-
-def forget(receiver: Authorizer) -> None:
-    """As if all had been told long ago."""
-    receiver._tell_again_at.clear()
-
 
 # Requests and responses
 
@@ -478,328 +438,3 @@ def test_a_peer_that_says_nothing_is_nobody_and_is_left_alone_for_a_while() -> N
 
     assert asyncio.run(ask_again()) == [None, None]
     assert asked == [who("Eve").peer_id, who("Charlie").peer_id]
-
-
-# The key's file
-
-
-def mode(path: Path) -> int:
-    return stat.S_IMODE(path.stat().st_mode)
-
-
-def test_the_key_is_kept_for_its_user_alone(tmp_path: Path) -> None:
-    path = tmp_path / "neuron" / "peer.key"
-    first = Identity(hotkey("Alice"), run_id=RUN, key_path=path)
-    assert mode(path) == 0o600
-    assert [file.name for file in path.parent.iterdir()] == ["peer.key"]
-    assert str(PeerID.from_identity(path.read_bytes())) == first.peer_id
-    again = Identity(hotkey("Alice"), run_id=RUN, key_path=path)
-    assert again.peer_id == first.peer_id
-
-
-@pytest.mark.parametrize("was", [0o400, 0o644, 0o666])
-def test_a_key_that_hivemind_wrote_goes_on_working(tmp_path: Path, was: int) -> None:
-    path = tmp_path / "peer.key"
-    P2P.generate_identity(str(path))
-    path.chmod(was)
-    one = Identity(hotkey("Alice"), run_id=RUN, key_path=path)
-    assert mode(path) == 0o600
-    assert str(PeerID.from_identity(path.read_bytes())) == one.peer_id
-
-
-def test_a_key_that_is_not_kept_is_on_the_disk_for_the_daemon_only() -> None:
-    one = Identity(hotkey("Alice"), run_id=RUN, key_path=None)
-    with one.key_file() as path:
-        assert mode(path) == 0o600
-        assert str(PeerID.from_identity(path.read_bytes())) == one.peer_id
-    assert not path.parent.exists()
-
-
-def wrapped(key: Any, *, form: Any = serialization.PrivateFormat.TraditionalOpenSSL) -> bytes:
-    der = key.private_bytes(serialization.Encoding.DER, form, serialization.NoEncryption())
-    message = crypto_pb2.PrivateKey(key_type=crypto_pb2.RSA, data=der)
-    written: bytes = message.SerializeToString()
-    return written
-
-
-@functools.cache
-def good() -> bytes:
-    return wrapped(rsa.generate_private_key(65537, 2048))
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        lambda: b"",
-        lambda: b"not a key\n",
-        lambda: good()[:-1],
-        lambda: good()[: len(good()) // 2],
-        lambda: good() * 10,
-        lambda: wrapped(rsa.generate_private_key(65537, 1024)),
-        lambda: wrapped(
-            ed25519.Ed25519PrivateKey.generate(), form=serialization.PrivateFormat.PKCS8
-        ),
-        # Python reads it, and libp2p does not.
-        lambda: wrapped(
-            rsa.generate_private_key(65537, 2048), form=serialization.PrivateFormat.PKCS8
-        ),
-    ],
-    ids=["empty", "text", "cut", "half", "long", "short key", "no rsa", "other format"],
-)
-def test_a_file_that_is_no_key_is_told_in_one_line(
-    tmp_path: Path, data: Callable[[], bytes]
-) -> None:
-    path = tmp_path / "peer.key"
-    written = data()
-    path.write_bytes(written)
-    with pytest.raises(OperatorError, match=r"is not a peer's key; .* or remove it") as raised:
-        Identity(hotkey("Alice"), run_id=RUN, key_path=path)
-    assert str(path) in str(raised.value)
-    assert "\n" not in str(raised.value)
-    assert path.read_bytes() == written
-
-
-def test_a_place_where_no_key_can_be_is_told_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path, tmp_path / "file" / "peer.key"):
-        with pytest.raises(OperatorError, match=r"the peer's key .* cannot be used: "):
-            Identity(hotkey("Alice"), run_id=RUN, key_path=path)
-
-
-def test_a_hotkey_of_another_kind_is_the_operators_mistake() -> None:
-    key = Keypair.create_from_uri("//Alice", crypto_type=bittensor.CRYPTO_ED25519)
-    with pytest.raises(OperatorError, match="not sr25519"):
-        Identity(key, run_id=RUN, key_path=None)
-
-
-# Real peers
-
-PEERS = """
-import functools, logging, sys, time
-logging.basicConfig(level=logging.INFO)
-import torch
-torch.set_num_threads(1)
-import hivemind
-from hivemind.p2p import PeerID
-from bittensor.keyfiles import Keypair
-from hiveminer.swarm import Identity, Peer
-
-RUN, OTHER_RUN = sys.argv[1:3]
-NAMES = ("Alice", "Bob", "Charlie", "Dave", "Ferdie")
-HOTKEYS = {name: Keypair.create_from_uri("//" + name) for name in NAMES}
-NAMED = {key.ss58_address: name for name, key in HOTKEYS.items()}
-NAMED |= {"": "unchecked", None: "nobody"}
-
-def peer(name, run_id=RUN, **options):
-    identity = Identity(HOTKEYS[name], run_id=run_id, key_path=None)
-    everybody = [key.ss58_address for key in HOTKEYS.values()]
-    return Peer(identity=identity, admitted=everybody, **options)
-
-def store(dht, key):
-    "Into others' storage: a node alone stores with itself, and is content."
-    own = dht.peer_id.to_bytes()
-    return dht.store(key, key, time.time() + 100, subkey=own, exclude_self=True)
-
-def get(dht, key):
-    found = dht.get(key, latest=True)
-    return found and next(entry.value for entry in found.value.values())
-
-def counts(result):
-    return len(result.answered), len(result.tried)
-
-# On a busy machine one call may come too late, so what is to succeed is tried again.
-def within(seconds, what):
-    deadline = time.monotonic() + seconds
-    while not (value := what()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return value
-
-def meets(one, *others):
-    addresses = [other.address for other in others]
-    return within(60, lambda: len(one.dial(addresses).answered) == len(others))
-
-def name_of(one, other):
-    return NAMED[within(20, lambda: one.hotkey_of(other.peer_id))]
-
-def say(*words):
-    print("#", *words, flush=True)
-"""
-
-GUEST = (
-    PEERS
-    + """
-from hiveminer.neuron import Neuron
-from hiveminer.chain import EmbeddedSubstrate
-from hiveminer.config.settings import ValidatorSettings, parse
-
-neuron = Neuron(parse(sys.argv[3:], cls=ValidatorSettings, prog="guest"), role="validator")
-guest = Peer(client_only=True, identity=neuron.identity(RUN), admitted=neuron.registered)
-
-def let_in():
-    guest.admit(neuron.registered)
-    guest.dial(sorted(neuron.peer_addresses()))
-    neuron.sync()
-    return store(guest.dht, "of the guest")
-
-def is_out():
-    return not any(guest.dial(sorted(neuron.peer_addresses())).answered for _ in range(3))
-
-say("let in", within(60, let_in))
-settings = neuron.settings
-EmbeddedSubstrate(settings.subtensor.path / "chain.sqlite").deregister(
-    neuron.hotkey, netuid=settings.netuid
-)
-# It still knows everybody itself, so it is the miner that does not let it in.
-say("put out", within(30, is_out))
-say("stores", store(guest.dht, "of the guest"))
-guest.close()
-neuron.close()
-say("closed")
-"""
-)
-
-REGISTERED = (
-    PEERS
-    + """
-alice, bob, charlie = peer("Alice"), peer("Bob"), peer("Charlie")
-say("met", meets(bob, alice, charlie), meets(charlie, alice))
-say("shared", within(20, lambda: store(alice.dht, "shared")))
-say("read", *(within(20, lambda: get(one.dht, "shared")) for one in (bob, charlie)))
-validator = peer("Dave", client_only=True)
-say("client met", meets(validator, alice), within(20, lambda: get(validator.dht, "shared")))
-say("alice knows", *(name_of(alice, one) for one in (alice, bob, charlie, validator)))
-stray = peer("Ferdie", run_id=OTHER_RUN)
-found = counts(stray.dial([alice.address, bob.address]))
-say("other run", found, NAMED[alice.hotkey_of(stray.peer_id)])
-
-staying = [key.ss58_address for name, key in HOTKEYS.items() if name != "Charlie"]
-alice.admit(staying)
-bob.admit(staying)
-say("still shared", within(20, lambda: store(alice.dht, "later")))
-say("still read", within(20, lambda: get(bob.dht, "later")))
-say("dropped stores", store(charlie.dht, "of the dropped"))
-say("dropped gets", get(charlie.dht, "later"))
-say("dropped meets", counts(charlie.dial([alice.address, bob.address])))
-say("dropped is", *(NAMED[p.hotkey_of(charlie.peer_id)] for p in (alice, bob)))
-say("from the dropped", *(get(p.dht, "of the dropped") for p in (alice, bob)))
-
-peer_id, alice_id = charlie.peer_id, alice.peer_id
-charlie.close()
-alice.admit([key.ss58_address for key in HOTKEYS.values()])
-say("dead is", NAMED[alice.hotkey_of(peer_id, timeout_seconds=3)])
-for one in (alice, bob, validator, stray):
-    one.close()
-say("closed")
-"""
-)
-
-INTRUDER = (
-    PEERS
-    + """
-async def knock(_, node, peer_id):
-    return await node.protocol.call_ping(PeerID.from_base58(peer_id)) is not None
-
-def intrude(first, second, *, seconds):
-    say("met", meets(first, second))
-    say("shared", within(20, lambda: store(first.dht, "shared")))
-    say("read", within(20, lambda: get(second.dht, "shared")))
-    stranger = hivemind.DHT(
-        initial_peers=[first.address, second.address],
-        start=True,
-        ensure_bootstrap_success=False,
-    )
-    for one in (first, second):
-        task = functools.partial(knock, peer_id=one.peer_id)
-        say("stranger knocks", within(seconds, lambda: stranger.run_coroutine(task)))
-    say("stranger stores", within(seconds, lambda: store(stranger, "strange")))
-    say("stranger gets", within(seconds, lambda: get(stranger, "shared")))
-    for one in (first, second):
-        say("from the stranger", within(seconds, lambda: get(one.dht, "strange")))
-    say("stranger is", NAMED[first.hotkey_of(str(stranger.peer_id))])
-    stranger.shutdown()
-    for one in (first, second):
-        one.close()
-
-say("with identities")
-intrude(peer("Alice"), peer("Bob"), seconds=1)
-say("without")
-intrude(Peer(), Peer(), seconds=30)
-say("closed")
-"""
-)
-
-
-def said(script: str, folder: Path) -> tuple[str, list[str]]:
-    """The whole log of a script, and the lines that it said itself."""
-    with started(script, RUN, OTHER_RUN, folder=folder / "peers") as program:
-        words = program.says("# closed", seconds=120)
-        assert program.process.wait(20) == 0, words
-    return words, [line[2:] for line in words.splitlines() if line.startswith("# ")]
-
-
-@pytest.mark.timeout(180)
-def test_registered_peers_share_a_dht_and_who_leaves_is_out(tmp_path: Path) -> None:
-    words, lines = said(REGISTERED, tmp_path)
-    assert lines == [
-        "met True True",
-        "shared True",
-        "read shared shared",
-        "client met True shared",
-        "alice knows Alice Bob Charlie Dave",
-        "other run (0, 2) nobody",
-        "still shared True",
-        "still read later",
-        "dropped stores False",
-        "dropped gets None",
-        "dropped meets (0, 2)",
-        "dropped is nobody nobody",
-        "from the dropped None None",
-        "dead is nobody",
-        "closed",
-    ], words
-    assert f"it is in run {OTHER_RUN}, we are in {RUN}; " in words
-    assert words.count("[other_run]") == 3, "one line of each of the two, and one of the stray"
-
-
-@pytest.mark.timeout(180)
-def test_a_stock_hivemind_node_gets_nothing_and_leaves_nothing(tmp_path: Path) -> None:
-    words, lines = said(INTRUDER, tmp_path)
-    assert lines == [
-        "with identities",
-        "met True",
-        "shared True",
-        "read shared",
-        "stranger knocks False",
-        "stranger knocks False",
-        "stranger stores False",
-        "stranger gets None",
-        "from the stranger None",
-        "from the stranger None",
-        "stranger is nobody",
-        "without",
-        "met True",
-        "shared True",
-        "read shared",
-        "stranger knocks True",
-        "stranger knocks True",
-        "stranger stores True",
-        "stranger gets shared",
-        "from the stranger strange",
-        "from the stranger strange",
-        "stranger is unchecked",
-        "closed",
-    ], words
-    assert "Traceback" not in words
-
-
-@pytest.mark.timeout(320)
-def test_a_miner_lets_in_who_is_registered_and_puts_out_who_is_no_longer(tmp_path: Path) -> None:
-    with Network(tmp_path / "net") as network:
-        miner = network.start("miner").says("serving on", seconds=120)
-        run = re.search(r"run (\S+): \d+ parameters", miner)
-        assert run is not None, miner
-        with started(GUEST, run[1], "", *network.flags, folder=tmp_path / "guest") as guest:
-            words = guest.says("# closed", seconds=150)
-            assert guest.process.wait(20) == 0, words
-    for line in ("let in True", "put out True", "stores False"):
-        assert f"# {line}\n" in words, words

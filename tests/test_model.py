@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from steps import one_thread  # noqa: F401 - a fixture
 from tiny import (
     ARCHITECTURES,
     END,
@@ -47,14 +47,6 @@ BUILTIN_SCHEMA = "69db43889cc19b16032ee8c1a15cbe0a872ff36438d8fb809429929bce52ae
 
 END_OF_TEXT = 256
 PADDING = 257
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

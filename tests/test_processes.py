@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import shutil
 import signal
@@ -14,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,25 +24,15 @@ import pytest
 from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
 from hivemind.proto.p2pd_pb2 import PersistentConnectionResponse
 
-from hiveminer.chain import embedded_wallet
 from hiveminer.errors import SwarmError
 from hiveminer.runtime.processes import lives
-from hiveminer.strategies.hivemind.averager import SwarmAverager
 from hiveminer.swarm import processes
 from hiveminer.swarm.processes import ChildProcesses, guard_tasks, shared_memory_problem, sweep
-from programs import Network, Program, descendants_gone, started, wait_for
+from programs import Program, descendants_gone, started, wait_for
 
 linux = pytest.mark.skipif(
     not Path("/proc/net/unix").exists(), reason="only Linux tells which sockets are open"
 )
-
-RUN = """
-[model]
-sequence_length = 64
-[swarm]
-epoch_samples = 32
-matchmaking_seconds = 3.0
-"""
 
 PEER = """
 import sys, time
@@ -126,21 +115,6 @@ from hiveminer.swarm.processes import mark_temporary_folder
 mark_temporary_folder()
 print(multiprocessing.util.get_temp_dir(), flush=True)
 time.sleep(60)
-"""
-
-# A miner that says when a round of its swarm is under way.
-TELLING = """
-import threading, time
-from hiveminer import Miner
-
-def watch(miner):
-    while not miner.swarm._is_rounding():
-        time.sleep(0.002)
-    print("in a round", flush=True)
-
-with Miner() as miner:
-    threading.Thread(target=watch, args=(miner,), daemon=True).start()
-    miner.run()
 """
 
 
@@ -394,209 +368,3 @@ def test_a_miner_without_shared_memory_ends_with_one_line(tmp_path: Path) -> Non
     assert ended.returncode == 2, ended.stderr
     assert "/dev/shm has" in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
-
-
-# A real miner, killed with -9 in each state that it can be in
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@dataclass
-class Left:
-    """What a family of processes holds, to be looked for when it is dead."""
-
-    family: list[psutil.Process]
-    sockets: set[str]
-
-    @classmethod
-    def of(cls, program: Program) -> Left:
-        family = program.family()
-        sockets = set()
-        for process in family:
-            with contextlib.suppress(psutil.Error):
-                names = (str(each.laddr) for each in process.net_connections("unix"))
-                sockets |= {name for name in names if name.startswith("/")}
-        return cls(family, sockets)
-
-    @property
-    def files(self) -> list[str]:
-        numbers = [process.pid for process in self.family]
-        memory = [str(p) for n in numbers for p in Path("/dev/shm").glob(f"torch_{n}_*")]
-        place = Path(tempfile.gettempdir())
-        folders = [str(p) for n in numbers for p in place.glob(f"pymp-*/hiveminer-{n}")]
-        return [name for name in self.sockets if os.path.exists(name)] + memory + folders
-
-
-def is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return True
-    return False
-
-
-def peers_lock_is_free(port: int) -> bool:
-    path = Path(tempfile.gettempdir()) / f"hiveminer-peer-{port}.lock"
-    if not path.exists():
-        return True
-    with path.open("r+b") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-    return True
-
-
-def all_free(network: Network, ports: dict[str, int]) -> bool:
-    """Whether a miner could start with this key and these ports now."""
-    with embedded_wallet(network.folder / "network", prefix="miner") as claim:
-        key = claim.hotkey_name == "miner-0"
-    return key and all(map(is_free, ports.values())) and peers_lock_is_free(ports["dht"])
-
-
-def pythons(program: Program) -> list[psutil.Process]:
-    """The processes that the program forked itself: in a group of their own, or not yet."""
-    with contextlib.suppress(psutil.Error):
-        main = psutil.Process(program.process.pid)
-        return [child for child in main.children() if child.cmdline() == main.cmdline()]
-    return []
-
-
-def daemons(program: Program) -> list[psutil.Process]:
-    found = []
-    for child in pythons(program):
-        with contextlib.suppress(psutil.Error):
-            found += [each for each in child.children() if each.name() == "p2pd"]
-    return found
-
-
-STATES = {
-    "the DHT is forked": lambda program: bool(pythons(program)),
-    "the daemon is started": lambda program: bool(daemons(program)),
-    "the averager is forked": lambda program: len(pythons(program)) > 1,
-    "it serves": lambda program: "serving on" in program.words,
-}
-
-
-@contextlib.contextmanager
-def killed(network: Network, program: Program, ports: dict[str, int]) -> Iterator[None]:
-    """Kill the main process in the block; then all must be free, and swept, within 5 s."""
-    left = Left.of(program)
-    yield
-    program.process.kill()
-    descendants_gone(left.family, seconds=5)
-    wait_for(lambda: all_free(network, ports), seconds=5, about="key and ports to be free")
-    sweep()
-    assert left.files == []
-
-
-@pytest.mark.timeout(200)
-@pytest.mark.parametrize(
-    "state",
-    [
-        pytest.param("the DHT is forked", marks=pytest.mark.slow),
-        pytest.param("the daemon is started", marks=pytest.mark.slow),
-        pytest.param("the averager is forked", marks=pytest.mark.slow),
-        pytest.param("it serves", marks=pytest.mark.slow),
-    ],
-)
-def test_kill_9_of_a_miner_that_starts(state: str, tmp_path: Path) -> None:
-    ports = {"axon": free_port(), "dht": free_port()}
-    flags = [f"--{name}.port={port}" for name, port in ports.items()]
-    with Network(tmp_path, run=RUN) as network:
-        miner = network.start("miner-0", *flags, ports=False)
-        wait_for(lambda: STATES[state](miner), seconds=90, about=f"{state}: {miner.words}")
-        with killed(network, miner, ports):
-            pass
-        if state == "it serves":  # and another can have all of it
-            again = network.start("miner-again", *flags, ports=False)
-            again.says(f"serving on 127.0.0.1 port {ports['axon']}", seconds=90)
-            assert "(key miner-0)" in again.words
-
-
-@pytest.mark.timeout(200)
-@pytest.mark.parametrize(
-    ("role", "ready", "number", "name"),
-    [
-        ("miner-0", "serving on", 0, "the DHT's process"),
-        pytest.param("miner-0", "serving on", 1, "the averager's", marks=pytest.mark.slow),
-        pytest.param("validator", "rows to give", 0, "the DHT's", marks=pytest.mark.slow),
-        pytest.param("validator", "rows to give", 1, "the averager's", marks=pytest.mark.slow),
-    ],
-)
-def test_a_neuron_whose_child_dies_ends_and_says_so(
-    role: str, ready: str, number: int, name: str, tmp_path: Path
-) -> None:
-    with Network(tmp_path) as network:
-        program = network.start(role)
-        program.says(ready, seconds=90)
-        family = program.family()
-        pythons(program)[number].kill()
-        assert program.process.wait(40) == 1
-        descendants_gone(family, seconds=5)
-        assert f"hiveminer: {name}" in program.words
-        assert "has ended, and without it there is no swarm" in program.words
-
-
-def test_nobody_waits_for_the_download_of_a_process_that_has_ended() -> None:
-    dead, alive = SimpleNamespace(is_alive=lambda: False), SimpleNamespace(is_alive=lambda: True)
-    never: Future[str] = Future()
-    with pytest.raises(ConnectionError, match="has ended"):
-        SwarmAverager._wait_for(dead, never, 60.0)  # type: ignore[arg-type]
-    with pytest.raises(TimeoutError):
-        SwarmAverager._wait_for(alive, never, 0.6)  # type: ignore[arg-type]
-    done: Future[str] = Future()
-    done.set_result("state")
-    assert SwarmAverager._wait_for(dead, done, 60.0) == "state"  # type: ignore[arg-type]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_kill_9_of_miners_that_train_and_average(tmp_path: Path) -> None:
-    script = tmp_path / "telling.py"
-    script.write_text(TELLING)
-    ports = {"axon": free_port(), "dht": free_port()}
-    flags = [f"--{name}.port={port}" for name, port in ports.items()]
-    with Network(tmp_path, run=RUN) as network:
-        miner = network.start("miner-0", *flags, script=script, ports=False)
-        miner.says("serving on", seconds=90)
-        other = network.start("miner-1")
-        other.says("serving on", seconds=90)
-        network.start("validator", "--validator.rows", "64")
-        wait_for(lambda: network.numbers("train"), seconds=90, about="training")
-        miner.says("in a round", seconds=90)
-        with killed(network, miner, ports):
-            pass
-        trained = len(network.numbers("train"))
-        wait_for(lambda: len(network.numbers("train")) > trained, seconds=90, about=other.words)
-        left = Left.of(other)
-        other.process.kill()  # while it trains
-        descendants_gone(left.family, seconds=5)
-        sweep()
-        assert left.files == []
-
-
-KILLED_TESTS = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from programs import started
-program = started("import time; time.sleep(600)", folder=Path("inner"))
-print("program", program.process.pid, flush=True)
-time.sleep(600)
-"""
-
-
-def test_programs_of_a_killed_test_run_end_with_it(tmp_path: Path) -> None:
-    tests = str(Path(__file__).parent)
-    with started(KILLED_TESTS, tests, folder=tmp_path / "tests") as run:
-        pid = int(run.says("program ", seconds=120).split("program ")[1].split()[0])
-        assert psutil.pid_exists(pid)
-        run.process.kill()
-        run.process.wait(10)
-        wait_for(lambda: not psutil.pid_exists(pid), seconds=20, about="the program's end")

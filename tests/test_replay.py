@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from steps import one_thread  # noqa: F401 - a fixture
 from tiny import tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,14 +26,6 @@ from hiveminer.validation.replay import Curves, Replayer
 RUN = Run()
 BATCH = 2
 STEPS = 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def texts(seed: int, *, rows: int = BATCH * STEPS) -> list[str]:

@@ -14,14 +14,6 @@ import torch
 
 from programs import ROOT, Network, Program, descendants_gone, started, wait_for
 
-RUN = """
-[model]
-sequence_length = 64
-[swarm]
-epoch_samples = 64
-matchmaking_seconds = 3.0
-"""
-
 PEER = '''
 import sys, time
 from pathlib import Path

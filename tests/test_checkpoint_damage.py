@@ -1,0 +1,201 @@
+"""A damaged checkpoint is skipped in favor of the previous one, whatever the damage."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import (
+    is_number,
+    look_in,
+    rewrite,
+    rewrite_as_0_1,
+    tensors,
+    the_one_before,
+    written,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hiveminer.training.checkpoint import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    STATE,
+    Checkpoints,
+    of_run,
+)
+
+# --- what is refused ------------------------------------------------------------------------
+
+
+def test_a_manifest_cut_at_any_byte_is_survived(tmp_path: Path) -> None:
+    written(tmp_path)
+    path = tmp_path / "checkpoint-000002" / MANIFEST
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        the_one_before(tmp_path, MANIFEST)
+    path.write_bytes(whole)
+    assert is_number(look_in(tmp_path)[0], 2)
+
+
+def test_tensors_cut_at_any_byte_are_survived(tmp_path: Path) -> None:
+    written(tmp_path)
+    path = tmp_path / "checkpoint-000002" / STATE
+    whole = path.read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        the_one_before(tmp_path, f"has {length} bytes instead of {len(whole)}")
+    path.write_bytes(whole + b"\0")
+    the_one_before(tmp_path, "bytes instead of")
+
+
+def test_a_flipped_bit_anywhere_is_seen(tmp_path: Path) -> None:
+    written(tmp_path)
+    chance = random.Random(5)
+    for name in (MANIFEST, STATE):
+        path = tmp_path / "checkpoint-000002" / name
+        whole = path.read_bytes()
+        for place in range(len(whole)):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << chance.randrange(8)
+            path.write_bytes(flipped)
+            the_one_before(tmp_path, name)
+        path.write_bytes(whole)
+    assert is_number(look_in(tmp_path)[0], 2)
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_whatever_is_done_to_the_newest_a_sound_one_is_loaded(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    """Any bytes in place of any others, in either file."""
+    folder = tmp_path / "kept"
+    if not folder.exists():
+        written(folder)
+    path = folder / "checkpoint-000002" / data.draw(st.sampled_from([MANIFEST, STATE]))
+    whole = path.read_bytes()
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.integers(start, len(whole)))
+    changed = whole[:start] + data.draw(st.binary(max_size=64)) + whole[stop:]
+    path.write_bytes(changed)
+    try:
+        found = look_in(folder)[0]
+        # White space in the manifest may change without changing what it says.
+        assert (
+            is_number(found, 1)
+            or (is_number(found, 2) and path.name == MANIFEST)
+            or (is_number(found, 2) and changed == whole)
+        )
+    finally:
+        path.write_bytes(whole)
+
+
+def _swap(first: Path, second: Path) -> None:
+    aside = first.with_name("aside")
+    first.rename(aside)
+    second.rename(first)
+    aside.rename(second)
+
+
+def test_swapped_manifests_are_refused_both(tmp_path: Path) -> None:
+    written(tmp_path)
+    _swap(tmp_path / "checkpoint-000001" / MANIFEST, tmp_path / "checkpoint-000002" / MANIFEST)
+    found, refused = look_in(tmp_path)
+    assert found is None
+    assert ["it was written as number" in line for line in refused] == [True, True]
+
+
+def test_swapped_tensors_are_refused_both(tmp_path: Path) -> None:
+    written(tmp_path)
+    _swap(tmp_path / "checkpoint-000001" / STATE, tmp_path / "checkpoint-000002" / STATE)
+    found, refused = look_in(tmp_path)
+    assert found is None
+    assert ["its hash differs" in line for line in refused] == [True, True]
+
+
+def test_a_checkpoint_under_another_number_is_refused(tmp_path: Path) -> None:
+    written(tmp_path, count=3)
+    (tmp_path / "checkpoint-000002").rename(tmp_path / "checkpoint-000009")
+    found, refused = look_in(tmp_path)
+    assert is_number(found, 3)
+    assert refused == ["checkpoint-000009 is refused: it was written as number 2"]
+
+
+@pytest.mark.parametrize("name", [MANIFEST, STATE])
+def test_a_missing_file_and_a_folder_in_its_place_are_refused(tmp_path: Path, name: str) -> None:
+    written(tmp_path)
+    path = tmp_path / "checkpoint-000002" / name
+    path.unlink()
+    the_one_before(tmp_path, f"{name} cannot be read")
+    path.mkdir()
+    the_one_before(tmp_path, name)
+
+
+def test_a_signed_checkpoint_of_version_0_1_still_loads(tmp_path: Path) -> None:
+    written(tmp_path)
+    path = tmp_path / "checkpoint-000002" / MANIFEST
+    rewrite_as_0_1(path)
+    found, refused = look_in(tmp_path)
+    assert (is_number(found, 2), refused) == (True, [])
+    state = path.with_name(STATE)
+    state.write_bytes(state.read_bytes()[:-1] + b"\x7f")
+    the_one_before(tmp_path, "its hash differs")
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"[]", b"1", b"[" * 100_000, b'{"a":' * 5000, b"\xff\xfe", b"9" * 5000, b"NaN"]
+)
+def test_what_is_no_manifest_is_refused(tmp_path: Path, text: bytes) -> None:
+    written(tmp_path)
+    (tmp_path / "checkpoint-000002" / MANIFEST).write_bytes(text)
+    the_one_before(tmp_path, MANIFEST)
+
+
+def test_a_manifest_is_not_read_beyond_its_limit(tmp_path: Path) -> None:
+    kept = written(tmp_path)
+    with (tmp_path / "checkpoint-000002" / MANIFEST).open("wb") as stream:
+        stream.truncate(2**40)  # it takes no room, but a reader's memory
+    the_one_before(tmp_path, f"longer than {MAX_MANIFEST_BYTES} bytes")
+    assert kept.save(None, {"text": "x" * MAX_MANIFEST_BYTES}) is None
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    written(tmp_path)
+    rewrite(tmp_path / "checkpoint-000002" / MANIFEST, format=2)
+    the_one_before(tmp_path, "its format is 2, and this version reads 1")
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    written(tmp_path)
+    path = tmp_path / "checkpoint-000002" / STATE
+    torch.save({"a": torch.zeros(1)}, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    said = {"bytes": path.stat().st_size, "sha256": digest}
+    rewrite(path.with_name(MANIFEST), state=said)
+    the_one_before(tmp_path, f"{STATE} cannot be read")
+
+
+def test_each_refusal_is_one_line_of_the_event(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = Checkpoints(tmp_path)
+    for number, run in enumerate(["ours", "theirs", "ours"], start=1):
+        kept.save(tensors(number), {"run_id": run})
+    (tmp_path / "checkpoint-000003" / STATE).unlink()
+    with caplog.at_level(logging.WARNING):
+        found = kept.load(of_run("ours"))
+    assert found is not None
+    assert found.name == "checkpoint-000001"
+    assert [record.__dict__["event"] for record in caplog.records] == ["checkpoint"] * 2
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.startswith(f"checkpoint-000003 is refused: {STATE} cannot be read (No such file")
+    words = "checkpoint-000002 is refused: it is of run theirs, and this is ours"
+    assert second.startswith(words)

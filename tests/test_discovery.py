@@ -1,0 +1,235 @@
+"""Why peers do not start or do not answer, a split of the DHT, and when peers are dialed again."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from small_neurons import miner_settings, told
+
+from hiveminer.errors import OperatorError
+from hiveminer.swarm import DialResult, Discovery
+from hiveminer.swarm.membership import start_peer
+from hiveminer.swarm.peer import FOREIGN, UNREACHED, start_cure, why_silent
+from programs import started
+
+# peer_start and dht_split
+
+MEET = """
+import logging, socket, sys, time
+from pathlib import Path
+import psutil
+from hiveminer.errors import OperatorError
+from bittensor.keyfiles import Keypair
+from hiveminer.swarm import Discovery, Identity, Peer, PortTaken, peer as peers
+
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+
+def free():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+def say(*words):
+    print(*words, flush=True)
+
+try:
+    Peer(ip="192.0.2.1")
+except OperatorError as error:
+    say("foreign address:", error)
+
+busy = socket.create_server(("127.0.0.1", 0))
+try:
+    Peer(port=busy.getsockname()[1])
+except PortTaken as error:
+    say("busy port:", error)
+
+class Dying(peers._Node):
+    def run(self):
+        sys.exit(7)
+
+peers._Node, node = Dying, peers._Node
+try:
+    Peer()
+except OperatorError as error:
+    say("dying:", error)
+peers._Node = node
+
+def peer(name, **options):
+    keys = {each: Keypair.create_from_uri("//" + each) for each in ("first", "other", "stranger")}
+    identity = Identity(keys[name], run_id="events-a-b-c", key_path=Path(name + ".key"))
+    return Peer(
+        identity=identity, admitted=[key.ss58_address for key in keys.values()], **options
+    )
+
+port = free()
+other = peer("other", port=port)
+address = other.address
+other.close()
+
+first = peer("first")
+away = "/ip4/127.0.0.1/tcp/%d/p2p/" + address.split("/p2p/")[1]
+say("stopped:", dict(first.dial([address]).silent))
+say("no peer:", dict(first.dial([away % busy.getsockname()[1]], timeout_seconds=3).silent))
+discovery = Discovery(first, again_seconds=0)
+discovery.meet([address])
+discovery.meet([address])
+say("told once")
+
+other = peer("other", port=port)
+
+def until(what):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not what(discovery.meet([address])):
+        time.sleep(0.5)  # libp2p does not dial again at once
+
+until(lambda result: result.answered)
+say("met")
+family = [psutil.Process(other.dht.pid), *psutil.Process(other.dht.pid).children()]
+for process in family:
+    process.suspend()  # as if a cable were pulled
+until(lambda result: result.silent)
+say("cut off")
+for process in family:
+    process.resume()
+until(lambda result: result.answered)
+say("joined again:", sorted(discovery.meet([address]).joined))
+stranger = peer("stranger")
+say("mismatch:", dict(stranger.dial([first.address.split("/p2p/")[0] + "/p2p/"
+    + address.split("/p2p/")[1]]).silent))
+for each in (first, other, stranger):
+    each.close()
+say("closed")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_peer_that_is_alone_says_why_and_a_split_that_it_was_healed(tmp_path: Path) -> None:
+    with started(MEET, folder=tmp_path / "meet") as program:
+        words = program.says("closed", seconds=150)
+    said = {line.partition(":")[0]: line for line in words.splitlines()}
+    assert "this machine has no such address: choose one with --dht.ip" in said["foreign address"]
+    assert "the swarm's peer does not start on 192.0.2.1 port 0: " in words
+    assert "choose another with --dht.port" in said["busy port"]
+    assert "its process ended with 7; the system may have ended it" in said["dying"]
+    # The foreign address, the dying one, alone at the start, and alone when cut off.
+    assert words.count("[peer_start]") == 4
+    assert "nobody listens there" in said["stopped"]
+    assert "what listens there is no peer" in said["no peer"] or UNREACHED in said["no peer"]
+    assert "another peer has its address now" in said["mismatch"]
+    before, _, after = words.partition("cut off")
+    alone = "none of the 1 known peers answered (1 times: "
+    assert before.partition("told once")[0].count(alone) == 1
+    assert "[dht_split]" not in before  # it had only not been started
+    assert after.count("[dht_split]") == 1
+    assert "the DHT was split: 1 of 1 peers that answered were not in our part of it" in after
+    assert "; healed; " in after
+    assert "joined again: []" in after
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("dial tcp4 192.0.2.1:5: connect: connection refused", "it is stopped"),
+        ("peer id mismatch: expected Qm, but remote key matches 12D3", "another peer"),
+        ("context deadline exceeded", "a firewall"),
+        ("dial backoff", "a moment ago"),
+        ("backoff\n connection refused", "it is stopped"),
+    ],
+)
+def test_what_a_failed_dial_means(words: str, why: str) -> None:
+    assert why in why_silent(RuntimeError(words))
+
+
+def test_what_to_do_when_a_peer_does_not_start() -> None:
+    assert "--dht.port" in start_cure("bind: address already in use")
+    assert "above 1023" in start_cure("bind: permission denied")
+    assert "reinstall hivemind" in start_cure("p2pd binary not found at x")
+    assert "--dht.port" in start_cure("something new")
+
+
+class Dialled:
+    """In place of a peer: whom it would reach, and how often it dialed."""
+
+    client_only = False
+
+    def __init__(self) -> None:
+        self.reached: set[str] = set()
+        self.looks = 0
+
+    def dial(self, addresses: Sequence[str]) -> DialResult:
+        self.looks += 1
+        answered = frozenset(addresses) & self.reached
+        silent = {name: FOREIGN for name in addresses if name not in answered}
+        return DialResult(answered=answered, silent=silent)
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_peers_that_work_and_do_not_report_are_a_split(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    clock, peer = Clock(), Dialled()
+    discovery = Discovery(peer, clock=clock)  # type: ignore[arg-type]
+    discovery.compare(working=3, reporting=1)
+    clock.now += 40
+    discovery.compare(working=3, reporting=3)  # they had only just begun
+    for _ in range(5):
+        assert not told(caplog, "dht_split")
+        discovery.compare(working=3, reporting=1)
+        clock.now += 12
+    discovery.compare(working=3, reporting=1)
+    discovery.compare(working=3, reporting=1)
+    (words,) = told(caplog, "dht_split")
+    assert "2 of 3 peers of this run" in words
+    discovery.compare(working=3, reporting=4)
+    assert "all 3 peers that work report" in caplog.messages[-1]
+
+
+def test_peers_are_dialled_again_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    clock, peer = Clock(), Dialled()
+    discovery = Discovery(peer, clock=clock)  # type: ignore[arg-type]
+
+    def looks(seconds: int) -> int:
+        before = peer.looks
+        for _ in range(seconds):
+            discovery.meet(["a", "b"])
+            clock.now += 1
+        return peer.looks - before
+
+    peer.reached = {"a", "b"}
+    assert looks(60) == 2
+    peer.reached = set()
+    assert looks(1) == 1
+    assert not told(caplog, "peer_start")  # they may not have read of us on the chain yet
+    assert looks(29) == 3  # after 2, 4 and 8 seconds
+    assert looks(300) == 10
+    assert len(told(caplog, "peer_start")) == 1
+    discovery.meet(["a", "b", "c"])  # a new one is dialled at once
+    assert peer.looks == 17
+    peer.reached = {"c"}
+    clock.now += 30
+    discovery.meet(["a", "b", "c"])
+    peer.reached = set()
+    assert looks(60) > 2
+    assert len(told(caplog, "peer_start")) == 2
+
+
+def test_a_port_that_is_taken_is_an_event_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        settings = miner_settings(tmp_path, dht={"port": port})
+        with pytest.raises(OperatorError, match="choose another"):
+            start_peer(settings, identity=None, admitted=())  # type: ignore[arg-type]
+    (words,) = told(caplog, "peer_start")
+    assert f"--dht.port {port}: in use on 127.0.0.1" in words

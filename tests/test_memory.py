@@ -1,0 +1,143 @@
+"""The memory that training needs: estimated, and refused before anything is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from in_process import Hub, InProcessStrategy
+from small_neurons import miner_settings, quiet
+from steps import (
+    LONGEST,
+    ROWS,
+    encode_numbers,
+    one_thread,  # noqa: F401 - a fixture
+)
+from tiny import tiny_model
+
+from hiveminer import miner
+from hiveminer.config.run import Run
+from hiveminer.errors import OperatorError
+from hiveminer.strategies.base import Context
+from hiveminer.training import memory
+from hiveminer.training.memory import MemoryNeeded, check_device, check_machine, memory_needed
+from hiveminer.training.optimizer import build_optimizer
+from hiveminer.training.trainer import (
+    LocalStep,
+    Trainer,
+)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_what_is_counted_is_what_the_tensors_hold(bfloat16: bool) -> None:
+    model = tiny_model("llama")
+    section = Run().optimizer
+    optimizer = build_optimizer(model.parameters(), section)
+    one = Trainer(model, encode=encode_numbers, optimizer=LocalStep(optimizer))
+    one.train(ROWS, batch_size=64)
+    needed = memory_needed(model, sequence_length=LONGEST, bfloat16=bfloat16)
+    optimizer_state = [
+        value for state in optimizer.state.values() for key, value in state.items() if key != "step"
+    ]
+    assert needed.optimizer_state == sum(
+        value.numel() * value.element_size() for value in optimizer_state
+    )
+    assert needed.weights == needed.gradients == 4 * needed.parameters
+    assert needed.casts == (2 * needed.parameters if bfloat16 else 0)
+    assert needed.averaging == 20 * needed.parameters
+    assert needed.snapshot == 16 * needed.parameters
+
+
+def test_memory_is_estimated_without_taking_it() -> None:
+    with torch.device("meta"):
+        model = tiny_model("gpt2")
+    needed = memory_needed(model, sequence_length=64)
+    assert needed == memory_needed(tiny_model("gpt2"), sequence_length=64)
+    assert needed.activations == 64 * (2 * 16 + 2 * 32) * 4
+
+
+SEVEN_BILLION = MemoryNeeded(
+    parameters=7 * 10**9,
+    weights=28 * 10**9,
+    gradients=28 * 10**9,
+    optimizer_state=56 * 10**9,
+    casts=0,
+    averaging=140 * 10**9,
+    snapshot=112 * 10**9,
+    activations=10**9,
+)
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("cpu", 337 * 10**9), ("cuda:0", 224 * 10**9)])
+def test_a_model_that_cannot_fit_the_machine_is_refused_with_the_figure(
+    device: str, wanted: int
+) -> None:
+    check_machine(SEVEN_BILLION, device, left=lambda _: wanted)
+    with pytest.raises(OperatorError) as caught:
+        check_machine(SEVEN_BILLION, device, left=lambda _: wanted - 1)
+    assert "7,000.0M parameters" in str(caught.value)
+    assert f"{wanted / 2**30:,.2f} GiB more memory" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_cannot_fit_the_device_is_refused_with_the_figure() -> None:
+    device = torch.device("cuda", 1)
+    check_device(SEVEN_BILLION, device, left=lambda _: 113 * 10**9)
+    with pytest.raises(OperatorError, match=r"105\.24 GiB .* cuda:1 has 74\.51 GiB left"):
+        check_device(SEVEN_BILLION, device, left=lambda _: 80 * 10**9)
+    # On the machine's own memory, weights and optimizer_state are there already.
+    check_device(SEVEN_BILLION, torch.device("cpu"), left=lambda _: 141 * 10**9)
+    with pytest.raises(OperatorError, match="this machine has"):
+        check_device(SEVEN_BILLION, torch.device("cpu"), left=lambda _: 140 * 10**9)
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    free = memory.memory_left(torch.device("cpu"))
+    assert free > 2**20, "no limit there: what the machine has"
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("2500000\n")
+    (tmp_path / "memory.stat").write_text("anon 7\ninactive_file 100000\nfile 9\n")
+    assert memory.memory_left(torch.device("cpu")) == 600_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.memory_left(torch.device("cpu")) > 2**20
+
+
+# --- CUDA and forks -----------------------------------------------------------------------------
+
+LEFT = ("torch.cuda._lazy_init", "torch.cuda.mem_get_info", "torch.cuda.is_available")
+
+
+def test_no_device_is_touched_before_the_strategy_is_built(tmp_path: Path) -> None:
+    def touched(*_: object, **__: object) -> None:
+        raise AssertionError("CUDA was touched")
+
+    forbidden = pytest.MonkeyPatch()
+    for name in LEFT:
+        forbidden.setattr(name, touched)
+
+    def forking(context: Context) -> InProcessStrategy:
+        assert {value.device.type for value in context.task.model.parameters()} == {"cpu"}
+        forbidden.undo()
+        return Hub().strategy(context)
+
+    try:
+        with quiet(), miner.Miner(miner_settings(tmp_path), strategy=forking) as one:
+            assert one.trainer.device == one.device
+    finally:
+        forbidden.undo()
+
+
+def test_a_miner_without_the_memory_says_so_before_its_strategy_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(_: Context) -> InProcessStrategy:
+        raise AssertionError("the strategy was built")
+
+    left = SimpleNamespace(available=2**20)
+    monkeypatch.setattr(memory, "psutil", SimpleNamespace(virtual_memory=lambda: left))
+    words = r"0\.9M parameters .* this machine has 0\.00 GiB left"
+    with quiet(), pytest.raises(OperatorError, match=words):
+        miner.Miner(miner_settings(tmp_path), strategy=started)
