@@ -22,9 +22,11 @@ from hiveminer.base_miner import BaseMinerNeuron
 from hiveminer.chain import Chain
 from hiveminer.config.settings import MinerSettings, Settings, ValidatorSettings
 from hiveminer.errors import HiveminerError, MinerError
+from hiveminer.miner import Miner
 from hiveminer.protocol import IsAlive, Train
 from hiveminer.rpc.dendrite import Dendrite, Endpoint
 from hiveminer.runtime.metrics import Metrics
+from hiveminer.strategies.base import StrategyFactory
 from hiveminer.validator import Validator
 from programs import wait_for
 
@@ -101,6 +103,16 @@ def small_validator(
         cls(settings, chain=chain, metrics=metrics, observer=Hub().observer) as validator,
     ):
         yield validator
+
+
+@contextlib.contextmanager
+def miner_alone(
+    folder: Path, *, toml: str = "", strategy: StrategyFactory | None = None
+) -> Iterator[Miner]:
+    """A whole miner of a small run, in a swarm of its own within this process."""
+    settings = miner_settings(folder, neuron={"run": small_run(folder, toml, rows=60)})
+    with quiet(), Miner(settings, strategy=strategy or Hub().strategy) as miner:
+        yield miner
 
 
 class SmallMiner(BaseMinerNeuron):

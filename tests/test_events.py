@@ -9,24 +9,28 @@ import re
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from small_neurons import Recorded, SmallMiner, miner_settings, quiet, small_validator, told
+from in_process import Hub, InProcessStrategy
+from small_neurons import (
+    Recorded,
+    SmallMiner,
+    miner_alone,
+    miner_settings,
+    quiet,
+    small_validator,
+    told,
+)
 
 import hiveminer
 from hiveminer import cli
-from hiveminer.config.run import Run
-from hiveminer.miner import Miner
 from hiveminer.protocol import Train
-from hiveminer.runtime import dependencies
 from hiveminer.runtime.dependencies import unmet
 from hiveminer.runtime.events import EVENTS, tell
 from hiveminer.runtime.logs import JsonFormatter, configure_logging
 from hiveminer.runtime.watchdog import watch
 from hiveminer.swarm.processes import log_to_root
-from hiveminer.training.trainer import TrainResult
 from hiveminer.validation import curves
 from hiveminer.validation.curves import Evidence
 from programs import ROOT, Network, started, wait_for
@@ -237,7 +241,6 @@ def test_an_import_that_fails_for_a_clash_is_one_line(
 
 
 def test_an_import_that_fails_for_no_clash_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dependencies, "unmet", list)
     monkeypatch.setitem(sys.modules, "hiveminer.commands.status", None)
     monkeypatch.delattr(hiveminer, "status", raising=False)  # if it was imported before
     with pytest.raises(ImportError):
@@ -258,57 +261,38 @@ def test_the_embedded_network_says_that_it_is_one(
     assert "--subtensor.network finney" in words
 
 
-class MinerWithoutASwarm(Miner):
-    """What a miner says of a request, without the swarm that it would train with."""
-
-    def __init__(self, *, epoch_samples: int, result: TrainResult):
-        self.run_file = Run.model_validate({"swarm": {"epoch_samples": epoch_samples}})
-        self.result = result
-        self.swarm: Any = SimpleNamespace(catch_up=lambda: True, epoch=3)
-        self.progress: Any = SimpleNamespace(request=lambda: None, answered=lambda _: None)
-        self.metrics: Any = SimpleNamespace(log=lambda *_: None)
-        self._large_steps: set[tuple[str, int]] = set()
-
-    def accept(self, synapse: Train) -> None:
-        pass
-
-    def train(self, synapse: Train) -> TrainResult:
-        return self.result
-
-
-def test_a_step_larger_than_an_epoch_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    miner = MinerWithoutASwarm(epoch_samples=7, result=TrainResult())
-    for name in ("one", "two"):
-        miner.forward(request(request_id=name))
-    (words,) = told(caplog, "batch_meaning")
-    assert "request one holds 8 rows and an epoch 7" in words
-    assert len(miner._large_steps) == 1
-    caplog.clear()
-    miner.forward(request(batch_size=7))
-    # So many rows in a step are asked for, and the request does not have them.
-    miner.forward(request(dataset_indices=[1, 2], gradient_accumulation_steps=4))
-    assert not told(caplog, "batch_meaning")
-
-
-def test_a_miner_says_what_a_step_an_epoch_and_the_rate_are(
-    caplog: pytest.LogCaptureFixture,
+def test_what_steps_epochs_and_the_rate_are_and_a_step_larger_than_an_epoch(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO)
-    MinerWithoutASwarm(epoch_samples=7, result=TrainResult())._tell_meaning()
-    (words,) = told(caplog, "batch_meaning")
-    assert "after 7 rows of all peers together" in words
-    assert "the learning rate of 0.003 is that of each peer's own steps" in words
+    with miner_alone(tmp_path, toml="[swarm]\nepoch_samples = 7") as miner:
+        (words,) = told(caplog, "batch_meaning")
+        assert "after 7 rows of all peers together" in words
+        assert "the learning rate of 0.003 is that of each peer's own steps" in words
+        caplog.clear()
+        for name in ("one", "two"):
+            miner.forward(request(request_id=name))
+        (words,) = told(caplog, "batch_meaning")  # once
+        assert "request one holds 8 rows and an epoch 7" in words
+        caplog.clear()
+        miner.forward(request(batch_size=7))
+        # So many rows in a step are asked for, and the request does not have them.
+        miner.forward(request(dataset_indices=[1, 2], gradient_accumulation_steps=4))
+        assert not told(caplog, "batch_meaning")
+        assert not told(caplog, "catch_up")
 
 
-def test_rows_that_were_thrown_away_are_told(caplog: pytest.LogCaptureFixture) -> None:
-    MinerWithoutASwarm(epoch_samples=99, result=TrainResult(samples=4)).forward(request())
-    assert not told(caplog, "catch_up")
-    answer = MinerWithoutASwarm(epoch_samples=99, result=TrainResult(discarded=4)).forward(
-        request()
-    )
+class Discarding(InProcessStrategy):
+    def step(self, *, batch_size: int) -> bool:
+        return False
+
+
+def test_rows_that_were_thrown_away_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with miner_alone(tmp_path, strategy=lambda context: Discarding(Hub(), context)) as miner:
+        assert miner.forward(request()).discarded == 8
     (words,) = told(caplog, "catch_up")
-    assert answer.discarded == 4
-    assert "4 rows of request request1 were thrown away" in words
+    assert "8 rows of request request1 were thrown away" in words
     assert "do not count for the answer" in words
 
 
