@@ -36,9 +36,9 @@ from programs import wait_for
         ("0.0.0.0", "refused", "every address"),
         ("::", "refused", "every address"),
         ("::ffff:93.184.216.34", "refused", "write 93.184.216.34"),
-        ("224.0.0.1", "refused", "no single host"),
-        ("255.255.255.255", "refused", "no single host"),
-        ("169.254.1.1", "refused", "no single host"),
+        ("224.0.0.1", "refused", "not a single host"),
+        ("255.255.255.255", "refused", "not a single host"),
+        ("169.254.1.1", "refused", "not a single host"),
         ("example.com", "refused", "not an IP address"),
     ],
 )

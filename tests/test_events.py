@@ -292,7 +292,7 @@ def test_rows_that_were_thrown_away_are_told(
     with miner_alone(tmp_path, strategy=lambda context: Discarding(Hub(), context)) as miner:
         assert miner.forward(request()).discarded == 8
     (words,) = told(caplog, "catch_up")
-    assert "8 rows of request request1 were thrown away" in words
+    assert "8 rows of request request1 were discarded" in words
     assert "do not count for the answer" in words
 
 

@@ -1,7 +1,6 @@
-"""The program `hiveminer`: from flags to the command that they are for.
+"""The `hiveminer` program: parses the command line and runs one command.
 
-Nothing is imported before a Ctrl-C ends in one line, and what a command needs only when it
-runs, so that `--help` answers at once.
+Commands are imported when they run, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class Command(NamedTuple):
-    """Where a command's `main(settings)` is, the class of its settings, and its sentence."""
+    """The module with a command's `main(settings)`, its settings class, and its description."""
 
     module: str
     settings: str
     sentence: str
     has_json: bool = False
     word: str = ""
-    """The setting that a first word without a flag gives."""
+    """The setting that a first argument without a flag sets."""
 
 
 COMMANDS = {
@@ -91,10 +90,7 @@ COMMANDS = {
 def main(
     argv: Sequence[str] | None = None, *, load: Callable[[str], Any] = importlib.import_module
 ) -> int:
-    """Run one command; `argv` are the words after `hiveminer`. Returns the exit code.
-
-    load: imports a command's module.
-    """
+    """Run one command and return its exit code. argv: the arguments after `hiveminer`."""
     words = list(sys.argv[1:] if argv is None else argv)
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # and not ignored, as in a shell's background
@@ -108,8 +104,8 @@ def main(
 
 
 def _interrupted(_number: int, _frame: FrameType | None) -> NoReturn:
-    """Ctrl-C before a command has taken the signal over: an exception in the middle of an import
-    would end in whatever the library makes of it."""
+    """Ctrl-C before a command handles signals: a KeyboardInterrupt in the middle of an import
+    could be swallowed by a library."""
     os.write(2, b"hiveminer: interrupted\n")
     os._exit(130)
 

@@ -1,24 +1,17 @@
-"""One tree of errors.
-
-Three kinds of people read them: the operator at a terminal (`OperatorError`, one line
-that says what to do), the caller on the network (`Refused`, an HTTP status and a
-reason), and the validator that called a miner (`MinerError`). Everything else that goes
-wrong in here is a bug, and an assertion or a traceback says so.
-"""
+"""All exceptions: `OperatorError` for the operator (one line with the remedy), `Refused` for a
+caller on the network (an HTTP status and a reason), `MinerError` for whoever called a miner.
+Anything else is a bug, and ends in an assertion or a traceback."""
 
 from __future__ import annotations
 
 
 class HiveminerError(Exception):
-    """Whatever this package raises on purpose."""
+    """Base class of all exceptions that this package raises on purpose."""
 
 
 class OperatorError(HiveminerError):
-    """A mistake or a missing thing that the operator can put right.
-
-    The message is one line: what is wrong, then what to do. `exit_code` is what the
-    program ends with.
-    """
+    """Something that the operator can fix. The message is one line: what is wrong, then what to
+    do. `exit_code` is the program's."""
 
     exit_code = 2
 
@@ -36,10 +29,10 @@ class NotYetRegistered(NotRegistered):
 
 
 class ChainError(HiveminerError):
-    """The chain did not answer in time, or refused; the next attempt may go through.
+    """The chain did not answer in time, or refused; the next attempt may succeed.
 
-    `refused` is the kind of refusal, such as RATE_LIMITED, or empty when no answer came.
-    `may_stand` says that what was sent may have arrived all the same.
+    refused: the kind of refusal, such as RATE_LIMITED; empty without an answer.
+    may_stand: whether what was sent may have been included all the same.
     """
 
     def __init__(self, message: str = "", *, refused: str = "", may_stand: bool = False):
@@ -53,11 +46,11 @@ class SwarmError(HiveminerError):
 
 
 class TrainingError(HiveminerError):
-    """The rows could not be trained on, for a reason the caller should read."""
+    """The rows cannot be trained; the reason is for the caller."""
 
 
 class Refused(HiveminerError):
-    """A request is turned down: `status` is the HTTP status, the message its reason."""
+    """A request is refused with this HTTP status and reason."""
 
     def __init__(self, status: int, reason: str, *, retry_after_seconds: float | None = None):
         super().__init__(reason)
@@ -67,10 +60,10 @@ class Refused(HiveminerError):
 
 
 class MinerError(HiveminerError):
-    """A call to a neuron failed, and the fault is that neuron's or the way's.
+    """A call failed for a reason caused by the remote neuron or the network.
 
-    `status` is its HTTP status, or None when no answer that can be trusted came;
-    `retry_after_seconds` is when it asked to be called again, if it did.
+    status: its HTTP status; None without an answer that can be trusted.
+    retry_after_seconds: when it asked to be called again.
     """
 
     def __init__(

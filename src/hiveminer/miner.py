@@ -1,7 +1,7 @@
-"""The miner: a model, a tokenizer, data and a swarm behind `is_alive` and `forward`.
+"""The miner: trains the rows that validators send, and averages with the other miners.
 
-What one subnet does differently goes into a subclass; what one machine does differently
-goes into flags; what a whole run has agreed on is in `run.toml`.
+Customize it for a subnet in a subclass, for one machine with flags, and for a whole run in
+`run.toml`.
 """
 
 from __future__ import annotations
@@ -38,29 +38,29 @@ from hiveminer.training.trainer import Trainer, TrainResult, has_bfloat16
 logger = logging.getLogger(__name__)
 
 COUNT_SECONDS = 30.0
-"""Seconds between two lines of the axon's counts in the metrics."""
+"""Seconds between two `axon` lines in the metrics."""
 
 MAX_LARGE_STEPS = 1024
-"""Callers and step sizes that are remembered, so as to warn of each once."""
+"""Callers and step sizes to remember, so that each is warned of once."""
 
 JOIN_SECONDS = 180.0
-"""A start that has not joined the swarm after this is reported as stuck."""
+"""Joining the swarm is reported as stuck after this."""
 
-ENDED_WELL = ("answered", "hung_up")
+NOT_REFUSALS = ("answered", "hung_up")
 """Kinds in the axon's counts that are not refusals."""
 
 
 class Miner(BaseMinerNeuron):
-    """Trains the rows that a validator sends, together with the other miners of the run.
+    """Trains the rows that validators send, together with the other miners of the run.
 
-    settings: as `hiveminer.config.settings.parse` reads them; without, the command line is read,
-        and an operator's mistake ends the program with one line.
-    chain, metrics: instead of those that the settings name.
-    strategy: makes the strategy, instead of the one that the run names.
+    settings: as `hiveminer.config.settings.parse` returns them; by default the command line is
+        parsed, and an operator's mistake ends the program with one line.
+    chain, metrics: used instead of those that the settings name.
+    strategy: creates the strategy, instead of the one that the run names.
 
-    After construction: `run_file` (the agreed run), `run_id`, `model` (a causal language
-    model), `tokenizer`, `dataset` (rows by number), `device`, `swarm` (the strategy),
-    `trainer`, `progress`, `metrics`. Build it in the main thread: Hivemind forks.
+    Attributes: `run_file`, `run_id`, `model` (a causal language model), `tokenizer`, `dataset`
+    (rows by number), `device`, `swarm` (the strategy), `trainer`, `progress`, `metrics`.
+    Construct it in the main thread: Hivemind forks.
     """
 
     def __init__(
@@ -88,16 +88,12 @@ class Miner(BaseMinerNeuron):
                 unfinished.pop_all()
 
     def encode(self, examples: model.Examples) -> BatchEncoding:
-        """Texts to `input_ids` and `attention_mask`, each [rows, longest row].
-
-        `examples` is a list of texts or a mapping whose `text` is one. Rows are truncated
-        to the run's sequence length (512 unless it says otherwise) and padded to the
-        longest of them.
-        """
+        """Texts to `input_ids` and `attention_mask`, each [rows, longest row], truncated to the
+        run's sequence length. `examples`: a list of texts, or a mapping whose `text` is one."""
         return self.task.encode(examples)
 
     def is_alive(self, synapse: IsAlive) -> IsAlive:
-        """Say that we are here, and in which run."""
+        """Report that this miner is up, and its run."""
         synapse.completion = not self.neuron.stopping.is_set()
         synapse.version = __version__
         synapse.run_id = str(self.run_id)
@@ -108,7 +104,7 @@ class Miner(BaseMinerNeuron):
         return synapse
 
     def accept(self, synapse: Train) -> None:
-        """Raise Refused for a request that this miner could only get wrong."""
+        """Raise Refused for a request of another run, or beyond the run's limits."""
         limits = self.run_file.limits
         if not self.run_file.accepts_version(synapse.version or __version__):
             raise Refused(
@@ -136,9 +132,9 @@ class Miner(BaseMinerNeuron):
             )
 
     def forward(self, synapse: Train) -> Train:
-        """Train on the rows of the request, average with the swarm, and fill in the answer.
+        """Train on the rows of the request, and fill in the answer.
 
-        Raises Refused or TrainingError, whose reason goes to the caller.
+        Raises Refused or TrainingError; the reason is sent to the caller.
         """
         began = time.monotonic()
         self._check_step(synapse)
@@ -150,11 +146,11 @@ class Miner(BaseMinerNeuron):
             result = self.train(synapse)
         except TrainingError as error:
             logger.warning("request %s: %s", synapse.request_id, error)
-            self.swarm.recover()  # if it is our weights, no request would ever go well again
+            self.swarm.recover()  # with broken weights every later request would fail too
             raise
         self.progress.answered(result)
         if result.discarded:
-            cause = f"{result.discarded} rows of request {synapse.request_id[:8]} were thrown away"
+            cause = f"{result.discarded} rows of request {synapse.request_id[:8]} were discarded"
             why = "this peer had fallen behind the swarm, so they do not count for the answer"
             tell(logger, "catch_up", f"{cause}: {why}")
         synapse.loss = result.loss
@@ -167,7 +163,7 @@ class Miner(BaseMinerNeuron):
         return synapse
 
     def train(self, synapse: Train) -> TrainResult:
-        """Train the rows of a request: what `forward` does between question and answer."""
+        """Train the rows of a request; `forward` does the rest."""
         swarm, progress = self.swarm, self.progress
         in_first_epoch = True
         with progress_bar(
@@ -179,7 +175,7 @@ class Miner(BaseMinerNeuron):
 
             def on_step(rows: int, loss: float) -> None:
                 nonlocal in_first_epoch
-                # The step at whose end the swarm averaged was still made before it.
+                # The step at whose end the swarm averaged still counts as before it.
                 synapse.epoch_steps += in_first_epoch
                 in_first_epoch = in_first_epoch and swarm.epoch == synapse.epoch
                 progress.step(rows)
@@ -196,7 +192,7 @@ class Miner(BaseMinerNeuron):
             )
 
     def idle(self) -> None:
-        """Take part in the swarm's averaging while there is no work."""
+        """Take part in averaging rounds while there is no work."""
         self.swarm.idle()
         self.progress.keep_if_due()
 
@@ -224,7 +220,7 @@ class Miner(BaseMinerNeuron):
         self.metrics.close()
 
     def _build(self, strategy: StrategyFactory, unfinished: contextlib.ExitStack) -> None:
-        """The task, the strategy, and only then a device or a thread: strategies may fork."""
+        # The strategy before any device or thread: it may fork.
         settings, run = self.settings, self.run_file
         self.task = load_task(run, threads=self.neuron.threads)
         self.model, self.tokenizer = self.task.model, self.task.tokenizer
@@ -285,20 +281,20 @@ class Miner(BaseMinerNeuron):
         self._count()
 
     def _count(self) -> None:
-        """Log what the axon has answered and refused so far."""
+        """Log the axon's counts, at most every COUNT_SECONDS."""
         if self.axon is None or time.monotonic() - self._counted_at < COUNT_SECONDS:
             return
         self._counted_at = time.monotonic()
         counts = dict(self.axon.counts)
-        refused = sum(count for kind, count in counts.items() if kind not in ENDED_WELL)
+        refused = sum(count for kind, count in counts.items() if kind not in NOT_REFUSALS)
         self.metrics.log("axon", {"refused": refused, "counts": counts})
 
     def _tell_meaning(self) -> None:
-        """What a batch, an epoch and the learning rate are here; nobody should have to guess."""
+        """Explain what a batch, an epoch and the learning rate mean here."""
         run = self.run_file
         tell(
             logger, "batch_meaning",
-            "a step learns from batch_size x gradient_accumulation_steps rows of a request; an "
+            "a step trains batch_size x gradient_accumulation_steps rows of a request; an "
             f"epoch ends, and weights are averaged, after {run.swarm.epoch_samples} rows of all "
             f"peers together; the learning rate of {run.optimizer.learning_rate:g} is that of each "
             "peer's own steps, and does not grow with the number of peers",
@@ -306,7 +302,7 @@ class Miner(BaseMinerNeuron):
         )  # fmt: skip
 
     def _check_step(self, synapse: Train) -> None:
-        """Warn, once a caller and size, of steps that hold more rows than an epoch."""
+        """Warn, once per caller and size, of steps with more rows than an epoch."""
         rows = synapse.batch_size * synapse.gradient_accumulation_steps
         rows = min(rows, len(synapse.dataset_indices))
         epoch = self.run_file.swarm.epoch_samples
@@ -318,11 +314,10 @@ class Miner(BaseMinerNeuron):
         tell(
             logger, "batch_meaning",
             f"a step of request {synapse.request_id[:8]} holds {rows} rows and an epoch "
-            f"{epoch}: every step ends an epoch, and waits for an averaging",
+            f"{epoch}: every step ends an epoch, and waits for an averaging round",
         )  # fmt: skip
 
     def _on_round(self, ended: RoundResult) -> None:
-        """Called by the swarm, in the worker thread, after each epoch."""
         self.progress.epoch_began()
         logger.info(
             "epoch %d begins: %s",
@@ -350,7 +345,7 @@ class Miner(BaseMinerNeuron):
             loss,
             result.tokens / max(seconds, 1e-9),
             synapse.epoch,
-            "" if result.finished else " (the deadline came first)",
+            "" if result.finished else " (stopped at the deadline)",
         )
         self.metrics.log(
             "train",
@@ -369,7 +364,7 @@ class Miner(BaseMinerNeuron):
 
 
 class _WatchedStep:
-    """The swarm's step, watched over: it waits for others."""
+    """The swarm's step, reported when it hangs: it waits for other peers."""
 
     def __init__(self, swarm: Strategy, *, limit_seconds: float):
         self._swarm = swarm
@@ -384,14 +379,13 @@ class _WatchedStep:
 
 
 def step_seconds(run: Run) -> float:
-    """After so long a step of the swarm is stuck: it may look for a group, average, and load
-    the state."""
+    """The longest that a healthy step takes: matchmaking, averaging, and loading the state."""
     section = run.swarm
     return 2 * section.matchmaking_seconds + section.averaging_timeout_seconds + 90.0
 
 
 def main(settings: MinerSettings) -> int:
-    """Run a miner to its end; the exit code."""
+    """Run a miner; returns the exit code."""
     with Miner(settings) as miner:
         miner.run()
     return 0

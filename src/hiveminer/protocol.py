@@ -1,8 +1,7 @@
-"""The synapses: what a validator and a miner send each other, and within what limits.
+"""The synapses: what validators and miners send each other, with the limits of each field.
 
-A synapse is one JSON object that travels both ways: the caller fills in the request
-fields, the miner the answer fields. The limits are declared here, on the fields, so that
-code behind the axon only sees values within them.
+A synapse is one JSON object that travels both ways: the caller fills in the request fields, the
+miner the answer fields.
 """
 
 from __future__ import annotations
@@ -22,19 +21,12 @@ from pydantic import (
 )
 
 MAX_ROWS = 4096
-"""Rows in one `Train`."""
-
 MAX_BATCH_SIZE = 1024
-"""Rows in one logical batch."""
-
 MAX_ACCUMULATION_STEPS = 256
-"""Batches in one optimizer step."""
-
 MAX_TIMEOUT_SECONDS = 3600.0
-"""The longest that a caller may ask a miner to train for."""
 
 MAX_REASON = 300
-"""Characters of another neuron's reason that are passed on."""
+"""Characters of another neuron's reason that are logged or passed on."""
 
 Name = Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9._:+-]*$")]
 Index = Annotated[int, Field(ge=0, lt=2**48)]
@@ -42,7 +34,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class InvalidBody(ValueError):
-    """A body is not JSON, or does not fit the synapse; `is_json` tells which."""
+    """A body is not JSON (`is_json` False), or does not fit the synapse."""
 
     def __init__(self, reason: str, *, is_json: bool) -> None:
         super().__init__(reason)
@@ -50,17 +42,14 @@ class InvalidBody(ValueError):
 
 
 class Terminal(BaseModel):
-    """One end of a call, as far as the axon knows it: `hotkey` is an ss58 address."""
+    """The caller as the axon knows it; hotkey: an ss58 address."""
 
     hotkey: str = ""
     ip: str = ""
 
 
 class Synapse(BaseModel):
-    """What all synapses share: a name on the wire, a cap on the body, the caller.
-
-    `dendrite` is filled in by the axon and never travels.
-    """
+    """Base class of synapses. `dendrite` is filled in by the axon, and is never sent."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -76,15 +65,12 @@ class Synapse(BaseModel):
 
     @classmethod
     def name(cls) -> str:
-        """The synapse's name: the last part of its URL."""
+        """The last part of the synapse's URL."""
         return cls.__name__
 
     @classmethod
     def from_json(cls, body: bytes) -> Self:
-        """Parse a body. Raises `InvalidBody` with a one-line reason.
-
-        A key given twice is refused: two parsers may disagree on which value counts.
-        """
+        """Parse a body. Raises `InvalidBody` with a one-line reason, also for a duplicate key."""
         try:
             synapse = cls.model_validate_json(body)
         except ValidationError as error:
@@ -99,22 +85,22 @@ class Synapse(BaseModel):
 
 
 class IsAlive(Synapse):
-    """Whether a miner is up, and which run it trains. Answered at once, also while training."""
+    """Whether a miner is up, and its run; answered at once, also while it trains."""
 
     completion: bool = False
-    """Set by the miner: it is up and takes work."""
+    """Answer: it is up and takes work."""
     version: Name = ""
-    """Set by the miner: its version of this package."""
+    """Answer: its version of this package."""
     run_id: Name = ""
-    """Set by the miner: the run it trains, with the run's hash and the model's schema."""
+    """Answer: the id of its run."""
     data_hash: Name = ""
-    """Set by the miner: the hash of its data set."""
+    """Answer: the hash of its data."""
     epoch: Annotated[int, Field(ge=0)] = 0
-    """Set by the miner: the swarm's epoch as it knows it."""
+    """Answer: its epoch."""
     queued: Annotated[int, Field(ge=0)] = 0
-    """Set by the miner: requests that wait."""
+    """Answer: the number of waiting requests."""
     peer: Annotated[str, Field(max_length=256, pattern=r"^[!-~ ]*$")] = ""
-    """Set by the miner: its address in the swarm, where that does not stand on the chain."""
+    """Answer: its address in the swarm, if that is not on chain."""
 
     @model_serializer(mode="wrap")
     def _without_empty_peer(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -125,46 +111,45 @@ class IsAlive(Synapse):
 
 
 class Train(Synapse):
-    """Train on these rows and report the loss."""
+    """Train these rows and report the loss."""
 
     max_request_bytes: ClassVar[int] = 128 * 1024
     max_response_bytes: ClassVar[int] = 512 * 1024
 
     request_id: Annotated[Name, Field(min_length=1)]
-    """The caller's name for this request: the same one again is answered with the first
-    one's result and trains once."""
+    """Chosen by the caller; a repeated request is answered with the first one's result."""
     run_id: Annotated[Name, Field(min_length=1)]
-    """The run; a miner in another one refuses."""
+    """A miner in another run refuses."""
     data_hash: Annotated[Name, Field(min_length=1)]
-    """The data set's hash; a miner that holds other data refuses."""
+    """A miner with other data refuses."""
     dataset_indices: Annotated[list[Index], Field(min_length=1, max_length=MAX_ROWS)]
-    """The rows to train on, each once, in this order."""
+    """The rows to train, each once, in this order."""
     version: Name = ""
     """The caller's version of this package."""
     batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH_SIZE)] = 8
-    """Rows in a logical batch; the miner may cut it to fit its memory."""
+    """Rows in a batch; the miner may split it to fit its memory."""
     gradient_accumulation_steps: Annotated[int, Field(ge=1, le=MAX_ACCUMULATION_STEPS)] = 1
     """Batches in an optimizer step; the last step may hold fewer."""
     timeout_seconds: Annotated[Finite, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] = 60.0
-    """Stop at a batch's edge before this many seconds, and answer with what was done."""
+    """Stop between two steps before this time is up, and answer with what was done."""
 
     loss: Finite | None = None
-    """Answer: mean over the real tokens of all trained rows, nats per token."""
+    """Answer: mean over the real tokens of all trained rows, in nats per token."""
     losses: Annotated[list[Finite], Field(max_length=MAX_ROWS)] = []
-    """Answer: the same by optimizer step, each before that step."""
+    """Answer: the same per optimizer step, each before that step."""
     epoch: Annotated[int, Field(ge=0)] | None = None
     """Answer: the swarm's epoch when training began."""
     epoch_steps: Annotated[int, Field(ge=0)] = 0
-    """Answer: how many of the steps were taken before the swarm averaged; what comes after
-    cannot be replayed from the same state."""
+    """Answer: steps taken before the swarm averaged; only these can be replayed from the
+    epoch's state."""
     steps: Annotated[int, Field(ge=0)] = 0
     """Answer: optimizer steps taken."""
     samples: Annotated[int, Field(ge=0)] = 0
     """Answer: rows trained, counted from the first of `dataset_indices`."""
     tokens: Annotated[int, Field(ge=0)] = 0
-    """Answer: real tokens (padding not counted) in those rows."""
+    """Answer: real tokens (without padding) in those rows."""
     discarded: Annotated[int, Field(ge=0)] = 0
-    """Answer: rows of these whose step the swarm threw away (they are not in `samples`)."""
+    """Answer: rows whose step the swarm discarded; not counted in `samples`."""
 
     @field_validator("dataset_indices")
     @classmethod
@@ -175,7 +160,7 @@ class Train(Synapse):
 
 
 def clean(text: str) -> str:
-    """Text of another neuron, made safe for a terminal and a log: one line, printable."""
+    """Another neuron's text, made safe for a terminal and a log: one printable line."""
     printable = "".join(mark if mark.isprintable() else " " for mark in text[: 2 * MAX_REASON])
     short = " ".join(printable.split())
     return short if len(short) <= MAX_REASON else short[: MAX_REASON - 1] + "…"

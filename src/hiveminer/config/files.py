@@ -1,4 +1,4 @@
-"""Paths and TOML files as people write them: `~`, an empty name, a byte-order mark."""
+"""Paths and TOML files as people write them: with `~`, empty, or with a byte-order mark."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with `~` replaced. Raises ValueError, with what to do, if it names nothing."""
+    """The path with `~` expanded. Raises ValueError, with the remedy, if it is not a path."""
     text = str(path)
     if not text.strip():
         raise ValueError("must not be empty")

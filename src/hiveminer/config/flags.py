@@ -1,8 +1,8 @@
-"""Reads a tree of settings from flags, environment and a TOML file; a mistake is one line.
+"""Reads settings from flags, environment and a TOML file, with one-line errors.
 
-pydantic-settings reads the command line, and pydantic the values. What they do not do is here:
-an error names the flag (`--axon.port`), the variable (`HIVEMINER_AXON__PORT`) or the key of the
-file that the operator wrote, and a name that nothing reads is refused with a suggestion.
+pydantic-settings parses the command line, and pydantic the values. Added here: an error names
+the flag (`--axon.port`), variable (`HIVEMINER_AXON__PORT`) or key that the operator wrote, and
+an unknown name is refused with a suggestion.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from hiveminer.config import files
 from hiveminer.errors import OperatorError
 
 PREFIX = "HIVEMINER_"
-"""Variables that begin with this are ours, and each must be one that is read."""
+"""Every variable with this prefix must be a known one."""
 
 CONFIG = "config"
-"""The setting that names the TOML file; the file itself cannot set it."""
+"""The setting that names the TOML file."""
 
 EPILOG = (
     f"A flag takes precedence over its variable ({PREFIX}AXON__PORT for --axon.port), a variable "
@@ -46,9 +46,9 @@ def read(
 ) -> Tree:
     """Read the settings of `tree`: flags over environment over the TOML file over defaults.
 
-    `others` are the trees of the sibling programs: one file and one environment may serve
-    them all, so a sibling's key is ignored there, and refused as a flag.
-    Raises OperatorError with one line; SystemExit(0) after `--help` and `--version`.
+    others: the settings of the other programs, whose keys are ignored in the file and the
+    environment, which may serve them all. Raises OperatorError with one line; SystemExit(0)
+    after `--help` and `--version`.
     """
     mine = options(tree)
     trees: list[type[BaseModel]] = [tree, *others]
@@ -80,7 +80,7 @@ def read(
 
 
 def options(tree: type[BaseModel], place: str = "") -> dict[str, FieldInfo]:
-    """Every setting of a tree by its key (`axon.port`), in the order in which they are written."""
+    """Every setting of a tree by its key (`axon.port`), in order of definition."""
     found: dict[str, FieldInfo] = {}
     for name, field in tree.model_fields.items():
         kind = field.annotation
@@ -92,7 +92,6 @@ def options(tree: type[BaseModel], place: str = "") -> dict[str, FieldInfo]:
 
 
 def variable(key: str) -> str:
-    """The environment variable that sets this key."""
     return PREFIX + key.replace(".", "__").upper()
 
 
@@ -100,7 +99,7 @@ def variable(key: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises a mistake as an OperatorError. `known` are the keys of all programs."""
+    """Raises OperatorError instead of exiting. known: the keys of all programs."""
 
     def __init__(self, known: Collection[str], *, prog: str, description: str, epilog: str):
         super().__init__(
@@ -155,8 +154,8 @@ def _from_flags(tree: type[BaseSettings], parser: _Parser, words: Sequence[str])
 
 
 def _spelled_out(argv: Sequence[str], mine: Mapping[str, FieldInfo]) -> list[str]:
-    """The words as pydantic-settings takes them: `--x a b` of a list becomes `--x=a --x=b`, and
-    `--x false` of a boolean becomes `--no-x`."""
+    """The arguments as pydantic-settings takes them: a list's `--x a b` becomes `--x=a --x=b`, a
+    boolean's `--x false` becomes `--no-x`."""
     words: list[str] = []
     for flag, *values in _by_flag(argv):
         field = mine.get(flag[2:]) if flag.startswith("--") else None
@@ -172,7 +171,7 @@ def _spelled_out(argv: Sequence[str], mine: Mapping[str, FieldInfo]) -> list[str
 
 
 def _by_flag(argv: Sequence[str]) -> list[list[str]]:
-    """Each flag with the words that follow it."""
+    """Each flag with the arguments that follow it."""
     groups: list[list[str]] = []
     for word in argv:
         if word.startswith("--") or not groups:
@@ -263,7 +262,7 @@ def _reason(error: Mapping[str, Any], field: FieldInfo | None) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence that names what is spelled similarly, or nothing."""
+    """A suggestion to append to an error; empty if nothing is spelled similarly."""
     keys = {_key(name): name for name in known}
     word = _key(word)
     near = [key for key in keys if key.endswith(f".{word}")]  # "--port" for "--axon.port"

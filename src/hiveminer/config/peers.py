@@ -1,4 +1,4 @@
-"""Checks the multiaddress of a peer, so that a mistake in it is reported by its part."""
+"""Checks a peer's multiaddress, and names the part that is wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
 
 def checked_peer(text: str) -> str:
-    """The address itself. Raises ValueError, which names the part that is wrong."""
+    """Return the address. Raises ValueError that names the wrong part."""
     head, found, peer_id = text.rpartition("/p2p/")
     if not found:
         raise ValueError(f"must end with /p2p/ and the peer's id ({EXAMPLE})")

@@ -1,9 +1,8 @@
-"""The run: what everybody who trains together has agreed on.
+"""The run: what everybody who trains together has agreed on, as the subnet owner's `run.toml`.
 
-`run.toml` is the subnet owner's and the same for all: model, data, optimizer, epoch,
-limits. Flags describe one machine. The hash of the run, of the model's schema and of the
-data are in the run id, so that peers that would harm each other never meet, and each can
-say which of the three differs.
+The run id contains the hashes of the run, the model's schema and the data, so that peers with
+different configurations can never average unnoticed, and each can say which of the three
+differs.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from hiveminer.errors import OperatorError
 from hiveminer.protocol import MAX_BATCH_SIZE, MAX_ROWS, MAX_TIMEOUT_SECONDS
 
 BUILTIN = "builtin"
-"""The model or the data set that comes with this package."""
+"""Names the model or the data that comes with this package."""
 
 LOCAL_SUFFIXES = frozenset({".txt", ".md", ".jsonl", ".ndjson", ".json", ".parquet"})
-"""A name that ends so is a file's, never the hub's."""
+"""A name with one of these suffixes is a file's, never the hub's."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -78,12 +77,11 @@ class DataSection(_Section):
     streaming: bool = False
     """Do not download the hub data set whole: read numbered shards of it."""
     rows: Annotated[int, Field(ge=0)] = 0
-    """How many rows a streaming source counts for; it cannot know itself."""
+    """The number of rows of a streaming source."""
     shard_rows: Annotated[int, Field(ge=1, le=1_000_000)] = 1024
     """Rows in a shard of a streaming source."""
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """The share of rows, at the end, that no miner is given: the validator measures on
-    them."""
+    """The share of rows, at the end, that validators evaluate on and no miner is given."""
 
 
 class OptimizerSection(_Section):
@@ -106,14 +104,14 @@ class OptimizerSection(_Section):
 
 class SwarmSection(_Section):
     epoch_samples: Annotated[int, Field(ge=1)] = 256
-    """Rows that the whole swarm trains between two averagings."""
+    """Rows that all peers together train between two averaging rounds."""
     matchmaking_seconds: Annotated[float, Field(ge=0.5, le=90)] = 3.0
     """How long a peer looks for a group when not all come. Its record in the DHT expires after
     this time, and no record lives longer than two minutes."""
     averaging_timeout_seconds: Annotated[float, Field(ge=5, le=3600)] = 30.0
-    """After this an averaging round is given up."""
+    """Limit of an averaging round."""
     compression: Literal["float16", "none"] = "float16"
-    """What weights are sent as."""
+    """The format in which weights are sent."""
 
 
 class SparselocoSection(_Section):
@@ -168,16 +166,12 @@ _FIRST_KEYS: dict[str, tuple[str, ...]] = {
     "swarm": ("epoch_samples", "matchmaking_seconds", "averaging_timeout_seconds", "compression"),
     "limits": ("rows", "batch_size", "timeout_seconds"),
 }
-"""The keys that are always part of a run's hash. A key that is not listed came later and is
-only part of it where it differs from its default, so that a new version of this package,
-with more keys, does not change the run id of a run that was already under way."""
+"""The keys that are always part of a run's hash. A key that was added later is part of it only
+where it differs from its default, so that an upgrade does not change the ids of existing runs."""
 
 
 class Run(_Section):
-    """A run as `run.toml` writes it; every key has a default.
-
-    `hash` is the same for two files that mean the same, whatever their layout.
-    """
+    """The content of a `run.toml`; every key has a default."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_]{0,31}$")] = "embedded"
     """What the run is called; lower case, part of the run id."""
@@ -214,11 +208,8 @@ class Run(_Section):
 
     @property
     def hash(self) -> str:
-        """Hex SHA-256 of what the run says.
-
-        Where a model or data set lies on one machine's disk is not part of it: its
-        content is compared by the other two parts of the run id.
-        """
+        """Hex SHA-256 of the run's values, without the paths of local models and data: the rest
+        of the run id compares their content."""
         defaults = Run().model_dump(mode="json")
         values = self.model_dump(mode="json")
         sparseloco = values.pop("sparseloco")
@@ -239,7 +230,7 @@ class Run(_Section):
             )
 
     def accepts_version(self, version: str) -> bool:
-        """Whether a neuron of that version may take part; an unreadable one may not."""
+        """Whether a neuron of that version may take part; False for an invalid version."""
         try:
             return _version(version) >= _version(self.oldest_version)
         except ValueError:
@@ -248,7 +239,7 @@ class Run(_Section):
 
 @dataclass(frozen=True)
 class RunId:
-    """A run id in its parts: `name-run-schema-data`, the last three shortened hashes."""
+    """A run id, `name-run-schema-data`; the last three are shortened hashes."""
 
     name: str
     run: str
@@ -263,7 +254,7 @@ class RunId:
         return f"{self.name}-{self.run}-{self.schema}-{self.data}"
 
     def difference(self, other: str) -> str | None:
-        """Why somebody with the run id `other` cannot train with us; None if they can."""
+        """Why a peer with the run id `other` cannot train with us; None if it can."""
         if other == str(self):
             return None
         parts = other.split("-")
@@ -281,7 +272,7 @@ class RunId:
 
 
 def is_local(name: str) -> bool:
-    """Whether a model or data name means a place on this machine's disk."""
+    """Whether a model or data name is a path on this machine."""
     return name != BUILTIN and (
         name.startswith((".", "/", "~"))
         or "\\" in name
@@ -291,10 +282,7 @@ def is_local(name: str) -> bool:
 
 
 def load_run(path: Path | None) -> Run:
-    """Read a `run.toml`; without a path, the run that is built in.
-
-    Raises OperatorError, one line that names the file and the key.
-    """
+    """Read a `run.toml`; without a path, the built-in run. Raises OperatorError."""
     if path is None:
         return Run()
     try:
@@ -309,7 +297,7 @@ def load_run(path: Path | None) -> Run:
 
 
 def run_from_table(table: dict[str, Any], *, source: str) -> Run:
-    """A run from the table of a `run.toml`. Raises OperatorError that names the source."""
+    """Validate the table of a `run.toml`. Raises OperatorError that names the source."""
     try:
         return Run.model_validate(table)
     except ValidationError as error:

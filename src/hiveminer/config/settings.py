@@ -1,9 +1,7 @@
-"""Every setting of every program, once: default, unit, bounds and a sentence.
+"""Every setting of every program: default, unit, bounds and a description.
 
-Settings describe this machine and this operator; what all miners of a run must share is in
-`run.toml` (`run.py`). Flags have Bittensor's dotted names and take precedence over the
-environment (`HIVEMINER_AXON__PORT`), the environment over a TOML file (`--config`), the file
-over the defaults. None means "chosen by the program", and the sentence says how.
+Settings describe this machine and its operator; what all miners of a run share is in `run.toml`
+(`run.py`). None means "chosen by the program", and the description says how.
 """
 
 from __future__ import annotations
@@ -65,7 +63,7 @@ def _expand(value: object) -> object:
 
 
 def _split(value: object) -> object:
-    """Lists may be written with commas, also within words: "a,b c" is three."""
+    """Lists may be separated by commas and spaces: "a,b c" has three parts."""
     words = [value] if isinstance(value, str) else value
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         return value
@@ -82,7 +80,7 @@ Folder = Annotated[Path, BeforeValidator(_expand)]
 
 
 def number(default: float | None, least: float, most: float, sentence: str) -> Any:
-    """A number and its bounds, which `--help` and errors state."""
+    """A number with bounds, which `--help` and errors mention."""
     bounds = f"from {least:.12g} to {most:.12g}" if math.isfinite(most) else f"{least:g} or more"
     return Field(
         default,
@@ -97,7 +95,7 @@ def number(default: float | None, least: float, most: float, sentence: str) -> A
 
 
 class Group(BaseModel):
-    """Settings that share a first word."""
+    """Settings that share a prefix."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
@@ -112,7 +110,7 @@ class Group(BaseModel):
 
 
 class WalletSettings(Group):
-    """The keys of this neuron. Only the hotkey is used; a coldkey has no place here."""
+    """The neuron's keys. Only the hotkey is used; keep the coldkey elsewhere."""
 
     name: Name = Field("default", description="name of the wallet (its coldkey's name)")
     hotkey: Name | None = Field(
@@ -128,13 +126,15 @@ class SubtensorSettings(Group):
 
     network: Network = Field(
         "embedded",
-        description="embedded (a chain in a file on this machine), finney, test, local, or the "
-        "address of a node: ws://... or wss://...",
+        description="embedded (a chain in a file on this machine), finney, test, local, or a "
+        "node's address: ws://... or wss://...",
     )
     path: Folder = Field(
         Path("~/.hiveminer/embedded"), description="folder of the embedded network"
     )
-    block_seconds: float = number(1.0, 0.05, 60.0, "seconds a block, on the embedded network only")
+    block_seconds: float = number(
+        1.0, 0.05, 60.0, "seconds per block, on the embedded network only"
+    )
 
 
 class AxonSettings(Group):
@@ -153,17 +153,17 @@ class AxonSettings(Group):
         "embedded network: the next free one",
     )
     external_ip: Ip | None = Field(
-        None, description="address to put on the chain, if it is not the one listened on"
+        None, description="address to publish on chain, if it differs from the one listened on"
     )
-    external_port: int | None = number(None, 1, 65535, "port to put on the chain, if it is another")
-    max_waiting: int = number(64, 1, 4096, "requests that may wait; more are turned away")
+    external_port: int | None = number(None, 1, 65535, "port to publish on chain, if it differs")
+    max_waiting: int = number(64, 1, 4096, "requests that may wait; more are refused")
     metrics_port: int | None = number(
         None, 0, 65535, "port of /metrics on 127.0.0.1, for Prometheus; if not given: none"
     )
 
 
 class DhtSettings(Group):
-    """The way to the other peers of the swarm."""
+    """The connection to the other peers of the swarm."""
 
     ip: Ip | None = Field(
         None,
@@ -178,20 +178,18 @@ class DhtSettings(Group):
         "embedded network: the next free one",
     )
     external_ip: Ip | None = Field(
-        None, description="address to announce to peers, if it is not the one listened on"
+        None, description="address to announce to peers, if it differs from the one listened on"
     )
-    external_port: int | None = number(
-        None, 1, 65535, "port to announce to peers, if it is another"
-    )
+    external_port: int | None = number(None, 1, 65535, "port to announce to peers, if it differs")
     initial_peers: Peers = Field(
         default=[],
-        description="multiaddresses of peers to join by, with spaces or commas between; if not "
-        "given: those that stand on the chain",
+        description="multiaddresses of peers to join, separated by spaces or commas; if not "
+        "given: those published on chain",
     )
 
 
 class BlacklistSettings(Group):
-    """Who is turned away."""
+    """Which callers are refused."""
 
     allow_non_registered: bool = Field(
         False, description="serve hotkeys that are not registered on the subnet"
@@ -199,20 +197,20 @@ class BlacklistSettings(Group):
     force_validator_permit: bool = Field(
         True, description="train only for hotkeys with a validator permit"
     )
-    min_stake: float = number(0.0, 0.0, math.inf, "least stake of a caller of Train, in TAO")
+    min_stake: float = number(0.0, 0.0, math.inf, "minimum stake of a caller of Train, in TAO")
 
 
 class NeuronSettings(Group):
     """This machine."""
 
     device: Device | None = Field(
-        None, description="cpu, cuda, cuda:1 or mps; if not given: the best one there is"
+        None, description="cpu, cuda, cuda:1 or mps; if not given: the best one available"
     )
     run: Folder | None = Field(
         None, description="the subnet's run.toml; if not given: the built-in run"
     )
     path: Folder = Field(
-        Path("~/.hiveminer"), description="folder of what must outlive a restart, and of metrics"
+        Path("~/.hiveminer"), description="folder of keys, checkpoints and metrics"
     )
     threads: int | None = number(
         None,
@@ -222,67 +220,66 @@ class NeuronSettings(Group):
         "several neurons share the machine, and PyTorch's own choice on a real one",
     )
     resume: bool = Field(
-        True, description="go on from the newest checkpoint; --no-neuron.resume starts anew"
+        True, description="resume from the newest checkpoint; --no-neuron.resume starts over"
     )
     checkpoint_seconds: float = number(
         60.0,
         1.0,
         86400.0,
-        "seconds between two checkpoints at least; a miner writes one when an epoch "
-        "begins, and within an epoch that is ten times as long",
+        "minimum seconds between two checkpoints; a miner writes one when an epoch "
+        "begins, and within an epoch that lasts ten times as long",
     )
     keep_models: int = number(
         1,
         0,
         1000,
-        "models that a validator keeps as folders: so many of the newest, and the best by held-out "
-        "loss; 0: none",
+        "number of newest models that a validator keeps as folders, besides the best by "
+        "held-out loss; 0: none at all",
     )
 
 
 class LoggingSettings(Group):
-    """What is told on the terminal."""
+    """Output on the terminal."""
 
     level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="least severity that is shown"
+        "info", description="minimum severity"
     )
     format: Literal["text", "json"] = Field("text", description="lines for people, or for machines")
     bars: bool = Field(True, description="progress bars, where stderr is a terminal")
 
 
 class WandbSettings(Group):
-    """Numbers to Weights & Biases, beside the JSON lines that are always written."""
+    """Metrics to Weights & Biases, besides the JSON lines that are always written."""
 
     mode: Literal["disabled", "offline", "online"] = Field(
-        "disabled", description="online falls back to offline where there is no API key"
+        "disabled", description="online falls back to offline without an API key"
     )
     project: Name = Field("hiveminer", description="project to write to")
     entity: Name | None = Field(None, description="user or team; if not given: the account's own")
 
 
 class WorkSettings(Group):
-    """What is asked of miners, and how it is judged."""
+    """What miners are asked for, and how it is judged."""
 
-    rows: int = number(64, 1, 4096, "rows in a Train request")
-    batch_size: int = number(4, 1, 1024, "rows in a logical batch")
-    gradient_accumulation_steps: int = number(1, 1, 256, "batches in an optimizer step")
+    rows: int = number(64, 1, 4096, "rows per Train request")
+    batch_size: int = number(4, 1, 1024, "rows per batch")
+    gradient_accumulation_steps: int = number(1, 1, 256, "batches per optimizer step")
     timeout_seconds: float = number(60.0, 0.1, 3600.0, "seconds a miner has for one request")
-    sample_rate: float = number(0.25, 0.0, 1.0, "share of the answers that is replayed here")
+    sample_rate: float = number(0.25, 0.0, 1.0, "share of the answers to replay")
     weights_seconds: float | None = number(
         None,
         1.0,
         86400.0,
         "seconds between weights; if not given: 10 on the embedded network, 1200 on a real one",
     )
-    seed: int | None = number(None, 0, 2**31, "seed of the choice of rows; if not given: by chance")
+    seed: int | None = number(None, 0, 2**31, "seed for choosing rows; if not given: random")
 
 
 # --- programs --------------------------------------------------------------------------------
 
 
 class ProgramSettings(BaseSettings):
-    """The settings of one program. Built directly, they take what is given and the defaults;
-    `parse` reads flags, environment and file as well."""
+    """The settings of one program; `parse` reads flags, environment and file."""
 
     model_config = SettingsConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -297,11 +294,11 @@ class ProgramSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Leave the environment to `parse`, which can name the variable that is wrong."""
+        """Leave the environment to `parse`, which names a wrong variable."""
         return (init_settings,)
 
     def given(self, key: str) -> bool:
-        """Was this setting ("axon.port") set by the operator, be it to its default?"""
+        """Whether the operator has set this key ("axon.port"), even if to its default."""
         model: BaseModel = self
         *groups, name = key.split(".")
         for group in groups:
@@ -311,7 +308,7 @@ class ProgramSettings(BaseSettings):
 
 
 class Settings(ProgramSettings):
-    """What every neuron has."""
+    """Settings of every neuron."""
 
     netuid: int = number(1, 0, 65535, "number of the subnet")
     wallet: WalletSettings = Field(default_factory=WalletSettings)
@@ -323,7 +320,7 @@ class Settings(ProgramSettings):
 
     @property
     def embedded(self) -> bool:
-        """The network is the one on this machine."""
+        """Whether the network is the one on this machine."""
         return self.subtensor.network == "embedded"
 
     @property
@@ -337,7 +334,7 @@ class Settings(ProgramSettings):
 
 
 class MinerSettings(Settings):
-    """What a miner has."""
+    """Settings of a miner."""
 
     axon: AxonSettings = Field(default_factory=AxonSettings)
     blacklist: BlacklistSettings = Field(default_factory=BlacklistSettings)
@@ -349,23 +346,23 @@ class MinerSettings(Settings):
 
 
 class ValidatorSettings(Settings):
-    """What a validator has."""
+    """Settings of a validator."""
 
     validator: WorkSettings = Field(default_factory=WorkSettings)
 
     @property
     def weights_seconds(self) -> float:
-        """Seconds between two settings of weights."""
+        """Seconds between two weight settings."""
         return self.validator.weights_seconds or (10.0 if self.embedded else 1200.0)
 
 
 class DemoSettings(ProgramSettings):
-    """What the demo has: few things, since it is to work without any."""
+    """Settings of the demo."""
 
     miners: int = number(3, 1, 64, "miners to start beside the validator")
     seconds: float = number(90.0, 10.0, 86400.0, "seconds of training")
     out: Folder = Field(
-        Path("demo-out"), description="folder for numbers, logs, the plot and the trained model"
+        Path("demo-out"), description="folder for metrics, logs, the plot and the trained model"
     )
     strategy: Literal["hivemind", "sparseloco"] | None = Field(
         None,
@@ -378,63 +375,57 @@ class DemoSettings(ProgramSettings):
     )
     model: str | None = Field(
         None,
-        description="folder or hub name of the model to begin with; if not given: the run's",
+        description="folder or hub name of the model to start from; if not given: the run's",
     )
-    run: Folder | None = Field(
-        None, description="run.toml to train by; if not given: the built-in run"
-    )
+    run: Folder | None = Field(None, description="the run.toml; if not given: the built-in run")
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
 
 
 class ExportSettings(Settings):
-    """What is exported, and to where."""
+    """What to export, and where to."""
 
     out: Folder = Field(description="folder to write the model to; it must not exist")
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="what the weights are stored as"
+        "float32", description="precision of the stored weights"
     )
     source: Literal["disk", "swarm"] = Field(
         "disk",
-        description="disk: the newest checkpoint or model of this machine's neurons, also while "
-        "they run; swarm: the state that the other peers hand out to a registered hotkey",
+        description="disk: the newest checkpoint of this machine's neurons, even while they run; "
+        "swarm: the state that peers share with a registered hotkey",
     )
 
 
 class UseSettings(Settings):
-    """Which model is used."""
+    """Which model to use."""
 
     model: Folder | None = Field(
         None,
-        description="folder of a model, as `hiveminer export` writes it; if not given: the newest "
+        description="model folder, as written by `hiveminer export`; if not given: the newest "
         "checkpoint on this machine",
     )
 
 
 class GenerateSettings(UseSettings):
-    """What is generated."""
+    """What to generate."""
 
-    text: str = Field("", description="text to continue; also the first word of the command")
-    tokens: int = number(200, 1, 65536, "tokens to generate at most")
-    temperature: float = number(0.8, 0.0, 10.0, "0: the most probable token each time")
-    seed: int | None = number(None, 0, 2**31, "seed of the choice of tokens; if not given: none")
+    text: str = Field("", description="text to continue; also the command's first argument")
+    tokens: int = number(200, 1, 65536, "maximum number of tokens to generate")
+    temperature: float = number(0.8, 0.0, 10.0, "0: always the most probable token")
+    seed: int | None = number(None, 0, 2**31, "seed for sampling; if not given: random")
 
 
 class EvaluateSettings(UseSettings):
-    """What is measured."""
+    """What to evaluate."""
 
-    rows: int = number(
-        32, 1, 10**9, "held-out rows to measure on; validators measure on the first 32"
-    )
+    rows: int = number(32, 1, 10**9, "held-out rows to evaluate on; validators use the first 32")
 
 
 class RunNewSettings(ProgramSettings):
     """A new run.toml."""
 
     out: Folder = Field(Path("run.toml"), description="file to write; it must not exist")
-    name: str = Field("myrun", description="what the run is called")
-    data: str = Field(
-        "builtin", description="builtin, a local file or folder, or a hub name; it is read"
-    )
+    name: str = Field("myrun", description="name of the run")
+    data: str = Field("builtin", description="builtin, a local file or folder, or a hub name")
     model: str = Field("builtin", description="builtin, a local folder, or a hub name")
 
 
@@ -468,9 +459,8 @@ def parse(
 ) -> Tree:
     """Read the settings of a program: flags over environment over file over defaults.
 
-    `argv` are the words after the program's name (None: this process's), `env` the variables
-    (None: this process's). Raises OperatorError with one line that names the flag, variable
-    or key; SystemExit(0) after `--help` and `--version`.
+    argv, env: this process's by default. Raises OperatorError with one line that names the flag,
+    variable or key; SystemExit(0) after `--help` and `--version`.
     """
     return flags.read(
         cls,

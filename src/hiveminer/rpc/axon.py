@@ -67,18 +67,18 @@ _AUTH_KINDS: tuple[tuple[type[http_auth.AuthError], str], ...] = (
 
 
 def nobody(hotkey: str) -> Standing:
-    """The standing of every hotkey on a subnet without neurons."""
+    """The default standing: nobody is registered."""
     return STRANGER
 
 
 class Axon:
     """Serves synapses over HTTP at `host`:`port` (0: any free port), in its own thread.
 
-    standing: what the chain knows of a hotkey; called on the event loop, so it must not block.
-    policy: what the default blacklist requires.
-    metrics_port: where Prometheus can read them, at http://127.0.0.1:metrics_port/metrics.
+    standing: a hotkey's standing on the subnet; called on the event loop, so it must not block.
+    policy: of the default blacklist.
+    metrics_port: of Prometheus metrics, at http://127.0.0.1:metrics_port/metrics.
     requests_per_second, burst: the budget of each hotkey.
-    quiet_seconds: without a validator's call for so long, a warning is logged.
+    quiet_seconds: a warning is logged after this long without a validator's call.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Axon:
         quiet_seconds: float = 600.0,
     ) -> None:
         self.hotkey = own_hotkey(wallet)
-        # The key itself: through a wallet, each signature reads its files again (2 ms).
+        # A wallet would read its files again for each signature (2 ms).
         self._key = wallet.hotkey
         self.host = host
         self.port = port
@@ -185,10 +185,7 @@ class Axon:
     # Start and stop
 
     def bind(self) -> int:
-        """Bind the port without serving yet, as `start` does by itself. Returns the port.
-
-        Raises `OperatorError` if it cannot be bound.
-        """
+        """Bind the port without serving yet, and return it. Raises `OperatorError`."""
         if self._socket is None:
             self._socket = bind(self.host, self.port)
             self.port = int(self._socket.getsockname()[1])
@@ -219,7 +216,7 @@ class Axon:
     def stop(self, timeout_seconds: float = 5.0) -> None:
         """Accept no more requests, wait for those in progress, then cut the rest off.
 
-        Stop the queues first, so that waiting callers get their refusal.
+        Stop the queues first, so that waiting callers get a refusal.
         """
         _open_axons.discard(self)
         if self._server is not None and self.thread is not None:
@@ -258,7 +255,7 @@ class Axon:
             self.metrics.observe(request.path[1:], time.monotonic() - began)
         try:
             headers = self._signature(request, answer)
-        # A wallet that can no longer sign; uvicorn would not report it.
+        # A wallet that can no longer sign, which uvicorn would not report.
         except Exception as error:  # noqa: BLE001
             request.caller = None
             answer = self._failed(request, error)
@@ -266,7 +263,7 @@ class Axon:
         await request.respond(send, answer, headers)
 
     async def _answer(self, request: Request) -> Answer:
-        """The answer, whatever happens. Raises `Disconnected`."""
+        """The answer, also to a failed request. Raises `Disconnected`."""
         try:
             body = await self._process(request)
             self.metrics.count("answered")
@@ -294,7 +291,6 @@ class Axon:
 
     def _signature(self, request: Request, answer: Answer) -> list[tuple[str, str]]:
         if request.caller is None:
-            # A stranger's connection ends here, and with it whatever it still sends.
             return [("connection", "close")]
         signed = sign_answer(
             self._key,
@@ -307,7 +303,7 @@ class Axon:
         return list(signed.items())
 
     async def _process(self, request: Request) -> bytes:
-        """From a request's header to the body of its answer. Raises `Refused`."""
+        """Process a request, and return the answer's body. Raises `Refused`."""
         if request.path == "/" and request.method == "GET":
             return b'{"status": "alive"}'
         route = self._route(request)
@@ -335,7 +331,7 @@ class Axon:
         return route
 
     def _verify(self, request: Request, body: bytes) -> http_auth.Caller:
-        """The only place where a caller is believed. Raises `Declined`."""
+        """Authenticate the caller; nothing else does. Raises `Declined`."""
         try:
             caller = verify_signed(
                 request.headers,
@@ -359,7 +355,6 @@ class Axon:
 
 
 def _annotated(forward: Callable[..., Any]) -> type[Synapse]:
-    """The synapse that a forward function is annotated with."""
     function = forward if inspect.isroutine(forward) else type(forward).__call__
     first = next(iter(inspect.signature(forward).parameters))
     kind = typing.get_type_hints(function).get(first)
@@ -372,7 +367,7 @@ _open_axons: weakref.WeakSet[Axon] = weakref.WeakSet()
 
 
 def _close_sockets() -> None:
-    """In a forked child (Hivemind forks several): it must not keep the port open."""
+    """In a forked child, which must not keep the port open."""
     for axon in list(_open_axons):
         if axon._socket is not None:
             axon._socket.close()

@@ -1,4 +1,4 @@
-"""What verified callers have sent: nonces against replay, and a budget of requests each."""
+"""Per verified caller: its nonces, against replay, and its budget of requests."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hiveminer.rpc.request import Declined
 from hiveminer.rpc.signatures import ALLOWED_SKEW_SECONDS, MAX_AGE_SECONDS
 
 MAX_NONCES = 200_000
-"""Remembered for callers without a validator permit, who may be many. Validators are few,
-and each is bounded by its budget."""
+"""Limit for callers without a validator permit. Validators are few, and each is bounded by its
+budget."""
 
 MAX_BUDGETS = 10_000
-"""Only an axon that serves unregistered hotkeys can have so many callers."""
+"""Only reached by an axon that serves unregistered hotkeys."""
 
 RETENTION_SECONDS = MAX_AGE_SECONDS + ALLOWED_SKEW_SECONDS + 1.0
 
@@ -24,9 +24,8 @@ RETENTION_SECONDS = MAX_AGE_SECONDS + ALLOWED_SKEW_SECONDS + 1.0
 class Callers:
     """A nonce store for `http_auth.verify` that also charges the caller's budget.
 
-    Bounded: nonces are forgotten once they are too old to be accepted, and a caller over
-    its budget leaves none, so each hotkey holds at most `burst + requests_per_second *
-    RETENTION_SECONDS`. `is_validator` says whether a hotkey holds a permit.
+    Bounded: nonces are dropped once they are too old to be accepted, and a caller over its budget
+    adds none. is_validator: whether a hotkey holds a permit.
     """
 
     def __init__(

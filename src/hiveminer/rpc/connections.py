@@ -1,10 +1,8 @@
-"""The axon's connections: deadlines and limits that uvicorn lacks, and its port.
+"""The axon's connections and port, with deadlines and limits that uvicorn lacks.
 
-uvicorn has no deadline for a header, so idle connections live for ever, and one limit for
-all, so idle connections shut out real callers. Here a header has a few seconds, an unread
-answer too, and when all places are taken a connection that has proved nothing is cut
-first and a validator's last. The parser is stricter than h11: what two programs could
-read differently is refused.
+A header and an unread answer have a few seconds. When there are too many connections, a
+stranger's is cut first, and a validator's last. The parser is stricter than h11: what two
+programs could read differently is refused.
 """
 
 from __future__ import annotations
@@ -32,13 +30,13 @@ from uvicorn.server import ServerState
 from hiveminer.errors import OperatorError
 
 WRITE_SECONDS = 10.0
-"""How long a caller may leave its answer unread."""
+"""How long an answer may stay unread."""
 
 IDLE_SECONDS = 30
 """How long a connection is kept open between requests."""
 
 BACKLOG = 128
-"""Connections accepted at once before the open ones get their turn again."""
+"""Connections that asyncio accepts before it serves the open ones again."""
 
 _BAD_REQUEST = (
     b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
@@ -64,21 +62,20 @@ class PortInUse(OperatorError):
 def bind(host: str, port: int) -> socket.socket:
     """A socket that listens at `host`:`port`. Raises `OperatorError`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol by name: only then does asyncio set TCP_NODELAY on the connections, and
-    # without that each answer waits 40 ms for an acknowledgement of its header.
+    # With the protocol named, asyncio sets TCP_NODELAY, without which each answer waits 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.set_inheritable(False)
     # Not on Windows, where it lets two processes share a port.
     if os.name == "posix":
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # Inherited by the connections: a caller that lost power is noticed eventually.
+    # Inherited by the connections.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4)):
         if hasattr(socket, name):
             listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     try:
         listener.bind((host, port))
-        # A bound port that does not listen can still be bound by another: hold it.
+        # A port that is bound but not listened on can still be bound by others.
         listener.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         listener.close()
@@ -97,7 +94,7 @@ def bind_error(error: Exception, flag: str, host: str, port: int) -> OperatorErr
 
 
 class Rank(enum.IntEnum):
-    """Whose connection it is: the lowest is cut first."""
+    """A connection's rank: the lowest is cut first."""
 
     STRANGER = 0
     CALLER = 1
@@ -105,12 +102,11 @@ class Rank(enum.IntEnum):
 
 
 class Gate:
-    """How many connections there may be: in all, from one address and of one hotkey.
+    """Limits the connections: in all, per address and per hotkey.
 
-    When there are too many, the oldest one of a stranger is cut; then one of a caller
-    without a permit, of the hotkey that has the most; then an idle one of a validator;
-    then the newcomer. So neither idle connections nor a hotkey with many addresses can
-    push out a validator's call.
+    Above the limit, the oldest one of a stranger is cut; then one of the caller without a permit
+    that has the most; then an idle one of a validator; then the newcomer. So neither idle
+    connections nor a hotkey with many addresses can displace a validator's call.
     """
 
     def __init__(
@@ -132,7 +128,7 @@ class Gate:
         self._by_hotkey: dict[str, dict[Connection, None]] = {}
 
     def enter(self, newcomer: Connection) -> None:
-        """Admit a connection, and cut another if there are too many."""
+        """Add a connection, and cut another if there are too many."""
         near = self._by_network.setdefault(newcomer.network, {})
         near[newcomer] = None
         self.open[newcomer] = None
@@ -142,7 +138,7 @@ class Gate:
             _victim(self.open, newcomer).drop("connections")
 
     def prove(self, connection: Connection, hotkey: str, rank: Rank) -> None:
-        """Note whose connection it is; a hotkey with too many loses its oldest, idle first."""
+        """Record whose connection it is; a hotkey with too many loses its oldest, idle first."""
         connection.rank = rank
         if connection.hotkey == hotkey:
             return
@@ -155,7 +151,7 @@ class Gate:
             min(others, key=lambda each: not each.idle).drop("connections_of_hotkey")
 
     def leave(self, connection: Connection) -> None:
-        """Forget a connection; doing it again changes nothing."""
+        """Remove a connection. Idempotent."""
         self.open.pop(connection, None)
         _remove(self._by_network, connection.network, connection)
         _remove(self._by_hotkey, connection.hotkey, connection)
@@ -174,7 +170,7 @@ def _remove(groups: dict[str, dict[Connection, None]], name: str, connection: Co
 
 
 def _victim(among: dict[Connection, None], newcomer: Connection) -> Connection:
-    # In a flood this runs for each connection: the oldest stranger is found at once.
+    # This runs for each connection of a flood: the oldest stranger is found at once.
     for connection in among:
         if connection.rank is Rank.STRANGER and connection is not newcomer:
             return connection
@@ -232,7 +228,7 @@ class StrictHTTP(h11.Connection):
 
 
 class Connection(H11Protocol):
-    """uvicorn's HTTP/1.1, with the deadlines that it lacks and without its log lines."""
+    """uvicorn's HTTP/1.1 with more deadlines, and without log lines."""
 
     def __init__(
         self,
@@ -320,7 +316,7 @@ class Connection(H11Protocol):
             self._unread = None
 
     def _await_header(self, awaited: bool) -> None:
-        """One deadline for the whole header, however slowly it comes in."""
+        """One deadline for the whole header."""
         if awaited and self._header_due is None and not self.transport.is_closing():
             self._header_due = self.loop.call_later(
                 self.gate.header_seconds, self.drop, "header_deadline"
@@ -331,7 +327,7 @@ class Connection(H11Protocol):
 
 
 def _origin(host: str) -> tuple[str, str]:
-    """An address as text, and the network that counts as one origin (IPv6: its /64)."""
+    """An address, and the network that counts as one origin (IPv6: its /64)."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
@@ -344,7 +340,7 @@ def _origin(host: str) -> tuple[str, str]:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server over such connections; `ready` is set once it serves."""
+    """uvicorn's server with these connections; `ready` is set once it serves."""
 
     def __init__(self, app: Callable[..., Any], gate: Gate, *, max_header_bytes: int) -> None:
         config = uvicorn.Config(
@@ -370,7 +366,7 @@ class Server(uvicorn.Server):
         self._gate = gate
 
     def stop_within(self, timeout_seconds: float) -> None:
-        """Accept no more; what has not ended in time is cancelled. From any thread."""
+        """Accept no more requests, and cancel them after the timeout. Callable from any thread."""
         # uvicorn's annotation says whole seconds, its code takes any.
         self.config.timeout_graceful_shutdown = cast(int, timeout_seconds)
         self.should_exit = True

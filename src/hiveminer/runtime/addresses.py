@@ -1,9 +1,7 @@
 """Addresses and ports: what this machine listens on, and where others reach it.
 
-A machine behind a router does not know its own public address. Two services on the
-internet are asked, and are believed only if they agree; otherwise the operator is asked,
-by one line that names the flag. Whether a port can really be reached from outside, nothing
-on this machine can tell.
+A machine behind a router does not know its public address. Two services on the internet are
+asked, and are believed only if they agree; otherwise the operator has to give it.
 """
 
 from __future__ import annotations
@@ -21,10 +19,10 @@ import httpx
 from hiveminer.errors import OperatorError
 
 SERVICES = ("https://api.ipify.org", "https://checkip.amazonaws.com")
-"""Each answers a GET with the caller's address as text."""
+"""Each answers a GET with the caller's address."""
 
 EVERY_ADDRESS = ("0.0.0.0", "::")
-"""To listen on these is to listen everywhere; nobody can be called at them."""
+"""Wildcards: they can be listened on, but not called."""
 
 SERVICE_SECONDS = 5.0
 MAX_ANSWER_BYTES = 256
@@ -32,30 +30,28 @@ MAX_ANSWER_BYTES = 256
 
 @dataclass(frozen=True)
 class Finding:
-    """What is wrong with an address: `refused` ones cannot be used, `doubtful` ones can."""
+    """What is wrong with an address: a `refused` one cannot be used, a `doubtful` one can."""
 
     kind: Literal["refused", "doubtful"]
     words: str
 
 
 def check(ip: str) -> Finding | None:
-    """What is wrong with this address as one to be called at over the internet, if anything."""
+    """What is wrong with this address for being called over the internet, if anything."""
     try:
         address = ipaddress.ip_address(ip)
     except ValueError:
         return Finding("refused", f"{ip[:64]!r} is not an IP address")
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         return Finding(
-            "refused", f"{ip} is an IPv4 address in IPv6's clothes: write {address.ipv4_mapped}"
+            "refused", f"{ip} is an IPv4-mapped IPv6 address: write {address.ipv4_mapped}"
         )
     if address.is_unspecified:
-        return Finding("refused", f"{ip} means every address of this machine; nobody can call it")
+        return Finding("refused", f"{ip} means every address of this machine; it cannot be called")
     if address.is_loopback:
-        return Finding(
-            "refused", f"{ip} is this machine's own loopback: the chain refuses it as an axon's"
-        )
+        return Finding("refused", f"{ip} is a loopback address: the chain refuses it as an axon's")
     if address.is_multicast or address.is_link_local or _is_broadcast(address):
-        return Finding("refused", f"{ip} is no single host's address")
+        return Finding("refused", f"{ip} is not a single host's address")
     if not address.is_global:
         return Finding("doubtful", f"{ip} is a private address: the internet cannot reach it")
     if address.version == 6:
@@ -73,10 +69,10 @@ def ask_outside(
     services: Sequence[str] = SERVICES,
     timeout_seconds: float = SERVICE_SECONDS,
 ) -> str:
-    """This machine's address as the internet sees it; every service must say the same.
+    """This machine's public address, as all services report it within `timeout_seconds`.
 
-    `flag` is what the operator is told to give otherwise. Takes `timeout_seconds` at most.
-    Raises OperatorError when a service does not answer, or two disagree.
+    flag: named in the error. Raises OperatorError when a service does not answer, or two
+    disagree.
     """
     with ThreadPoolExecutor(len(services)) as pool:
         answers = list(pool.map(lambda url: _ask(url, timeout_seconds), services))
@@ -97,7 +93,7 @@ def _ask(url: str, timeout_seconds: float) -> str | None:
     deadline = time.monotonic() + timeout_seconds
     body = b""
     try:
-        # A proxy from the environment would be told its own address.
+        # A proxy from the environment would get its own address.
         with (
             httpx.Client(timeout=timeout_seconds, trust_env=False) as client,
             client.stream("GET", url) as response,
@@ -114,7 +110,7 @@ def _ask(url: str, timeout_seconds: float) -> str | None:
 
 
 def ports_to_try(first: int, *, free: bool, count: int = 64) -> Iterator[int]:
-    """The port itself; where any free one will do, the ones after it as well."""
+    """The port; if `free`, also the ones after it."""
     if first == 0 or not free:
         yield first
         return
@@ -122,7 +118,7 @@ def ports_to_try(first: int, *, free: bool, count: int = 64) -> Iterator[int]:
 
 
 def port_is_free(ip: str, port: int) -> bool:
-    """Whether a TCP listener could have this port now."""
+    """Whether this TCP port can be listened on now."""
     family = socket.AF_INET6 if ":" in ip else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,7 +1,5 @@
-"""Which packages do not fit: what is installed against what this one says it needs.
-
-The ranges are read from our own metadata, as pip has them, so there is no second list.
-"""
+"""Finds installed packages that do not meet this package's requirements, as its metadata lists
+them."""
 
 from __future__ import annotations
 
@@ -27,13 +25,12 @@ class Unmet:
 
     @property
     def pip(self) -> str:
-        """The line that mends it."""
+        """The command that fixes it."""
         return f"pip install '{self.name}{self.wanted}'"
 
 
 def unmet(distribution: str = "hiveminer") -> list[Unmet]:
-    """What this distribution needs and does not have here; nothing when it is not installed
-    itself (run from a folder), for then nobody knows."""
+    """Unmet requirements of this distribution; empty if it is not installed itself."""
     try:
         lines = importlib.metadata.requires(distribution) or []
     except importlib.metadata.PackageNotFoundError:
@@ -43,7 +40,7 @@ def unmet(distribution: str = "hiveminer") -> list[Unmet]:
 
 
 def explained(error: ImportError) -> str | None:
-    """An import's error with the packages that may be to blame; None when all fit."""
+    """An ImportError with the packages that may cause it; None when all requirements are met."""
     wrong = "; ".join(map(str, unmet()))
     return f"{error}; {wrong}" if wrong else None
 
@@ -53,10 +50,9 @@ def _check(line: str) -> Unmet | None:
         wanted = Requirement(line)
     except InvalidRequirement:
         return None
-    # Extras are for those who asked for them; `python_version` and the like are honoured.
     if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
         return None
-    # pip writes the parts of a range in no order of its own.
+    # pip writes the parts of a range in any order.
     parts = sorted(str(wanted.specifier).split(","), key=lambda part: part[:1] != ">")
     try:
         found = importlib.metadata.version(wanted.name)

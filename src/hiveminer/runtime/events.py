@@ -1,8 +1,6 @@
-"""What goes wrong in a swarm, in words: each event's cause is logged with its remedy.
+"""Events: known problems of a swarm, logged as one line with cause, remedy and name.
 
-Whoever sees the cause reports it; the remedy is here once, and in more detail in
-docs/troubleshooting.md. An event is an ordinary log line: it costs nothing until it happens, and
-whoever collects logs finds it by the name at its end.
+docs/troubleshooting.md explains each in more detail.
 """
 
 from __future__ import annotations
@@ -11,28 +9,28 @@ import logging
 
 EVENTS: dict[str, str] = {
     "peer_start": (
-        "see that the port is free, that the firewall lets it in and out, and that "
+        "check that the port is free, that the firewall lets it in and out, and that "
         "--dht.initial_peers, where given, are this run's; a running peer dials again by itself"
     ),
     "no_group": (
-        "nothing is lost, the next epoch tries again; if it repeats, let the others reach "
+        "nothing is lost, the next epoch tries again; if it repeats, let other peers reach "
         "--dht.port (--dht.external_ip behind a router), or give [swarm] matchmaking_seconds of "
         "run.toml more"
     ),
     "dht_split": (
-        "registered peers are dialled again every 30 seconds; if it stays, see that --dht.port "
+        "registered peers are dialed again every 30 seconds; if it persists, check that --dht.port "
         "is open on both sides and that --dht.external_ip is the address of this machine"
     ),
     "state_download": (
-        "the next peer is asked, or the same again at the next request; if it stays, this "
+        "the next peer is asked, or the same again at the next request; if it persists, this "
         "machine's link is too slow for the model, or no peer of the run can be reached"
     ),
     "stall": (
-        "give it a minute to recover; if it does not, restart this neuron, which goes on from "
-        "what it kept, and report this line"
+        "give it a minute to recover; if it does not, restart this neuron, which resumes from its "
+        "last checkpoint, and report this line"
     ),
     "batch_meaning": (
-        "batch sizes come with the request, epoch_samples and learning_rate with run.toml: "
+        "batch sizes come from the request, epoch_samples and learning_rate from run.toml: "
         "no flag of this machine changes them"
     ),
     "dependencies": ("install what this version was written for"),
@@ -51,27 +49,24 @@ EVENTS: dict[str, str] = {
     ),
     "poison": (
         "it was neither sent nor applied; if it is ours and repeats, lower [optimizer] "
-        "learning_rate or look at the rows; if it is another's, that miner must act"
+        "learning_rate or check the rows; if it is another's, that miner must act"
     ),
     "silence": (
-        "nothing is lost but the time; if it is ours, look at this machine's link and load, and if "
-        "it is another's, that miner must act"
+        "only time is lost; if it is ours, check this machine's link and load; if it is another's, "
+        "that miner must act"
     ),
     "diverged": (
-        "it takes the swarm's state again; if it repeats, test this machine's memory and device"
+        "it loads the swarm's state again; if it repeats, test this machine's memory and device"
     ),
     "checkpoint": (
-        "the one before it is used, or the swarm's state; see that the disk of --neuron.path "
-        "has room and is sound"
+        "the previous one is used, or the swarm's state; check that the disk of --neuron.path "
+        "has room and works"
     ),
 }
 
 
 def tell(logger: logging.Logger, event: str, cause: str, *, level: int = logging.WARNING) -> None:
-    """Log one line, "cause; remedy [event]"; the record's `event` is the name.
-
-    event: one of EVENTS. cause: what happened to whom, with its figures, in one line.
-    """
+    """Log one line, "cause; remedy [event]"; the record's `event` is the name, one of EVENTS."""
     logger.log(
         level, "%s; %s [%s]", cause, EVENTS[event], event,
         extra={"event": event}, stacklevel=2,

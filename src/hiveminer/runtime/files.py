@@ -1,4 +1,4 @@
-"""Writes a file so that a crash leaves the old content or the new, and nothing in between."""
+"""Writes files atomically: a crash leaves the old content or the new."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o666) -> None:
-    """Replace a file's content: draft, fsync, rename. The umask applies to `mode`.
+    """Replace a file's content: draft, fsync, rename. Raises OSError, and leaves the old file.
 
-    Raises OSError, and then the old file is as it was.
+    The umask applies to `mode`.
     """
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

@@ -1,8 +1,7 @@
-"""A filter between a program's output and its log: what is not JSON yet becomes JSON.
+"""Makes every line of a program's output a JSON object, whoever wrote it (a C library, a child
+process, a traceback).
 
-Run as a script of its own (it must outlive a crash of the program, and imports nothing of it),
-with the neuron's name as its argument. A line that is a JSON object passes unchanged; any other,
-whoever writes it (a C library, a child process, a traceback), becomes the message of one.
+Runs as a script of its own, so that it outlives a crash; its argument is the neuron's name.
 """
 
 from __future__ import annotations

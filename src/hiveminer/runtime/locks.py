@@ -1,7 +1,4 @@
-"""A file that one process holds at a time: whose a key, or a neuron's folder, is.
-
-The lock goes with the process, however that ends.
-"""
+"""File locks that end with the process that holds them."""
 
 from __future__ import annotations
 
@@ -13,14 +10,14 @@ from pathlib import Path
 
 
 class Held:
-    """A file that this process, and no other, holds until `release`."""
+    """A file that this process has locked, until `release`."""
 
     def __init__(self, descriptor: int):
         self._descriptor: int | None = descriptor
         _all.add(self)
 
     def release(self) -> None:
-        """Let other processes have it. Idempotent."""
+        """Unlock it. Idempotent."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
@@ -30,8 +27,8 @@ _all: weakref.WeakSet[Held] = weakref.WeakSet()
 
 
 def _drop_inherited() -> None:
-    # A lock lives as long as any copy of its descriptor, so a child that outlives its
-    # parent would keep it. Closing a copy does not unlock the parent's.
+    # A lock lives as long as any copy of its descriptor: a child that outlives its parent would
+    # keep it. Closing the copy does not unlock the parent's.
     for held in list(_all):
         held.release()
 
@@ -40,8 +37,8 @@ os.register_at_fork(after_in_child=_drop_inherited)
 
 
 def hold(file: Path) -> Held | str:
-    """Hold the file, which is made if need be; else the number of the process that does,
-    or "unknown". Raises OSError if the file cannot be opened."""
+    """Lock the file, which is created if it is missing. If another process holds it: its pid, or
+    "unknown". Raises OSError if the file cannot be opened."""
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
     with contextlib.ExitStack() as undo:
         undo.callback(os.close, descriptor)

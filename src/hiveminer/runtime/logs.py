@@ -1,7 +1,7 @@
-"""The log's one configuration: lines of ours, of Bittensor and of Hivemind, to stderr.
+"""Configures logging of this package, Bittensor and Hivemind to stderr.
 
 With `--logging.format json` every line of the process is a JSON object, whoever writes it: a
-library with a handler of its own, a warning, a traceback, a C library, a child process.
+library's own handler, a warning, a traceback, a C library, a child process.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from hiveminer.config.settings import Settings
 from hiveminer.runtime import json_filter
 
 HANDLER = "hiveminer"
-"""The name of our handler, which a second configuration replaces."""
+"""The name of our handler; configuring again replaces it."""
 
 FLUSH_SECONDS = 2.0
-"""How long the end of a program waits for its last lines."""
+"""How long a program waits at its end for the last lines."""
 
 
 def configure_logging(settings: Settings, name: str) -> None:
-    """Send the lines of all three to stderr, as the settings say; each names the neuron."""
+    """Log to stderr as the settings say; each line contains `name`."""
     level = getattr(logging, settings.logging.level.upper())
     as_json = settings.logging.format == "json"
     handler: logging.Handler = logging.NullHandler()
@@ -48,7 +48,6 @@ def configure_logging(settings: Settings, name: str) -> None:
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     logging.getLogger("hiveminer").setLevel(level)
-    # Theirs are chatty at info, and worth reading when something is wrong.
     for library in ("bittensor", "hivemind"):
         logging.getLogger(library).setLevel(max(level, logging.WARNING))
     if as_json or not (settings.logging.bars and sys.stderr is not None and sys.stderr.isatty()):
@@ -56,16 +55,16 @@ def configure_logging(settings: Settings, name: str) -> None:
 
 
 def report(words: str) -> None:
-    """The line that a program ends with: on stderr, or in the log where that is JSON."""
+    """Print a program's last line to stderr, or to the log if that is JSON."""
     if _json_output.started:
         logging.getLogger("hiveminer").critical("%s", words)
     else:
-        with contextlib.suppress(OSError):  # a full disk, or nobody reads: nobody to tell
+        with contextlib.suppress(OSError):  # a full disk or a closed pipe
             print(f"hiveminer: {words}", file=sys.stderr or sys.__stdout__, flush=True)
 
 
 class _JsonOutput:
-    """Takes stdout and stderr of this process through `json_filter`."""
+    """Redirects stdout and stderr of this process through `json_filter`."""
 
     def __init__(self) -> None:
         self.started = False
@@ -73,7 +72,7 @@ class _JsonOutput:
         self._filter: subprocess.Popen[bytes] | None = None
 
     def start(self, neuron: str) -> TextIO:
-        """From now on; again for a new name of the neuron. Gives the stream for JSON lines."""
+        """Start, or restart with a new name; returns the stream for JSON lines."""
         if self._stream is None:
             self._stream = os.fdopen(os.dup(2), "w", buffering=1, errors="replace")
             atexit.register(self._stop, os.getpid())
@@ -96,7 +95,7 @@ class _JsonOutput:
         return self._stream
 
     def _stop(self, owner: int) -> None:
-        """Let the last lines out."""
+        """Flush the last lines."""
         if os.getpid() != owner or self._filter is None or self._stream is None:
             return
         self._flush()
@@ -126,7 +125,7 @@ def _log_thread(args: threading.ExceptHookArgs) -> None:
 
 
 def _hide_bars() -> None:
-    """No library's progress bars: those not imported yet read the environment."""
+    """Disable the libraries' progress bars; those not imported yet read the environment."""
     for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ[name] = "1"
     for module, function in (
@@ -139,8 +138,7 @@ def _hide_bars() -> None:
 
 
 def _brief(record: logging.LogRecord) -> bool:
-    """Cut what hivemind says of a peer's trouble to a line: it logs the whole traceback of
-    what it has caught, such as a download from a peer that is gone."""
+    """Shorten Hivemind's tracebacks of handled errors, such as a lost peer, to one line."""
     if record.name.startswith("hivemind") and record.exc_info:
         error = record.exc_info[1]
         first = (record.getMessage().strip().splitlines() or [""])[0]
@@ -150,7 +148,7 @@ def _brief(record: logging.LogRecord) -> bool:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, neuron, logger, event if it is one, message."""
+    """One JSON object per line: time, level, neuron, logger, message, perhaps event and error."""
 
     def __init__(self, neuron: str):
         super().__init__()

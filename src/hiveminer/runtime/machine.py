@@ -12,10 +12,10 @@ from pathlib import Path
 from hiveminer.errors import OperatorError
 
 TEMPORARY = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
-"""Where torch looks for a temporary folder, in this order; Python looks at the first three."""
+"""Variables that name torch's temporary folder, in this order; Python uses the first three."""
 
 SOCKET = "/torch-shm-dir-XXXXXX/manager.sock"
-"""The longest socket's name below it: of torch's shared-memory manager."""
+"""The longest socket path below it: of torch's shared-memory manager."""
 
 MAX_SOCKET_BYTES = 103
 """The longest path of a Unix socket: 103 on macOS, 107 on Linux."""
@@ -45,9 +45,9 @@ def check_temporary_folder(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def check_descriptors() -> int:
-    """How many files and sockets may be open, raised as far as is useful and allowed.
+    """Raise the limit of open files as far as useful and allowed, and return it.
 
-    Raises OperatorError if they are too few.
+    Raises OperatorError if it is too low.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = WANTED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, WANTED_DESCRIPTORS)

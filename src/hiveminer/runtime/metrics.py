@@ -1,7 +1,7 @@
-"""Where numbers go: JSON lines always, Weights & Biases when asked, a bar on the terminal.
+"""Metrics: JSON lines always, Weights & Biases if configured, and progress bars.
 
-Training never waits for a number to be written and never ends because one could not be: a
-full disk or a broken connection costs one warning. What is lost then is a line of a diary.
+Training never waits for a metric, and never ends because one could not be written: a full disk
+or a broken connection costs one warning.
 """
 
 from __future__ import annotations
@@ -25,26 +25,24 @@ from hiveminer.errors import OperatorError
 logger = logging.getLogger(__name__)
 
 FINISH_SECONDS = 5.0
-"""How long the end of a program may wait for Weights & Biases."""
+"""How long a program waits for Weights & Biases at its end."""
 
 
 class Metrics(Protocol):
-    """A place for numbers. Safe to call from any thread; `log` never raises."""
+    """A sink of metrics. Safe to call from any thread; `log` never raises."""
 
     def log(self, kind: str, fields: Mapping[str, Any]) -> None:
-        """Write one event: its kind ("train", "averaging") and its fields (JSON values)."""
+        """Write one event: its kind ("train", "epoch") and its fields (JSON values)."""
 
     def close(self) -> None:
-        """Write what is left; nothing may be logged afterwards."""
+        """Flush; nothing may be logged afterwards."""
 
 
 class JsonLines:
-    """One JSON object a line: `time` (Unix seconds), `kind`, and the fields.
+    """One JSON object per line: `time` (Unix seconds), `kind`, and the fields.
 
-    Each line is one write to a file opened for appending, so several processes may share
-    the file, and whoever reads it meets whole lines only, but for the last. A number that
-    is not finite becomes null, for JSON has none. Raises OperatorError if the file cannot
-    be opened.
+    Each line is one write to a file opened for appending, so that processes can share it. A
+    number that is not finite becomes null. Raises OperatorError if the file cannot be opened.
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time):
@@ -97,11 +95,10 @@ def _finite(value: Any) -> Any:
 
 
 class Wandb:
-    """Weights & Biases: an event's numbers as `kind/field`, against the time of the event.
+    """Weights & Biases: an event's numbers as `kind/field`.
 
-    `online` without an API key becomes `offline`, which needs no account: the run lies in
-    `folder` and is sent later with `wandb sync`. Whatever goes wrong in there is told once,
-    and no number is sent after it.
+    `online` without an API key becomes `offline`: the run is stored in `folder`, for `wandb
+    sync`. After an error, which is reported once, nothing more is sent.
     """
 
     def __init__(
@@ -137,7 +134,7 @@ class Wandb:
         run, self._run = self._run, None
         if run is None:
             return
-        # Without a network, finish() waits for one; whoever pressed Ctrl-C does not.
+        # Without a network, finish() waits for one.
         finish = threading.Thread(target=self._finish, args=(run,), daemon=True)
         finish.start()
         finish.join(FINISH_SECONDS)
@@ -185,7 +182,7 @@ def _start(
 
 
 class Tee:
-    """Several places at once."""
+    """Several sinks at once."""
 
     def __init__(self, *sinks: Metrics):
         self._sinks = sinks
@@ -206,10 +203,9 @@ def open_metrics(
     name: str = "hiveminer",
     config: Mapping[str, Any] | None = None,
 ) -> Metrics:
-    """Open the places for a neuron's numbers: `path` (JSON lines), and wandb if asked.
+    """Metrics to `path` (JSON lines), and to wandb if configured, as a run of this name.
 
-    `name` and `config` are what wandb shows as the run's. Raises OperatorError if `path`
-    cannot be written.
+    Raises OperatorError if `path` cannot be written.
     """
     lines = JsonLines(path)
     if wandb is None or wandb.mode == "disabled":
@@ -226,10 +222,9 @@ def progress_bar(
     shown: bool = True,
     keep: bool = False,
 ) -> tqdm[Any]:
-    """A bar on stderr over `items`, or one to be moved with `update`.
+    """A progress bar on stderr over `items`, or one to `update`; none unless stderr is a terminal.
 
-    It is silent where stderr is no terminal, and with `shown` off (`--no-logging.bars`).
-    `keep` leaves the full bar standing at the end.
+    keep: leave the full bar at the end.
     """
     return tqdm(
         items,

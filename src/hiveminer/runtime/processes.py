@@ -1,4 +1,4 @@
-"""Which threads and processes still live, and what those that ended have left behind."""
+"""Which threads and processes are alive, and what those that ended have left behind."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def require_alive(*threads: threading.Thread | None) -> None:
 
 
 def lives(process: psutil.Process) -> bool:
-    """Whether it has not ended; a zombie has."""
+    """Whether it is running; a zombie is not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -32,7 +32,7 @@ def lives(process: psutil.Process) -> bool:
 
 
 def is_dead(number: str) -> bool:
-    """Whether no process has this pid, which is given as it appears in a file's name."""
+    """Whether no process has this pid, given as text from a file's name."""
     try:
         return number.isdecimal() and not lives(psutil.Process(int(number)))
     except psutil.NoSuchProcess:
@@ -42,7 +42,7 @@ def is_dead(number: str) -> bool:
 
 
 def left_behind(pids: Collection[int], *, shared_memory: Path = SHARED_MEMORY) -> list[str]:
-    """What is still there of these processes: themselves, and torch's shared memory."""
+    """Which of these processes are alive, and which of their shared memory still exists."""
     left = [f"process {pid}" for pid in sorted(pids) if not is_dead(str(pid))]
     numbers = {str(pid) for pid in pids}
     memory = shared_memory.glob("torch_*_*")

@@ -1,4 +1,4 @@
-"""How a program ends: one line for an operator's mistake, output that arrived, an exit code."""
+"""How a program ends: one line for an operator's mistake, flushed output, an exit code."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from hiveminer.runtime.logs import report
 
 @contextmanager
 def exit_on_operator_error() -> Iterator[None]:
-    """End the program with one line on stderr, where an operator's mistake comes out of here.
+    """End the program with one line on stderr after an OperatorError, ChainError or SwarmError.
 
-    Also for a chain or a swarm that does not answer. Works as a decorator as well. Raises
-    SystemExit with the error's exit code; all other exceptions pass through.
+    Raises SystemExit with the error's exit code. Works as a decorator as well.
     """
     try:
         yield
@@ -29,7 +28,7 @@ def exit_on_operator_error() -> Iterator[None]:
 
 @contextmanager
 def script() -> Iterator[None]:
-    """What a user's own `miner.py` runs in: one line for a mistake, 130 for Ctrl-C."""
+    """Context of a user's own `miner.py`: one line for a mistake, exit code 130 for Ctrl-C."""
     fill_standard_descriptors()
     with exit_on_operator_error():
         try:
@@ -39,17 +38,17 @@ def script() -> Iterator[None]:
 
 
 def fill_standard_descriptors() -> None:
-    """Open /dev/null for stdin, stdout or stderr where the program was started without it:
-    the first file or socket opened would get its number, and the first stray word."""
+    """Open /dev/null for a missing stdin, stdout or stderr: otherwise the next file or socket
+    would get its number, and its output."""
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDONLY)  # gets the lowest number that is free
+            os.open(os.devnull, os.O_RDONLY)  # gets the lowest free number
 
 
 def rendered(*parts: Any, width: int | None = None) -> str:
-    """What rich makes of them for stdout; `width` is of a file or a pipe."""
+    """Rich renderables as text for stdout. width: of a file or a pipe."""
     from rich.console import Console
 
     console = Console()
@@ -66,9 +65,9 @@ def _words(error: HiveminerError) -> str:
 
 
 def run_program(main: Callable[[], int | None]) -> int:
-    """Run a program's main function to its exit code: 130 after Ctrl-C, 0 for None.
+    """Run a program's main function and return its exit code: 130 after Ctrl-C, 0 for None.
 
-    Output that cannot be written is one line and a code above 0.
+    Output that cannot be written is reported in one line, with a code above 0.
     """
     fill_standard_descriptors()
     if sys.stdout is sys.__stdout__:  # and not a test's own

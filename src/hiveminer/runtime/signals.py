@@ -1,10 +1,8 @@
-"""Ctrl-C, SIGTERM and a closed terminal: once to stop in order, twice to end at once.
+"""Ctrl-C, SIGTERM and SIGHUP: the first stops the program in order, the second at once.
 
-A handler that Python runs may come in the middle of anything the main thread does: a log
-line that it was writing, a lock that it holds, a library's own start. So nothing is done
-in one. The signal's number goes through a pipe, as the interpreter writes it there by
-itself, to a thread that may wait, lock and log; it also answers while the main thread is
-deep in somebody's C code.
+A Python signal handler can interrupt anything in the main thread: a log line, a lock, a library's
+start. So the handlers do nothing; the interpreter writes the signal's number into a pipe, and a
+thread reads it, which may wait, lock and log, even while the main thread is in C code.
 """
 
 from __future__ import annotations
@@ -23,23 +21,22 @@ import psutil
 logger = logging.getLogger(__name__)
 
 SAME_SECONDS = 0.2
-"""One Ctrl-C can arrive twice: for this process, and for its group."""
+"""One Ctrl-C can arrive twice: for the process, and for its group."""
 
 SHUTDOWN_SECONDS = 8.0
-"""After this the program ends, whatever is still going on, unless it was allowed more."""
+"""The program is killed this long after the first signal, unless `allow` gave it more time."""
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 CLOSED = 0
-"""No signal's number: the pipe's end."""
+"""Stands for the end of the pipe; not a signal's number."""
 
 
 class Signals:
-    """Takes the signals of this process until they are given back.
+    """Handles the signals of this process between `take` and `give_back`.
 
-    stopping: set at the first signal.
-
-    Outside the main thread it takes nothing: Python only lets that one.
+    stopping: set at the first signal. Does nothing outside the main thread, where Python does
+    not allow it.
     """
 
     def __init__(self, stopping: threading.Event):
@@ -50,7 +47,7 @@ class Signals:
         self._old_wakeup = -1
 
     def take(self) -> None:
-        """From now on. Doing it again changes nothing."""
+        """Install the handlers. Idempotent."""
         if threading.current_thread() is not threading.main_thread() or self._write is not None:
             return
         read, self._write = os.pipe()
@@ -58,23 +55,23 @@ class Signals:
         self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in NUMBERS:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
-                continue  # started with nohup: it is to outlive its terminal
+                continue  # started with nohup
             self._old[number] = signal.signal(number, lambda _number, _frame: None)
         threading.Thread(target=self._watch, args=(read,), name="signals", daemon=True).start()
 
     def give_back(self) -> None:
-        """As it was before `take`."""
+        """Restore the previous handlers."""
         if self._write is None:
             return
         for number, handler in self._old.items():
             signal.signal(number, handler)
         self._old.clear()
         signal.set_wakeup_fd(self._old_wakeup)
-        os.close(self._write)  # the thread reads the pipe's end, and ends too
+        os.close(self._write)  # ends the thread
         self._write = None
 
     def allow(self, seconds: float) -> None:
-        """The end may take so long from now, where there is something worth waiting for."""
+        """Allow the shutdown this many seconds from now."""
         self._deadline = max(self._deadline, time.monotonic() + seconds)
 
     def _watch(self, read: int) -> None:
@@ -100,7 +97,7 @@ class Signals:
 
 
 def _next(read: int, timeout_seconds: float | None) -> int | None:
-    """The next of our signals in the pipe; CLOSED at its end, None when the time is over."""
+    """The next signal in the pipe; CLOSED at its end, None after the timeout."""
     deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
     while True:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -114,10 +111,7 @@ def _next(read: int, timeout_seconds: float | None) -> int | None:
 
 
 def end_at_once(code: int) -> None:
-    """Kill our children and end, without ceremony.
-
-    Not torch's shared-memory manager: it ends by itself, and cleans up after us first.
-    """
+    """Kill our children and exit. torch's shared-memory manager ends by itself, after cleanup."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if child.name() != "torch_shm_manager":

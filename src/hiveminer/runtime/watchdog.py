@@ -1,8 +1,4 @@
-"""Reports what does not end in its time, with the calls that all threads are in.
-
-A hang writes nothing into the log by itself. Nothing is interrupted: to do that in somebody
-else's code would break more than it mends.
-"""
+"""Reports what hangs, with the stacks of all threads. Nothing is interrupted."""
 
 from __future__ import annotations
 
@@ -20,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def watch(what: str, *, limit_seconds: float) -> Iterator[None]:
-    """Around what has to end within `limit_seconds`; one event if it does not."""
+    """Report an event if the block takes longer than `limit_seconds`."""
     began, late = time.monotonic(), threading.Event()
     timer = threading.Timer(limit_seconds, _report, (what, limit_seconds, late))
     timer.name, timer.daemon = "watchdog", True
