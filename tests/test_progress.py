@@ -162,11 +162,11 @@ def test_a_snapshot_that_fails_does_not_stop_the_training(
 
 
 def test_the_last_snapshot_is_not_waited_for_for_ever(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A process of hivemind's that was killed may hold the lock of the buffers."""
-    monkeypatch.setattr("hiveminer.strategies.checkpointer.LAST_SECONDS", 0.2)
     made = a_miner(tmp_path)
+    made.progress.last_seconds = 0.2
     made.train(8)
     released = threading.Event()
 

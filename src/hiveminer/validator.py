@@ -1,10 +1,9 @@
-"""The validator: gives miners rows, judges what comes back, and sets weights.
+"""The validator: sends rows to miners, judges their answers, and sets weights.
 
-From an answer to a weight: `Feed` sends rows and takes answers (`_take`: work is counted),
-`Samples` picks some, `Judge` replays them from the `States` of the run (`_judge_next`:
-evidence, score), and `ScoreTable` turns scores and work into weights (`_set_weights`). A
-subclass overrides `assign` (who gets which rows) and `score` (what a replayed answer is
-worth).
+From an answer to a weight: `Feed` sends rows and receives answers (`_take` counts the work),
+`Samples` picks some, `Judge` replays them from the run's `States` (`_judge_next` scores the
+evidence), and `ScoreTable` turns scores and work into weights (`_set_weights`). A subclass
+overrides `assign` (which rows a miner gets) and `score` (what a replayed answer is worth).
 """
 
 from __future__ import annotations
@@ -51,21 +50,21 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 EMBEDDED_STAKE = 10_000.0
-"""TAO that a validator stakes on the embedded network, where it is free."""
+"""TAO to stake on the embedded network, where it is free."""
 
 ALIVE_SECONDS = 5.0
 
 
 class Validator:
-    """Keeps the miners of a run honest.
+    """Sends rows to a run's miners, and scores their answers.
 
-    settings: as `hiveminer.config.settings.parse` reads them; without, the command line is read,
-        and an operator's mistake ends the program with one line.
-    chain, metrics: instead of those that the settings name.
-    observer: makes the observer, instead of that of the run's strategy.
+    settings: as `hiveminer.config.settings.parse` returns them; by default the command line is
+        parsed, and an operator's mistake ends the program with one line.
+    chain, metrics: used instead of those that the settings name.
+    observer: creates the observer, instead of that of the run's strategy.
 
-    After construction: `run_file`, `run_id`, `dataset`, `training_rows` (the numbers of the rows
-    that are given out), `neuron`, `table` (the scores).
+    Attributes: `run_file`, `run_id`, `dataset`, `training_rows` (numbers of the rows for miners),
+    `neuron`, `table` (the scores).
     """
 
     def __init__(
@@ -96,11 +95,8 @@ class Validator:
                 self._parts = parts.pop_all()
 
     def assign(self, hotkey: str) -> list[int]:
-        """The rows that this miner trains next: fresh ones, different for everybody.
-
-        Rows are dealt from a shuffled deck of all training rows; when it is used up, it is
-        shuffled again.
-        """
+        """The rows that this miner trains next: dealt from a shuffled deck of all training rows,
+        so that miners get different ones; a used up deck is shuffled again."""
         count = min(self.settings.validator.rows, len(self.training_rows))
         if len(self._deck) < count:
             self._deck = list(self.training_rows)
@@ -113,15 +109,15 @@ class Validator:
         return curves.score(evidence)
 
     def run(self) -> None:
-        """Validate until Ctrl-C or SIGTERM; blocks, also in a notebook."""
+        """Validate until Ctrl-C or SIGTERM."""
         with script() if self._script else contextlib.nullcontext():
             self.neuron.go_on()
-            # In a thread of its own: this one may have a running event loop already.
+            # In another thread: this one may have a running event loop, as in a notebook.
             with ThreadPoolExecutor(1, thread_name_prefix="validator") as pool:
                 pool.submit(asyncio.run, self._main()).result()
 
     def close(self) -> None:
-        """Save the scores, and let go of everything."""
+        """Save the scores, and release everything."""
         self.neuron.stopping.set()
         self._parts.close()
 
@@ -192,7 +188,7 @@ class Validator:
     # --- the loops -----------------------------------------------------------------------
 
     async def _main(self) -> None:
-        """All loops at once, until the neuron is told to stop."""
+        """Run all loops until the neuron stops."""
         settings = self.settings
         alive_seconds = 1.0 if settings.embedded else ALIVE_SECONDS
         weights_seconds = min(30.0, settings.weights_seconds / 4)
@@ -227,7 +223,7 @@ class Validator:
         await self.feed.find(dendrite, [n for n in self.neuron.metagraph if n.hotkey != ours])
 
     async def _take(self, answered: Answered) -> None:
-        """Count an answer's work, and perhaps have it replayed."""
+        """Count an answer's work, and perhaps queue it for a replay."""
         hotkey, answer = answered.hotkey, answered.answer
         rows, tokens = await self._in(self._io, lambda: credited(answered, self.task))
         if self.states.is_timely(answer.epoch, now=self.observer.epoch):
@@ -275,11 +271,11 @@ class Validator:
         if loss is not None and math.isfinite(loss):
             self.models.save(self.replayer.model, epoch=state.epoch, loss=loss, rows=len(rows))
         logger.info("epoch %d: held-out loss %s", state.epoch, loss and f"{loss:.3f}")
-        # After the model, so that a loss that is reported has its folder.
+        # After the model, so that a reported loss has its folder.
         self.metrics.log("held_out", {"epoch": state.epoch, "loss": loss})
 
     async def _judge_next(self) -> None:
-        """Replay the waiting answer of the miner that was replayed least, and score it."""
+        """Replay and score the waiting answer of the miner with the fewest replays."""
         sample = self.samples.next(self.states, replays=lambda who: self.table.of(who).replays)
         if sample is None:
             return
@@ -289,7 +285,7 @@ class Validator:
             self._record(evidence)
 
     def _record(self, evidence: Evidence) -> None:
-        """Score one answer, and write the evidence down."""
+        """Score one answer, and log the evidence."""
         hotkey, judged = evidence.hotkey, evidence.tells
         value = min(1.0, max(0.0, self.score(evidence))) if judged else 1.0
         if judged:
@@ -330,10 +326,7 @@ class Validator:
         )
 
     async def _set_weights(self, live: Collection[str]) -> None:
-        """Set weights from the scores when it is time, by the uids of that moment.
-
-        live: hotkeys of the miners that are being fed.
-        """
+        """Set weights from the scores when they are due. live: hotkeys of the fed miners."""
         sent = await self._in(
             self._io, lambda: self.weights.set_if_due(lambda graph: self._earned(graph, live))
         )
@@ -378,7 +371,7 @@ class Validator:
 
 
 async def _again(act: Callable[[], Awaitable[None]], *, pause_seconds: float) -> None:
-    """Do something, pause, and do it again; a trouble that passes is logged."""
+    """Repeat an action; its HiveminerErrors are logged."""
     while True:
         try:
             await act()
@@ -397,7 +390,7 @@ def weights_of(
 
 
 def main(settings: ValidatorSettings) -> int:
-    """Run a validator to its end; the exit code."""
+    """Run a validator; returns the exit code."""
     with Validator(settings) as validator:
         validator.run()
     return 0

@@ -43,7 +43,7 @@ class Endpoint:
 
     @property
     def url(self) -> str:
-        """The root of its axon. Raises `MinerError` for an address that cannot be called."""
+        """Raises `MinerError` for an address that cannot be called."""
         try:
             address = ipaddress.ip_address(self.ip)
         except ValueError:
@@ -56,7 +56,7 @@ class Endpoint:
 
 
 def endpoint_of(neuron: Any) -> Endpoint | None:
-    """Where a neuron of the metagraph serves its axon; None if it serves none."""
+    """The endpoint of a metagraph's neuron; None if it serves no axon."""
     if not neuron.axon:
         return None
     ip, _, port = neuron.axon.rpartition(":")
@@ -69,10 +69,9 @@ def endpoints_of(neurons: Iterable[Any]) -> list[Endpoint]:
 
 
 class Dendrite:
-    """Calls synapses of other neurons, over one pool of connections.
+    """Calls synapses of other neurons, over one pool of connections; an async context manager.
 
-    Use it as an async context manager, in one event loop. `retries` is the number of
-    further attempts of one call, the first after about `retry_seconds`.
+    retries: further attempts of one call, the first after about `retry_seconds`.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class Dendrite:
     ) -> None:
         self.wallet = wallet
         self.hotkey = own_hotkey(wallet)
-        # The key itself: through a wallet, each signature reads its files again (2 ms).
+        # A wallet would read its files again for each signature (2 ms).
         self._key = wallet.hotkey
         self.retries = retries
         self._retry_seconds = retry_seconds
@@ -112,7 +111,6 @@ class Dendrite:
         await self.close()
 
     async def close(self) -> None:
-        """Close every connection."""
         await self._http.aclose()
 
     async def call(self, endpoint: Endpoint, synapse: S, *, timeout_seconds: float) -> S:
@@ -211,7 +209,7 @@ async def probe(wallet: Any, endpoints: Sequence[Endpoint]) -> dict[str, IsAlive
 
 
 def _is_idempotent(synapse: Synapse) -> bool:
-    """Whether a call may be sent again although it may have arrived."""
+    """Whether a call may be repeated although it may have arrived."""
     return isinstance(synapse, IsAlive) or bool(getattr(synapse, "request_id", ""))
 
 

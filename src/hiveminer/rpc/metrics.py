@@ -1,4 +1,4 @@
-"""How the axon's requests ended: counts and latencies for Prometheus, refusals in the log."""
+"""The axon's metrics: counts and latencies for Prometheus, refusals in the log."""
 
 from __future__ import annotations
 
@@ -52,17 +52,14 @@ class RefusalLog:
 
 
 class SilenceWatch:
-    """Warns each `quiet_seconds` without a call of a validator.
-
-    A machine cannot prove that it is reachable from outside, but long silence is a hint.
-    """
+    """Warns after each `quiet_seconds` without a validator's call: the axon may be unreachable."""
 
     def __init__(self, quiet_seconds: float) -> None:
         self._quiet_seconds = quiet_seconds
         self.last_call = time.monotonic()
 
     def heard(self) -> None:
-        """A validator has called."""
+        """Record a validator's call."""
         self.last_call = time.monotonic()
 
     async def watch(self, port: int) -> None:
@@ -83,7 +80,7 @@ class SilenceWatch:
 
 
 class AxonMetrics:
-    """`counts`, the same and latencies for Prometheus, and refusals in the log."""
+    """Counts and latencies, also for Prometheus, and refusals in the log."""
 
     def __init__(self, *, connections: Callable[[], float]) -> None:
         registry = self._registry = CollectorRegistry()
@@ -108,7 +105,7 @@ class AxonMetrics:
         self._server: Any = None
 
     def count(self, kind: str, reason: str = "", ip: str = "") -> None:
-        """Count a request or connection that ended this way; with a reason it is a refusal."""
+        """Count how a request or connection ended; with a reason it is a refusal."""
         self.counts[kind] += 1
         self._requests.labels(kind).inc()
         if reason:
@@ -126,13 +123,12 @@ class AxonMetrics:
         return int(self._server.server_port)
 
     def close(self) -> None:
-        """Stop serving, if it was."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
             self._server = None
 
     def close_socket(self) -> None:
-        """In a forked child: release the port and leave the server's thread alone."""
+        """Release the port in a forked child."""
         if self._server is not None:
             self._server.socket.close()

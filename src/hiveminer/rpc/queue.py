@@ -43,11 +43,10 @@ class _Job:
 
 
 class WorkQueue:
-    """A bounded queue in front of one worker thread.
+    """See the module.
 
-    capacity: jobs that may wait in all.
-    share: jobs of one caller that may wait.
-    remember: answers kept per caller, so that a retry is answered without running again.
+    capacity, share: jobs that may wait, in all and per caller.
+    remember: answers kept per caller, so that a retry does not run again.
     idle: called in the worker thread about every `idle_seconds` while nothing waits.
     """
 
@@ -78,15 +77,15 @@ class WorkQueue:
         self.threads = self._worker, self._expirer
 
     def start(self) -> None:
-        """Start the worker. Jobs submitted earlier have been waiting."""
+        """Start the worker; jobs may have been submitted before."""
         self._worker.start()
         self._expirer.start()
 
     def stop(self, timeout_seconds: float) -> list[str]:
         """Refuse the waiting jobs and let the running one finish.
 
-        Returns the keys of the jobs without a result: those that waited, and the running
-        one if it did not end within `timeout_seconds`.
+        Returns the keys of the jobs without a result, including the running one if it did not
+        end within `timeout_seconds`.
         """
         with self._changed:
             self._stopping = True
@@ -104,11 +103,6 @@ class WorkQueue:
         """Number of waiting jobs, without the running one."""
         return len(self._waiting)
 
-    @property
-    def busy(self) -> bool:
-        """Whether a job is running."""
-        return self._running is not None
-
     def submit(
         self,
         call: Callable[[], Any],
@@ -121,10 +115,9 @@ class WorkQueue:
     ) -> Future[Any]:
         """Queue `call`, or join the job that `caller` submitted under the same `key`.
 
-        The future's result is what `call` returns; a job that waits longer than
-        `expires_seconds` fails with `Refused` 503, one that loses its place with 429.
-        `content` identifies what is asked for. Raises `Refused`: 409 for a known key with
-        other content, 429 when the queue or the caller's share is full, 503 after `stop`.
+        The future fails with `Refused` 503 after waiting for `expires_seconds`, and with 429 if
+        the job loses its place. Raises `Refused`: 409 for a known key with other `content`, 429
+        when the queue or the caller's share is full, 503 after `stop`.
         """
         displaced = None
         with self._changed:
@@ -145,10 +138,7 @@ class WorkQueue:
         return job.future
 
     def leave(self, future: Future[Any]) -> bool:
-        """Withdraw one waiter of `future`. Returns True if that freed a place.
-
-        The place is freed when nobody else waits for the job; a running job goes on.
-        """
+        """Withdraw one waiter of `future`; returns whether that removed a waiting job."""
         with self._changed:
             job = next((job for job in self._waiting if job.future is future), None)
             if job is None:
@@ -172,7 +162,7 @@ class WorkQueue:
         return answers[key]
 
     def _make_room(self, caller: str, priority: float) -> _Job | None:
-        """Take a job out if all places are taken. Raises `Refused` if there is no place."""
+        """Remove and return a job if the queue is full. Raises `Refused` if none may be removed."""
         if self._stopping:
             raise Refused(503, "the miner is stopping")
         held = Counter(job.caller for job in self._waiting)
@@ -220,7 +210,7 @@ class WorkQueue:
         return None
 
     def _take(self) -> _Job:
-        """The job of highest priority among the callers not yet served in this round."""
+        """The job with the highest priority among the callers not served yet in this round."""
         candidates = [job for job in self._waiting if job.caller not in self._served]
         if not candidates:
             self._served.clear()
@@ -236,7 +226,7 @@ class WorkQueue:
         error: Exception | None = None
         try:
             result = job.call()
-        # A dead worker would leave the miner unable to train, so nothing gets past here.
+        # Without its worker the miner could not train, so everything is caught.
         except BaseException as raised:  # noqa: BLE001
             error = _as_exception(raised)
         with self._changed:
@@ -276,7 +266,7 @@ class WorkQueue:
 
 
 def _answered() -> None:
-    """In place of a finished job's call, which holds the request."""
+    """Replaces a finished job's call, which holds the request."""
 
 
 def _fail(job: _Job, error: Exception) -> None:
@@ -292,10 +282,9 @@ def _run_idle(call: Callable[[], None]) -> None:
 
 
 def _as_exception(raised: BaseException) -> Exception:
-    """The error as waiters get it; logged unless it was raised on purpose.
+    """The error for waiters; logged unless it was raised on purpose.
 
-    It may be remembered for long, so it lets go of what its frames hold (a batch, or a
-    model's activations).
+    It may be kept for long, so its frames are cleared: they hold a batch, or activations.
     """
     if not isinstance(raised, HiveminerError):
         log.error("a job failed", exc_info=raised)

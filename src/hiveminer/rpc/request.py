@@ -1,4 +1,4 @@
-"""A request as it comes in: its header within limits, its body within a cap and a deadline."""
+"""One HTTP request to the axon: its header within limits, its body within a cap and a deadline."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ Header = tuple[str, str]
 MAX_HEADER_BYTES = 8192
 MAX_HEADERS = 64
 MAX_UNVERIFIED_BYTES = 16 * 2**20
-"""Bytes of bodies, of all connections together, whose signature has not been checked yet."""
+"""Limit of all bodies together whose signature has not been verified yet."""
 
 DRAIN_BYTES = 4 * 2**20
 DRAIN_SECONDS = 1.0
-"""How much of a body is read after it was refused, so that the caller sees the refusal."""
+"""How much of a refused body is still read, so that the caller sees the refusal."""
 
 
 class Declined(Refused):
-    """A refusal of the axon's own; `kind` is the name under which it is counted."""
+    """A refusal by the axon; `kind` is the name under which it is counted."""
 
     def __init__(
         self,
@@ -50,12 +50,12 @@ class Declined(Refused):
 
 
 class Disconnected(Exception):
-    """The caller has hung up; nobody is left to answer."""
+    """The caller has hung up."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What is sent back; `headers` besides those that every answer has."""
+    """An answer; `headers`: besides those that every answer has."""
 
     status: int
     body: bytes
@@ -72,8 +72,8 @@ class Answer:
 class Request:
     """One HTTP request.
 
-    `target` is path and query as sent, `headers` have lower-case names. `caller` is the
-    hotkey once the signature has proved it.
+    target: path and query as sent. headers: with lower-case names. caller: the hotkey, once its
+    signature is verified.
     """
 
     def __init__(self, scope: MutableMapping[str, Any], receive: Receive) -> None:
@@ -86,7 +86,7 @@ class Request:
         for name, value in scope["headers"]:
             size += len(name) + len(value)
             text = name.decode("latin-1")
-            # Two values for one name: verification and blacklist must see the same one.
+            # With two values for one name, verification and blacklist could see different ones.
             self.headers[text] = "" if text in self.headers else value.decode("latin-1")
         self.oversized = size > MAX_HEADER_BYTES or len(scope["headers"]) > MAX_HEADERS
         self.connection: Connection = scope["state"]["connection"]
@@ -96,7 +96,7 @@ class Request:
 
     @property
     def claimed_hotkey(self) -> str:
-        """The hotkey in the header, not proved yet."""
+        """The hotkey in the header, not verified yet."""
         return self.headers.get(http_auth.HEADER_HOTKEY.lower(), "")
 
     @property
@@ -146,17 +146,14 @@ class Request:
         return bytes(body)
 
     async def until_disconnected(self) -> None:
-        """Return when the caller has hung up."""
+        """Wait until the caller has hung up."""
         with contextlib.suppress(Disconnected):
             while True:
                 await self.receive()
 
     async def respond(self, send: Send, answer: Answer, headers: Sequence[Header]) -> None:
-        """Send the answer, then read a little of a body that was refused unread.
-
-        Closing a connection while its peer still sends resets it, and the peer may never
-        see why it was refused.
-        """
+        """Send the answer, then read a little of a body that was refused unread: otherwise the
+        connection is reset, and the caller may never see the refusal."""
         length = ("content-length", str(len(answer.body)))
         lines = [("content-type", "application/json"), length, *answer.headers, *headers]
         raw = [(name.lower().encode("ascii"), value.encode("ascii")) for name, value in lines]
@@ -164,7 +161,7 @@ class Request:
         if self._complete:
             await send({"type": "http.response.body", "body": answer.body})
             return
-        # Complete for the caller, by its length; for the server only after the drain.
+        # Complete for the caller by its length, and for the server after the drain.
         await send({"type": "http.response.body", "body": answer.body, "more_body": True})
         await self._drain()
         await send({"type": "http.response.body", "body": b""})
@@ -178,10 +175,9 @@ class Request:
 
 
 class UnverifiedBodies:
-    """The bodies being read, whose callers are not proved yet, and a limit on their size.
+    """The bodies that are being read before their signature is verified, with a limit.
 
-    Over the limit the oldest one is cut off, on connections that have proved nothing
-    first and on those of validators last.
+    Above it the oldest one is cut off, of strangers first and of validators last.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -194,7 +190,7 @@ class UnverifiedBodies:
         return sum(self._sizes.values())
 
     def add(self, request: Request, size: int) -> None:
-        """Note how much of a request's body has been read."""
+        """Record how much of a request's body has been read."""
         self._sizes[request] = size
         while len(self._sizes) > 1 and self.size > self._max_bytes:
             victim = min(self._sizes, key=lambda each: each.connection.rank)
@@ -202,5 +198,5 @@ class UnverifiedBodies:
             victim.connection.drop("body_room")
 
     def remove(self, request: Request) -> None:
-        """Forget a request that is verified or over."""
+        """Remove a request that is verified or has ended."""
         self._sizes.pop(request, None)

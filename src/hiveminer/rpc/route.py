@@ -20,7 +20,7 @@ from hiveminer.rpc.request import Declined, Disconnected, Request
 
 @dataclass(frozen=True)
 class Route:
-    """A synapse and how it is served."""
+    """How a synapse is served."""
 
     synapse: type[Synapse]
     forward: Callable[[Any], Any]
@@ -31,7 +31,7 @@ class Route:
     wait_seconds: float
 
     def check_caller(self, terminal: Terminal) -> None:
-        """Ask the blacklist about a hotkey that is only claimed. Raises `Declined`."""
+        """Apply the blacklist to a claimed hotkey. Raises `Declined`."""
         claim = self.synapse.model_construct()
         claim._dendrite = terminal
         refused, reason = self.blacklist(claim)
@@ -57,10 +57,8 @@ class Route:
     async def answer_from_worker(
         self, queue: WorkQueue, synapse: Synapse, request: Request
     ) -> bytes:
-        """Run `forward` in the queue's worker, once it is this caller's turn.
-
-        Raises `Refused`, or `Disconnected` when the caller hangs up before the end.
-        """
+        """Run `forward` in the queue's worker. Raises `Refused`, or `Disconnected` when the caller
+        hangs up before the end."""
         content = f"{request.path} {synapse.model_dump_json()}"
         future = queue.submit(
             functools.partial(self._work, synapse),
@@ -83,7 +81,6 @@ class Route:
         return cast(bytes, future.result())
 
     def _work(self, synapse: Synapse) -> bytes:
-        """In the worker thread: from the synapse to the bytes of its answer."""
         answer = self.forward(synapse)
         return self._dump(asyncio.run(answer) if inspect.iscoroutine(answer) else answer)
 
@@ -102,12 +99,12 @@ async def wait_until_signed_time(nonce_ns: int) -> None:
 
 
 async def _first(future: Future[bytes], request: Request) -> None:
-    """Return when the future is done or the caller has hung up."""
+    """Wait until the future is done or the caller has hung up."""
     loop = asyncio.get_running_loop()
     done = asyncio.Event()
 
     def wake(_: Future[bytes]) -> None:
-        # The loop may be closed by then: nobody waits any more.
+        # The loop may be closed by then.
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(done.set)
 

@@ -1,7 +1,7 @@
-"""The seam between the neurons and the way in which peers learn from each other.
+"""The interface between neurons and the strategies by which peers learn from each other.
 
-A miner holds a `Strategy`, a validator an `Observer`, and neither knows which one it is.
-`strategies/registry.py` picks both by `run.strategy`; tests pass their own.
+A miner holds a `Strategy`, a validator an `Observer`. `strategies/registry.py` picks both by
+`run.strategy`; tests pass their own.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from hiveminer.training.trainer import LocalStep, Step
 class RoundResult:
     """How an epoch ended.
 
-    epoch: the one that began by it. group_size: peers whose work is in it; 1 when this peer
-    was alone, or the round failed. seconds: how long the step took that ended it.
+    epoch: the one that begins. group_size: peers in the average; 1 when this peer was alone, or
+    the round failed. seconds: duration of the step that ended the epoch.
     """
 
     epoch: int
@@ -42,8 +42,7 @@ class RoundResult:
 
 @dataclass(frozen=True)
 class GlobalState:
-    """A copy of what all peers train from: weights by name, and the inner optimizer's state
-    as its `state_dict` has it."""
+    """A copy of the global state: weights by name, and the inner optimizer's `state_dict`."""
 
     epoch: int
     weights: dict[str, Tensor]
@@ -84,9 +83,8 @@ class Host(Protocol):
 class Context:
     """What a strategy or an observer is built from.
 
-    public_ip: the address at which the internet sees this machine; it may have to ask, so it
-        is called only where it is needed.
-    on_round: called after each epoch, in the thread that trains.
+    public_ip: this machine's public address; may ask a service, so call it only if needed.
+    on_round: called after each epoch, in the training thread.
     """
 
     host: Host
@@ -98,16 +96,15 @@ class Context:
 class Strategy(ABC):
     """How a miner learns together with others; a `training.trainer.Step`.
 
-    Built in the main thread, with the model on the CPU and before any other thread, since it
-    may fork. Then, in this order: `move_to`, perhaps `load_state_dict`, and `join`. From there
-    on `step`, `idle`, `catch_up` and `recover` are called in one thread, one at a time; `sync`
-    in another.
+    Built in the main thread, with the model on the CPU and before any other thread, since it may
+    fork. Then `move_to`, perhaps `load_state_dict`, and `join` are called in this order; after
+    that, `step`, `idle`, `catch_up` and `recover` in one thread, and `sync` in another.
     """
 
     @property
     @abstractmethod
     def epoch(self) -> int:
-        """The epoch this machine is in."""
+        """This peer's epoch."""
 
     @property
     @abstractmethod
@@ -121,8 +118,8 @@ class Strategy(ABC):
 
     @abstractmethod
     def step(self, *, batch_size: int) -> bool:
-        """Learn from the gradients of `batch_size` rows, and exchange with the other peers
-        when that is due. False when the step was discarded."""
+        """Apply the gradients of `batch_size` rows, and exchange with other peers when that is
+        due. False when the step was discarded."""
 
     @abstractmethod
     def zero_grad(self) -> None:
@@ -132,16 +129,13 @@ class Strategy(ABC):
     def state_dict(
         self, *, timeout_seconds: float = 60.0
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Copies on the CPU of all that training resumes from, and its metadata for JSON, with
-        `epoch` and `rows` (trained in it).
-
-        Waits for the end of a step; raises SwarmError when that does not come in time.
-        """
+        """Copies on the CPU of all that training resumes from, and metadata for JSON with `epoch`
+        and `rows` (trained in it). Raises SwarmError when a running step does not end in time."""
 
     @abstractmethod
     def load_state_dict(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Resume from a `state_dict`. Raises ValueError, and changes nothing, if it does not
-        fit."""
+        """Resume from a `state_dict`. Raises ValueError, and changes nothing, if it does not fit
+        the model."""
 
     @abstractmethod
     def move_to(self, device: torch.device) -> None:
@@ -149,11 +143,11 @@ class Strategy(ABC):
 
     @abstractmethod
     def join(self) -> None:
-        """Publish this peer's address, meet the other peers, and catch up with them."""
+        """Publish this peer's address, connect with other peers, and catch up with them."""
 
     @abstractmethod
     def sync(self) -> None:
-        """Follow the metagraph: called after each time that it was read."""
+        """Called after each reading of the metagraph."""
 
     @abstractmethod
     def idle(self) -> None:
@@ -161,16 +155,16 @@ class Strategy(ABC):
 
     @abstractmethod
     def catch_up(self) -> bool:
-        """Load the global state if it is ahead; whether this peer is now up to date."""
+        """Load the global state if it is ahead; returns whether this peer is now up to date."""
 
     @abstractmethod
     def recover(self) -> bool:
-        """Roll back to the last good state if the weights are not finite or out of bounds;
-        whether they were sound."""
+        """Roll back to the last good state if the weights are not finite or out of bounds; returns
+        whether they were valid."""
 
     @abstractmethod
     def check(self) -> None:
-        """Raise SwarmError when something has ended that training cannot go on without."""
+        """Raise SwarmError when something that training needs has ended."""
 
     @abstractmethod
     def interrupt(self) -> None:
@@ -178,7 +172,7 @@ class Strategy(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the swarm, and end what was started. May be called again."""
+        """Leave the swarm, and end what was started. Idempotent."""
 
 
 class Observer(ABC):
@@ -199,16 +193,15 @@ class Observer(ABC):
 
     @abstractmethod
     def initial_state(self) -> GlobalState:
-        """The state that the run began with."""
+        """The run's initial state."""
 
     @abstractmethod
     def fetch(self, *, timeout_seconds: float = 30.0) -> GlobalState | None:
-        """The newest state; None when no sound one was to be had in time."""
+        """The newest state; None when no valid one arrived in time."""
 
     @abstractmethod
     def local_step(self, model: nn.Module, state: GlobalState) -> Step:
-        """A miner's steps between two rounds, without the others: trains a model that has the
-        state's weights."""
+        """A miner's optimizer between two rounds, for a model that has the state's weights."""
 
     def declare(self) -> None:  # noqa: B027 - nothing, unless a strategy wants it
         """Say on the chain which run this validator is in; called once, at its start."""
@@ -219,16 +212,16 @@ class Observer(ABC):
 
     @abstractmethod
     def sync(self, *, working: int) -> None:
-        """Follow the metagraph: called after each time that it was read. working: how many
-        miners have answered with work lately."""
+        """Called after each reading of the metagraph. working: how many miners have recently
+        answered with work."""
 
     @abstractmethod
     def check(self) -> None:
-        """Raise SwarmError when something has ended that observing needs."""
+        """Raise SwarmError when something that observing needs has ended."""
 
     @abstractmethod
     def close(self) -> None:
-        """End what was started. May be called again."""
+        """End what was started. Idempotent."""
 
 
 StrategyFactory = Callable[[Context], Strategy]
@@ -236,7 +229,7 @@ ObserverFactory = Callable[[Context], Observer]
 
 
 def local_step(model: nn.Module, state: GlobalState, *, section: OptimizerSection) -> Step:
-    """The run's own optimizer on a model, begun from the optimizer state of a global state."""
+    """The run's optimizer on a model, with the optimizer state of a global state."""
     groups = parameter_groups(model.parameters(), weight_decay=section.weight_decay)
     optimizer = build_optimizer(groups, section)
     optimizer.load_state_dict(copy.deepcopy(state.optimizer))

@@ -1,9 +1,8 @@
-"""How far a miner has come, over restarts: what it has trained, and when that is written down.
+"""Counts what a miner has trained, across restarts, and schedules its checkpoints.
 
-A checkpoint is taken between two steps: copied in the training thread, which takes a moment,
-and written in a thread of its own. One is due when an epoch begins, since the weights are
-then the swarm's, and within an epoch that lasts long; the last one is taken at the end, in
-the middle of an epoch or not.
+A checkpoint is copied in the training thread between two steps, and written in a background
+thread: when an epoch begins, since the weights are then the swarm's, within a long epoch, and at
+the end.
 """
 
 from __future__ import annotations
@@ -25,26 +24,24 @@ from hiveminer.training.trainer import TrainResult
 logger = logging.getLogger(__name__)
 
 LONG_EPOCH = 10
-"""An epoch that lasts so many times as long as two checkpoints are apart has one within."""
+"""Within an epoch, checkpoints are this many times as far apart."""
 
 STEP_SECONDS = 60.0
 LAST_STEP_SECONDS = 2.0
-"""So long a checkpoint, and the last one, waits for a running step."""
+"""How long a checkpoint, and the last one, waits for a running step."""
 
 LAST_SECONDS = 10.0
-"""So long the end waits for the last snapshot: what it wants of hivemind may be dead."""
+"""How long the shutdown waits for the last snapshot: Hivemind's processes may be dead."""
 
 WRITE_SECONDS = 15.0
 WRITE_BYTES = 25e6
-"""Writing is given up after so long, and a second more for each WRITE_BYTES."""
+"""Writing is abandoned after WRITE_SECONDS, and a second more for each WRITE_BYTES."""
 
 
 @dataclass
 class Trained:
-    """What was trained in all: requests answered, rows and real tokens.
-
-    running: rows of the request that is being trained, which are not in `rows` yet.
-    """
+    """Totals: requests answered, rows and real tokens. running: rows of the current request, which
+    are not in `rows` yet."""
 
     requests: int = 0
     rows: int = 0
@@ -57,12 +54,12 @@ class Trained:
 
 
 class Progress:
-    """A miner's counts, and its checkpoints.
+    """A miner's counts and checkpoints.
 
-    strategy: before it has joined the others. run_id: another run's checkpoints are
-    refused. every_seconds: two checkpoints are this far apart at least.
+    strategy: before it has joined. run_id: checkpoints of other runs are refused. every_seconds:
+    minimum between two checkpoints. last_seconds: how long `keep_last` waits.
 
-    All but `keep_last` and `close` is called in the thread that trains.
+    All but `keep_last` and `close` is called in the training thread.
     """
 
     def __init__(
@@ -72,12 +69,14 @@ class Progress:
         *,
         run_id: str,
         every_seconds: float,
+        last_seconds: float = LAST_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.strategy = strategy
         self.checkpoints = checkpoints
         self.run_id = run_id
         self.every_seconds = every_seconds
+        self.last_seconds = last_seconds
         self.trained = Trained()
         self._clock = clock
         self._kept_at = clock()
@@ -88,16 +87,16 @@ class Progress:
 
     @property
     def write_seconds(self) -> float:
-        """How long writing what was last taken may take."""
+        """The limit for writing the last snapshot."""
         return WRITE_SECONDS + self._bytes / WRITE_BYTES
 
     @property
     def _place(self) -> tuple[int, int]:
-        """Changes whenever there is something new to keep."""
+        """Changes whenever there is something new to save."""
         return self.strategy.epoch, self.trained.all_rows
 
     def resume(self) -> bool:
-        """Go on from the newest sound checkpoint of this run; whether there was one."""
+        """Resume from the newest valid checkpoint of this run; returns whether there was one."""
         found = self.checkpoints.load(of_run(self.run_id))
         if found is None:
             return False
@@ -113,17 +112,17 @@ class Progress:
         return True
 
     def request(self) -> None:
-        """A request begins."""
+        """Called when a request begins."""
         self.trained.rows += self.trained.running
         self.trained.running = 0
 
     def step(self, rows: int) -> None:
-        """A step of the request was taken."""
+        """Called after each step of a request."""
         self.trained.running += rows
         self.keep_if_due()
 
     def answered(self, result: TrainResult) -> None:
-        """The request came to its end."""
+        """Called after a request."""
         self.trained.requests += 1
         self.trained.rows += result.samples
         self.trained.tokens += result.tokens
@@ -131,11 +130,11 @@ class Progress:
         self.keep_if_due()
 
     def epoch_began(self) -> None:
-        """The swarm's epoch has ended, and the next begun; called within the step that did it."""
+        """Called within the step that ends the swarm's epoch."""
         self._epoch_began = True
 
     def keep_if_due(self) -> None:
-        """Begin to write a checkpoint, if there is something new and it is time."""
+        """Start to write a checkpoint, if there is something new and one is due."""
         pause = self.every_seconds * (1 if self._epoch_began else LONG_EPOCH)
         if self._clock() - self._kept_at < pause or self._place == self._kept:
             return
@@ -143,7 +142,7 @@ class Progress:
             self._keep(timeout_seconds=STEP_SECONDS)
 
     def keep_last(self) -> None:
-        """Begin to write the state of this moment, also beside another that is being written."""
+        """Start to write the current state, even while another is being written."""
         if self._place == self._began:
             return
 
@@ -152,13 +151,13 @@ class Progress:
 
         taking = threading.Thread(target=keep, name="last-snapshot", daemon=True)
         taking.start()
-        taking.join(LAST_SECONDS)
+        taking.join(self.last_seconds)
         if taking.is_alive():
-            cause = f"no checkpoint was taken at the end: that hung for {LAST_SECONDS:.0f} s"
+            cause = f"no checkpoint was taken at the end: that hung for {self.last_seconds:.0f} s"
             events.tell(logger, "checkpoint", cause)
 
     def close(self) -> None:
-        """Wait for what is being written, `write_seconds` at most."""
+        """Wait for running writes, at most `write_seconds`."""
         seconds = self.write_seconds
         if not self.checkpoints.close(seconds):
             cause = f"the last checkpoint was not written within {seconds:.0f} s"
@@ -167,11 +166,11 @@ class Progress:
             logger.info("kept %s, in %s", self._last, self.checkpoints.newest)
 
     def _keep(self, *, timeout_seconds: float, must: bool = False) -> str | None:
-        """What is being written, in words; None when nothing is."""
+        """Take and start to write a checkpoint; what it is, in words, or None."""
         try:
             tensors, said = self.strategy.state_dict(timeout_seconds=timeout_seconds)
         except (SwarmError, RuntimeError, MemoryError) as error:
-            # PyTorch says so when memory runs out.
+            # RuntimeError: PyTorch has run out of memory.
             events.tell(logger, "checkpoint", f"no checkpoint was taken: {error!s:.200}")
             self._kept_at = self._clock()
             return None
@@ -199,7 +198,7 @@ class Progress:
 
 
 def read_trained(facts: dict[str, Any]) -> Trained:
-    """The counts of a checkpoint. Raises ValueError for what are none."""
+    """The counts in a checkpoint's metadata. Raises ValueError."""
     said = facts.get("trained")
     names = {"requests", "rows", "tokens"}
     if not isinstance(said, dict) or set(said) != names:

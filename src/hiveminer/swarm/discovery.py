@@ -1,8 +1,7 @@
-"""Keeps a peer connected with the registered ones, whose addresses are on the chain.
+"""Keeps a peer connected with the registered ones, by dialing the addresses on chain.
 
-Starting and healing a split are the same operation, dialing all known addresses at once; this
-is when to do it again, and what to report of it. A peer that nobody answers trains alone, and
-so does each part of a DHT that fell apart: neither raises an error anywhere else.
+A peer that nobody answers trains alone, and so does each part of a DHT that is split: neither
+raises an error, so both are reported here.
 """
 
 from __future__ import annotations
@@ -20,19 +19,16 @@ logger = logging.getLogger(__name__)
 MEET_AGAIN_SECONDS = 30.0
 
 SOONER_SECONDS = 2.0
-"""A peer that does not answer is dialed again sooner, at first: two neurons talk only once both
-have read on the chain that the other is registered."""
+"""First interval for a peer that does not answer: it may not have read on chain yet that we are
+registered."""
 
 MISSING_SECONDS = 60.0
-"""How long a report is missing before it is called a split: a peer that has just begun to work
-has not reported yet."""
+"""How long a report may be missing before it counts as a split: a peer that has just begun to
+work has not reported yet."""
 
 
 class Discovery:
-    """Dials the known addresses of other peers, and reports what it finds.
-
-    peer: ours. again_seconds: known addresses are dialed again after this.
-    """
+    """Dials the known addresses of other peers every `again_seconds`, and reports problems."""
 
     def __init__(
         self,
@@ -56,7 +52,7 @@ class Discovery:
         self._counts = (0, 0)
 
     def meet(self, addresses: Collection[str]) -> DialResult | None:
-        """Dial these addresses, if there are new ones or it is time to; None otherwise."""
+        """Dial these addresses if there are new ones or it is due; None otherwise."""
         known = frozenset(addresses)
         if known == self._known and self._clock() < self._next_at:
             return None
@@ -72,8 +68,7 @@ class Discovery:
         return result
 
     def compare(self, *, working: int, reporting: int) -> None:
-        """Compare how many other peers work in our run with how many report to the DHT that
-        they do; to be called after each result."""
+        """Compare how many other peers work in our run with how many report it in the DHT."""
         missing = working - reporting
         if missing <= 0:
             if self._told_missing:
@@ -92,7 +87,7 @@ class Discovery:
             )  # fmt: skip
 
     def _pause(self, result: DialResult) -> float:
-        """How long to wait before dialing again, without new addresses."""
+        """Seconds until known addresses are dialed again."""
         if not result.silent:
             self._pause_seconds = SOONER_SECONDS
             return self._again_seconds
@@ -107,7 +102,7 @@ class Discovery:
         self._counts = counts
 
     def _report_alone(self, result: DialResult) -> None:
-        """Once, until somebody answers. Who is there may speak with us at the next result."""
+        """Report once, until somebody answers, that nobody does."""
         if result.answered or not result.tried:
             self._alone, self._told_alone = 0, False
             return
@@ -124,7 +119,7 @@ class Discovery:
             )  # fmt: skip
 
     def _report_split(self, result: DialResult) -> None:
-        """Of peers that were met before, and were not in our part of the DHT."""
+        """Report peers that were met before, and had left our part of the DHT."""
         if self.peer.client_only:  # in no part of it itself: it dials each peer it wants
             return
         before, self._split = self._split, result.joined & self._met

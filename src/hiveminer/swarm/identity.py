@@ -1,13 +1,10 @@
-"""Who a peer is: a hotkey vouches for the libp2p key, and every DHT message is checked for it.
+"""Peer identities: a hotkey vouches for a libp2p key, and every DHT message proves it.
 
-A peer's id follows from an RSA key. The neuron's hotkey signs that key into a token, each
-request and response of the DHT carries the token and is signed with the key, and a token
-counts only while its hotkey is registered. So a peer id stands for one hotkey and a hotkey
-for one peer id, whoever dials whom; hivemind's other handlers, which know a caller's peer id
-by libp2p, ask `identify` for the hotkey.
-
-It costs a signature and a check a message each way (about 1 ms), and it is identity only:
-what a registered peer may do is its handlers' affair.
+A peer's id follows from an RSA key. The neuron's hotkey signs that key into a token; each request
+and response of the DHT carries the token and is signed with the key, and a token is valid only
+while its hotkey is registered. So a peer id stands for one hotkey, and a hotkey for one peer id.
+Hivemind's other handlers, which know a caller's peer id from libp2p, ask `identify` for the
+hotkey. It costs about 1 ms per message each way.
 """
 
 from __future__ import annotations
@@ -40,14 +37,14 @@ from hiveminer.swarm.keys import MAX_PUBLIC_KEY, load_or_make, peer_id_of_key, w
 logger = logging.getLogger(__name__)
 
 LIFETIME_SECONDS = 600.0
-"""A token counts for so long; it is made anew when half of it is over."""
+"""A token's lifetime; it is renewed after half of it."""
 
 SKEW_SECONDS = 60.0
-"""Clocks may differ by so much; hivemind takes no request that is older than this."""
+"""Clocks may differ by this much; Hivemind refuses older requests."""
 
 DOMAIN = b"hiveminer peer token 1\n"
-"""What a hotkey signs begins so. With the key it is longer than 256 bytes, and so is never
-the payload of a transaction: the chain signs the hash of a long one."""
+"""Prefix of what a hotkey signs. With the key it is longer than 256 bytes, so it can never be a
+transaction's payload: of a long one the hash is signed."""
 
 MAX_HOTKEY = 64
 MAX_RUN_ID = 128
@@ -56,25 +53,23 @@ MAX_NONCE = 32
 MAX_PEER_ID = 64
 
 REMEMBERED_TOKENS = 1024
-"""Tokens that were proved are not proved again; the longest unused gives way."""
+"""Verified tokens are remembered; the least recently used is dropped."""
 
 ASKED_AT_ONCE = 64
-"""Unknown peers that are asked who they are at the same time; more are turned away."""
+"""Unknown peers to identify at the same time; more are refused."""
 
 ASKED_AGAIN_SECONDS = 1.0
-"""A peer that did not say who it is is not asked again before this."""
+"""A peer that did not identify itself is not asked again before this."""
 
 TOLD_AGAIN_SECONDS = 60.0
 
 
 class Identity:
-    """A hotkey, the RSA key that it vouches for, and the run that it is in.
+    """A hotkey, the RSA key that it vouches for, and its run.
 
-    hotkey_keypair: the neuron's sr25519 hotkey; a `Keypair`, or what signs like one.
-    key_path: where the RSA key is kept, in hivemind's format; made when missing. None for
-        a key that ends with this object.
-
-    Raises OperatorError when the file is no peer's key, cannot be read or cannot be made.
+    hotkey_keypair: the neuron's sr25519 hotkey; a `Keypair`, or anything that signs like one.
+    key_path: the RSA key's file, in Hivemind's format; created if missing. None for a temporary
+        key. Raises OperatorError when the file is invalid or cannot be read or created.
     """
 
     def __init__(self, hotkey_keypair: Any, *, run_id: str, key_path: Path | None):
@@ -95,7 +90,7 @@ class Identity:
         self.peer_id = peer_id
 
     def endorse(self, *, expires: float) -> Any:
-        """A token, which counts until `expires` (seconds since 1970)."""
+        """A token that is valid until `expires` (seconds since 1970)."""
         token = AccessToken(
             username=f"{self.hotkey} {self.run_id}",
             public_key=self.public_key,
@@ -106,7 +101,7 @@ class Identity:
 
     @contextlib.contextmanager
     def key_file(self) -> Iterator[Path]:
-        """The key as a file for the libp2p daemon, which reads it when it starts."""
+        """The key as a file, for the libp2p daemon's start."""
         if self.key_path is not None:
             yield self.key_path
             return
@@ -118,7 +113,7 @@ class Identity:
 
 @dataclass(frozen=True)
 class Proof:
-    """What a token with a good signature says; `expires` is in seconds since 1970."""
+    """The content of a verified token; expires: seconds since 1970."""
 
     hotkey: str
     run_id: str
@@ -126,15 +121,15 @@ class Proof:
     expires: float
 
     def contradicts(self, other: Proof) -> bool:
-        """Whether one hotkey would stand for two peer ids, or one peer id for two hotkeys."""
+        """Whether one hotkey would have two peer ids, or one peer id two hotkeys."""
         return (self.hotkey == other.hotkey) != (self.peer_id == other.peer_id)
 
 
 class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
-    """Lets DHT messages of registered hotkeys in our run pass, and remembers who is who.
+    """Accepts DHT messages of registered hotkeys in our run, and remembers who is who.
 
-    It lives in the DHT's process. Of two tokens that contradict each other, the one that
-    expires later counts; the other's peer loses its access.
+    It lives in the DHT's process. Of two tokens that contradict each other the one that expires
+    later is valid; the other's peer loses its access.
     """
 
     def __init__(self, identity: Identity, *, admitted: Collection[str] = ()):
@@ -150,11 +145,11 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
 
     @property
     def admitted(self) -> frozenset[str]:
-        """The registered hotkeys, as far as we were told."""
+        """The admitted hotkeys."""
         return self._admitted
 
     def admit(self, hotkeys: Collection[str]) -> None:
-        """From now on let these hotkeys in, and no others."""
+        """Admit these hotkeys, and no others."""
         self._admitted = frozenset(hotkeys)
         for hotkey in self._by_hotkey.keys() - self._admitted:
             self._by_peer.pop(self._by_hotkey.pop(hotkey).peer_id, None)
@@ -167,27 +162,27 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
         self._ask_again_at.clear()
 
     def hotkey_of(self, peer_id: str) -> str | None:
-        """The registered hotkey that this peer id has proved; None when there is none."""
+        """The admitted hotkey that this peer id has proved, or None."""
         if peer_id == self.identity.peer_id:
             return self.identity.hotkey if self.identity.hotkey in self._admitted else None
         proof = self._by_peer.get(peer_id)
         return proof.hotkey if proof is not None and proof.expires > get_dht_time() else None
 
     def proved(self) -> dict[str, str]:
-        """The registered hotkeys of other peers, by the peer id that they have proved."""
+        """The admitted hotkeys of other peers, by the peer id that they have proved."""
         now = get_dht_time()
         return {name: each.hotkey for name, each in self._by_peer.items() if each.expires > now}
 
     async def identify(
         self, peer_id: str, *, ask: Callable[[Any], Awaitable[Any]], timeout_seconds: float
     ) -> str | None:
-        """As `hotkey_of`, but a peer that is not known is asked: `ask` pings a PeerID."""
+        """As `hotkey_of`, but an unknown peer is asked: `ask` pings a PeerID."""
         known = self.hotkey_of(peer_id)
         if known is not None or peer_id == self.identity.peer_id:
             return known
         task = self._asking.get(peer_id) or self._begin_asking(peer_id, ask)
         if task is not None:
-            # Not wait_for: it would end the question for all others who wait for it.
+            # Not wait_for, which would cancel the task for all others who wait for it.
             await asyncio.wait({task}, timeout=timeout_seconds)
         return self.hotkey_of(peer_id)
 
@@ -216,7 +211,7 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
             logger.debug("asking %s who it is failed: %r", peer_id, task.exception())
 
     def refusal(self, token: Any) -> str | None:
-        """Why the bearer of this token is not let in; None when it is. Cheapest test first."""
+        """Why the bearer of this token is refused, or None. Cheapest check first."""
         claim = _claim(token)
         if claim is None:
             return "no token of ours"
@@ -248,8 +243,8 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
         return not LIFETIME_SECONDS / 2 < left < LIFETIME_SECONDS + SKEW_SECONDS / 2
 
     def is_token_valid(self, access_token: Any) -> bool:
-        # hivemind asserts that our own token is valid. It is of no use to anybody else: the
-        # message must be signed with our key.
+        # Hivemind asserts that our own token is valid. Nobody else can use it: the message must
+        # be signed with our key.
         if access_token == self._local_access_token:
             return True
         reason = self.refusal(access_token)
@@ -259,7 +254,7 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
 
     async def validate_request(self, request: Any) -> bool:
         auth = request.auth
-        # A time that is no number is neither too old nor too new, and so good for ever.
+        # NaN is neither too old nor too new.
         if not 0 < len(auth.nonce) <= MAX_NONCE or not math.isfinite(auth.time):
             return False
         if not await super().validate_request(request):
@@ -275,7 +270,7 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
         return True
 
     def _prove(self, token: Any, *, hotkey: str, run_id: str, expires: float) -> Proof | None:
-        """What the token says, once its signature is known to be good."""
+        """The token's content, if its signature is valid."""
         raw = token.SerializeToString()
         proof = self._proofs.get(raw)
         if proof is None:
@@ -289,8 +284,8 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
         return proof
 
     def _remember(self, token: Any) -> None:
-        """Bind hotkey and peer id. Only when the message was signed with the token's key:
-        otherwise a hotkey could claim the key, and so the peer id, of another."""
+        """Bind hotkey and peer id, once the message's signature by the token's key is verified:
+        otherwise a hotkey could claim the peer id of another."""
         proof = self._proofs.get(token.SerializeToString())
         if proof is None:  # our own
             return
@@ -314,7 +309,7 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
             )
 
     def _tell_clock(self, auth: Any) -> None:
-        """Say that a registered peer is refused for its clock; it cannot know by itself."""
+        """Report that a registered peer is refused because of its clock."""
         proof = self._proofs.get(auth.client_access_token.SerializeToString())
         ahead = auth.time - get_dht_time()
         if proof is not None and abs(ahead) > SKEW_SECONDS and self._may_tell(proof.hotkey):
@@ -324,8 +319,8 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
             )  # fmt: skip
 
     def _may_tell(self, hotkey: str) -> bool:
-        """Whether something about this hotkey was not told of late; only for admitted ones,
-        so that what is remembered is bounded."""
+        """Whether nothing was reported about this hotkey recently; only for admitted ones, so that
+        the memory is bounded."""
         now = time.monotonic()
         if now < self._tell_again_at.get(hotkey, 0.0):
             return False
@@ -334,10 +329,10 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
 
 
 class _Handlers:
-    """The DHT's handlers behind the authorizer, for callers whose key the token is for.
+    """The DHT's handlers behind the authorizer, for callers that own the token's key.
 
-    hivemind's own wrapper does not look at who called, so anybody to whom a registered peer
-    ever sent a request could pass it on as its own, and read the answer.
+    Hivemind's own wrapper does not check the caller, so a peer could forward another's request as
+    its own, and read the answer.
     """
 
     def __init__(self, protocol: Any):
@@ -357,10 +352,8 @@ class _Handlers:
 
 
 async def guard(_dht: Any, node: Any) -> None:
-    """Put the DHT's handlers behind `_Handlers`; runs in the DHT's process, at its start.
-
-    Until then the authorizer should admit nobody.
-    """
+    """Put the DHT's handlers behind `_Handlers`; runs in the DHT's process, before the authorizer
+    admits anybody."""
     protocol = node.protocol
     if not protocol.client_mode:  # a client has no handlers
         await protocol.remove_p2p_handlers(protocol.p2p)
@@ -370,10 +363,10 @@ async def guard(_dht: Any, node: Any) -> None:
 async def change_admitted(
     _dht: Any, node: Any, *, added: Collection[str] = (), dropped: Collection[str] = ()
 ) -> None:
-    """Runs in the DHT's process: add to the admitted hotkeys, and take from them.
+    """Runs in the DHT's process: add and remove admitted hotkeys.
 
-    Whom we know no longer goes from the routing table too: what is stored is sent to those in
-    it, before they show who they are.
+    Unknown peers are removed from the routing table too: stored records are sent to those in it
+    without a check.
     """
     authorizer, table = node.protocol.authorizer, node.protocol.routing_table
     authorizer.admit((authorizer.admitted | frozenset(added)) - frozenset(dropped))
@@ -389,10 +382,9 @@ async def proved_peers(_dht: Any, node: Any) -> dict[str, str]:
 
 
 async def identify(_dht: Any, node: Any, *, peer_id: str, timeout_seconds: float) -> str | None:
-    """Runs in the DHT's process: the registered hotkey that this peer id has proved.
+    """Runs in the DHT's process: the admitted hotkey that this peer id has proved, or None.
 
-    A peer that is not known is pinged once, and its signed answer proves it. None when it
-    proved nothing within the time. "" where the DHT has no authorizer: nobody is checked.
+    An unknown peer is pinged, and its signed answer proves it. "" if the DHT has no authorizer.
     """
     authorizer = node.protocol.authorizer
     if authorizer is None:
@@ -404,22 +396,22 @@ async def identify(_dht: Any, node: Any, *, peer_id: str, timeout_seconds: float
 
 
 def _statement(token: Any) -> bytes:
-    """What the hotkey signs: every field, with its length, so that none runs into the next."""
+    """What the hotkey signs: every field with its length."""
     fields = (token.username.encode(), token.public_key, token.expiration_time.encode())
     return DOMAIN + b"".join(len(field).to_bytes(4, "big") + field for field in fields)
 
 
 def _claim(token: Any) -> tuple[str, str, float] | None:
-    """The hotkey, run id and expiry that a token claims; None when it is not of our shape.
+    """The hotkey, run id and expiry that a token claims, or None if it is malformed.
 
-    No cryptography, and nothing that takes long for a long field.
+    Uses no cryptography, and nothing that is slow for a long field.
     """
     if len(token.username) > MAX_HOTKEY + 1 + MAX_RUN_ID or len(token.signature) != 64:
         return None
     if len(token.public_key) > MAX_PUBLIC_KEY or len(token.expiration_time) > MAX_TIME:
         return None
     hotkey, separator, run_id = token.username.partition(" ")
-    # What is printed may come from anybody who is registered.
+    # It may be logged.
     if not separator or " " in run_id or not (run_id.isascii() and run_id.isprintable()):
         return None
     if len(hotkey) > MAX_HOTKEY or len(run_id) > MAX_RUN_ID:

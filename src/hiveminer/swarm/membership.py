@@ -21,10 +21,10 @@ Names = Callable[[], Collection[str]]
 
 
 class Membership:
-    """A started peer, whom it may talk to, and the child processes it needs.
+    """A started peer, whom it admits and dials, and the child processes it needs.
 
-    registered: the hotkeys to admit now. addresses: those of the other peers. commit: puts
-    this peer's own where others look for it. The defaults are a peer's outside any chain.
+    registered: the hotkeys to admit now. addresses: of other peers. commit: publishes this peer's
+    own. The defaults are for a peer without a chain.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Membership:
         self._children.watch("the DHT's process", peer.process)
 
     def watch(self, name: str, process: int) -> None:
-        """Watch another child process, by its pid."""
+        """Watch another child process."""
         self._children.watch(name, process)
 
     def watch_thread(self, name: str, thread: threading.Thread) -> None:
@@ -52,12 +52,12 @@ class Membership:
         self._children.watch_thread(name, thread)
 
     def join(self) -> None:
-        """Publish this peer's address, and meet the others."""
+        """Publish this peer's address, and dial the others."""
         self._commit(self.peer.commitment.encode())
         self.sync()
 
     def sync(self) -> DialResult | None:
-        """Admit the registered hotkeys, and dial the peers if it is time to."""
+        """Admit the registered hotkeys, and dial other peers if that is due."""
         self.peer.admit(self._registered())
         return self.discovery.meet(self._addresses())
 
@@ -66,13 +66,13 @@ class Membership:
         self._children.check()
 
     def close(self) -> None:
-        """Stop the peer, and whatever is left of its processes."""
+        """Stop the peer and its processes."""
         self.peer.close()
         self._children.end()
 
 
 def announced_ip(settings: Settings, public_ip: Callable[[], str]) -> str | None:
-    """What peers are told of where this machine is; None where it is what it listens on."""
+    """The address to announce to peers; None for the one listened on."""
     if settings.dht.external_ip is None and settings.dht_ip in EVERY_ADDRESS:
         return public_ip()
     return settings.dht.external_ip
@@ -85,9 +85,9 @@ def start_peer(
     admitted: Collection[str],
     announce_ip: str | None = None,
 ) -> Peer:
-    """The DHT node, on the port asked for, or the next free one where none was.
+    """Start a peer on the configured port, or on the next free one where none was configured.
 
-    announce_ip: as `announced_ip` gives it.
+    announce_ip: from `announced_ip`.
     """
     free = settings.embedded and not settings.given("dht.port")
     ip = settings.dht_ip

@@ -1,8 +1,7 @@
-"""A place in the DHT: one libp2p daemon, one DHT node, and the discovery it has met.
+"""A peer of the swarm: a libp2p daemon and a DHT node.
 
-A peer starts alone and is then told of others, all known addresses at once. Starting and
-healing a split are the same act, so a dead address never keeps a peer from starting, and
-two peers that started in the same second still find each other when they dial again.
+A peer starts alone, and then dials all known addresses at once. Starting and healing a split are
+the same operation, so a dead address never keeps a peer from starting.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ DIAL_SECONDS = 10.0
 ADMIT_SECONDS = 10.0
 
 MESSAGE_CHARACTERS = 2048
-"""What one message to the DHT's process may carry. Every thread and process writes into the
-same pipe, without a lock: only 4,096 bytes at a time are sure to stay together."""
+"""Limit of one message to the DHT's process: all threads and processes write into the same pipe
+without a lock, and only writes of up to 4,096 bytes are atomic."""
 
 START_CURES = (
     ("address already in use", "another program has the port: choose another with --dht.port"),
@@ -57,7 +56,7 @@ START_CURES = (
     ("failed to start in", "this machine is too busy: see what else it does, and start again"),
     ("its process ended", "the system may have ended it for lack of memory: make room for it"),
 )
-"""What to do when the daemon does not start, by what it says."""
+"""Remedies when the daemon does not start, by its error."""
 
 SILENCES = (
     ("peer id mismatch", "another peer has its address now"),
@@ -66,7 +65,7 @@ SILENCES = (
     ("no such host", "its name is not known"),
     ("dial backoff", "it could not be reached a moment ago"),
 )
-"""Why a peer does not answer, by what libp2p says of the dial; the most telling first."""
+"""Why a peer does not answer, by libp2p's error; the most specific first."""
 
 UNREACHED = "no answer: it is off, or a firewall is in the way"
 FOREIGN = "it is there and does not speak with us: another run, one not registered, or it hangs"
@@ -76,10 +75,10 @@ HELD, JOINED = "held", "joined"
 
 @dataclass(frozen=True)
 class DialResult:
-    """How dialing peers went, by peer id.
+    """The result of dialing peers, by peer id.
 
-    answered: those that did; `joined`, those of them that were not in our part of the DHT before.
-    silent: why the others did not.
+    joined: those that answered and were not in our part of the DHT before. silent: why the others
+    did not answer.
     """
 
     answered: frozenset[str] = frozenset()
@@ -92,7 +91,7 @@ class DialResult:
 
 
 class PortTaken(OperatorError):
-    """The port is another's."""
+    """The port is in use."""
 
 
 class _Node(hivemind.DHT):  # type: ignore[misc]
@@ -107,7 +106,7 @@ class _Node(hivemind.DHT):  # type: ignore[misc]
         super().run_in_background(**kwargs)
 
     def wait_until_ready(self, timeout: float | None = None) -> None:
-        """As the stock one, but it waits neither for a process that has ended, nor for ever."""
+        """As in the base class, but with a deadline, and only while the process is alive."""
         deadline = time.monotonic() + (timeout or 2 * START_SECONDS)
         while True:
             try:
@@ -125,14 +124,14 @@ class Peer:
     """A started DHT node.
 
     ip, port: where it listens for other peers (TCP; port 0 for any).
-    announce_ip: the address that others are told, when it is not `ip`.
-    identity: the hotkey that vouches for this peer. With it, only peers of registered
-        hotkeys in the same run are spoken with; without, everybody is.
-    admitted: the registered hotkeys at the start; `admit` says who they are later.
-    client_only: dial out, listen for nobody (a validator needs no open port).
-    quic: listen on the same number of a UDP port as well, for QUIC.
+    announce_ip: the address to announce, if it is not `ip`.
+    identity: the hotkey that vouches for this peer. With it, only peers of admitted hotkeys in
+        the same run are accepted; without, everybody is.
+    admitted: the hotkeys to admit at first; `admit` changes them.
+    client_only: dial out without listening (a validator needs no open port).
+    quic: also listen on the UDP port of the same number, for QUIC.
 
-    Raises OperatorError when the port is taken or the daemon does not start.
+    Raises OperatorError when the port is in use or the daemon does not start.
     """
 
     def __init__(
@@ -204,7 +203,7 @@ class Peer:
         return OperatorError(f"{cause}; {start_cure(reason)}")
 
     def _open(self, identity: Identity | None, admitted: Collection[str]) -> None:
-        """Let registered peers in, behind the guard."""
+        """Guard the handlers, and then admit peers."""
         self._ask(_guard_tasks, timeout_seconds=START_SECONDS)
         if identity is None:
             return
@@ -214,14 +213,14 @@ class Peer:
         self.admit(admitted)
 
     def _ask(self, what: Callable[..., Any], *, timeout_seconds: float) -> Any:
-        """Run a coroutine in the DHT's process, and wait for what it gives."""
+        """Run a coroutine in the DHT's process, and wait for its result."""
         return self.dht.run_coroutine(what, return_future=True).result(timeout=timeout_seconds)
 
     def admit(self, hotkeys: Collection[str]) -> None:
-        """From now on speak with the peers of these hotkeys, and no others.
+        """Accept the peers of these hotkeys, and no others.
 
-        Only what has changed is told to the DHT's process, those who leave first. When it
-        does not answer in time, the next call tells it again.
+        Only the changes are sent to the DHT's process, removals first; what it does not confirm
+        in time is sent again by the next call.
         """
         if self.identity is None:
             return
@@ -237,10 +236,8 @@ class Peer:
             logger.warning("the DHT was not told who is registered: %s", _first_line(error))
 
     def hotkey_of(self, peer_id: str, *, timeout_seconds: float = 5.0) -> str | None:
-        """The registered hotkey that a peer id has proved; asks the peer if need be.
-
-        None when it proved none in time; "" without an identity, when nobody is checked.
-        """
+        """The admitted hotkey that a peer id has proved; an unknown peer is asked. None when it
+        proved none in time; "" without an identity, when nobody is checked."""
         what = partial(identify, peer_id=peer_id, timeout_seconds=timeout_seconds)
         try:
             found: str | None = self._ask(what, timeout_seconds=timeout_seconds + 5)
@@ -251,13 +248,12 @@ class Peer:
 
     @property
     def process(self) -> int:
-        """The number of the DHT's process, whose child the libp2p daemon is."""
+        """Pid of the DHT's process, the parent of the libp2p daemon."""
         return int(self.dht.pid)
 
     @property
     def private_key(self) -> Any:
-        """The RSA key that this peer's records in the DHT are signed with; None without an
-        identity."""
+        """The RSA key that signs this peer's DHT records; None without an identity."""
         return self.identity.private_key if self.identity is not None else None
 
     def _places(self, host: str, port: int) -> list[str]:
@@ -265,28 +261,24 @@ class Peer:
 
     @property
     def commitment(self) -> str:
-        """What a neuron puts on the chain: its address, and QUIC where it listens so (at most
-        128 bytes, so the second address is not written out: `addresses_in` does)."""
+        """What a neuron commits on chain: its address, and a marker for QUIC (the second address,
+        which `addresses_in` derives, would not fit into 128 bytes)."""
         return self.address + QUIC_WORD * self.quic
 
     @property
     def address(self) -> str:
-        """The multiaddress that others reach this peer at over TCP, with its peer id."""
+        """This peer's visible multiaddress over TCP, with its peer id."""
         visible = [str(address) for address in self.dht.get_visible_maddrs()]
         if not visible:
             raise SwarmError("the peer has no address that others could reach")
-        # One address goes into the commitment: the announced one, else the first of TCP.
         tcp = [address for address in visible if "/tcp/" in address]
         return (tcp or visible)[0]
 
     def dial(
         self, addresses: Sequence[str], *, timeout_seconds: float = DIAL_SECONDS
     ) -> DialResult:
-        """Dial all of these peers at once.
-
-        Addresses with the same peer id lead to the same peer. Malformed addresses and our own
-        are skipped. Peers that are in the DHT are pinged only.
-        """
+        """Dial all of these peers at once. Malformed addresses and our own are skipped; peers that
+        are in the DHT are only pinged."""
         wanted: dict[str, list[str]] = {}
         for address in addresses:
             peer_id = peer_id_of(address)
@@ -329,8 +321,7 @@ class Peer:
         )
 
     def answering(self, peers: Collection[str], *, timeout_seconds: float) -> set[str]:
-        """Those of these peers (ids) that answer a ping now. None of them when our own node
-        does not."""
+        """Which of these peers (ids) answer a ping now; none when our own node does not."""
         tasks = [
             partial(_ping, peers=[*part], timeout_seconds=timeout_seconds)
             for part in _parts(dict.fromkeys(sorted(peers), ()))
@@ -359,10 +350,9 @@ class Peer:
 
 
 def _claim_port(port: int) -> int | None:
-    """Lock a port among the peers of this machine; None for port 0.
+    """Lock a port among the peers of this machine; None for port 0. Raises OperatorError.
 
-    The daemon listens with SO_REUSEPORT, so two that start together would both have the
-    port, and share its callers by chance. Raises OperatorError when a peer holds it.
+    The daemon listens with SO_REUSEPORT, so two that start together would share the port.
     """
     if port == 0:
         return None
@@ -382,7 +372,7 @@ def _claim_port(port: int) -> int | None:
 
 
 def addresses_in(committed: str) -> list[str]:
-    """The multiaddresses that a neuron's commitment stands for; none if it is no peer's."""
+    """The multiaddresses in a neuron's commitment; none if it is not a peer's."""
     address = committed.removesuffix(QUIC_WORD)
     if not address.startswith("/"):
         return []
@@ -394,7 +384,7 @@ def addresses_in(committed: str) -> list[str]:
 
 
 def peer_id_of(address: str) -> str | None:
-    """The peer id in a multiaddress; None when it is malformed or has none."""
+    """The peer id in a multiaddress, or None."""
     if len(address) > 512:
         return None
     try:
@@ -404,7 +394,7 @@ def peer_id_of(address: str) -> str | None:
 
 
 def _parts(items: Mapping[str, Iterable[str]]) -> Iterator[dict[str, Any]]:
-    """The same in parts that each fit into one message to the DHT's process."""
+    """Split into parts that each fit into one message to the DHT's process."""
     part: dict[str, Any] = {}
     room = MESSAGE_CHARACTERS
     for name, value in items.items():
@@ -419,7 +409,7 @@ def _parts(items: Mapping[str, Iterable[str]]) -> Iterator[dict[str, Any]]:
 
 
 def start_cure(reason: str) -> str:
-    """What to do when a peer does not start for this reason."""
+    """The remedy when a peer does not start for this reason."""
     for words, cure in START_CURES:
         if words in reason:
             return cure
@@ -427,7 +417,7 @@ def start_cure(reason: str) -> str:
 
 
 def why_silent(error: BaseException) -> str:
-    """What a failed dial means."""
+    """Why a dial failed, in words."""
     return next((why for words, why in SILENCES if words in str(error)), UNREACHED)
 
 
@@ -439,16 +429,15 @@ async def _guard_tasks(_dht: Any, node: Any) -> None:
 async def _dial(
     _dht: Any, node: Any, *, peers: dict[str, list[str]], timeout_seconds: float
 ) -> dict[str, str]:
-    """Runs in the DHT's process: connect and ping all at once. By peer: HELD or JOINED, or
-    why it did not answer."""
+    """Runs in the DHT's process: connect and ping all at once. By peer: HELD, JOINED, or why it
+    did not answer."""
 
     async def dial_one(name: str, addresses: list[str]) -> str:
         peer_id = PeerID.from_base58(name)
         held = node.protocol.routing_table.get(peer_id=peer_id) is not None
         if not held:
             places = [Multiaddr(address.rsplit("/p2p/", 1)[0]) for address in addresses]
-            # The daemon's connect has no public door in hivemind; initial_peers alone
-            # would do at the start, and never again.
+            # Hivemind has no public method to connect after the start.
             await node.p2p._client.connect(peer_id, places)
         if await node.protocol.call_ping(peer_id) is None:
             return LOST if held else FOREIGN
@@ -465,13 +454,13 @@ async def _dial(
 
 
 async def _learn(_dht: Any, node: Any, *, timeout_seconds: float) -> None:
-    """Runs in the DHT's process: let the routing table learn of who is around."""
+    """Runs in the DHT's process: refresh the routing table."""
     nearest = node.find_nearest_nodes([node.node_id])
     await asyncio.wait({asyncio.ensure_future(nearest)}, timeout=timeout_seconds)
 
 
 async def _ping(_dht: Any, node: Any, *, peers: list[str], timeout_seconds: float) -> set[str]:
-    """Runs in the DHT's process: who answers, all asked at once."""
+    """Runs in the DHT's process: ping all at once; returns those that answered."""
 
     async def ping(name: str) -> str | None:
         try:

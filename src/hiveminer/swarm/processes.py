@@ -1,11 +1,9 @@
-"""Hivemind's processes: what each does first, what ends it, and who checks that it lives.
+"""Hivemind's processes: how they start, end with their parent, and are watched.
 
-Hivemind forks: the DHT node (which starts the libp2p daemon) and the averager. Left to
-themselves they outlive a parent that was killed and keep its ports, and a Ctrl-C on the
-terminal reaches the daemon before anybody could say goodbye. So each leads a process group
-of its own, in which the daemon is as well; it watches its parent, and ends with its whole
-group. (A daemon ends by itself once the process that started it is gone: it writes into a
-pipe that nobody reads.) What files are left is swept away when the next peer starts.
+Hivemind forks the DHT node (which starts the libp2p daemon) and the averager. By themselves they
+would outlive a parent that was killed, keep its ports, and get the terminal's Ctrl-C. So each
+leads its own process group, which includes the daemon, watches its parent, and ends with the
+whole group. Leftover files are removed when the next peer starts.
 """
 
 from __future__ import annotations
@@ -43,7 +41,7 @@ DAEMON = "p2pd"
 
 
 def log_to_root() -> None:
-    """Send hivemind's log lines to the root logger, like everybody's."""
+    """Send Hivemind's log lines to the root logger."""
     use_hivemind_log_handler("nowhere")
     logging.addLevelName(logging.WARNING, "WARNING")  # hivemind has shortened it for everybody
     dht = logging.getLogger("hivemind.dht.dht")
@@ -52,8 +50,7 @@ def log_to_root() -> None:
 
 
 class _NoGhosts(logging.Filter):
-    """Keeps back what the DHT says of a message whose sender ended before it was read: at a
-    shutdown the averager's last ones are such, and there is nothing to mend."""
+    """Drops the DHT's errors about messages whose sender has ended, as at each shutdown."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
@@ -61,25 +58,21 @@ class _NoGhosts(logging.Filter):
 
 
 def before_fork() -> None:
-    """Keep the garbage collector away from all objects that exist now.
-
-    It writes into each object that it visits, and so copies every page that parent and child
-    share: at its first full collection, minutes after the fork, each of them grew by the size of
-    all imported modules, more than 110 MB.
-    """
+    """Exclude all existing objects from garbage collection: it writes into each object, and so
+    would copy every page that parent and child share, more than 110 MB."""
     gc.collect()
     gc.freeze()
 
 
 SHARED_MARGIN_BYTES = 2**20
-"""Shared memory beside the averaged tensors: what hivemind's futures write their state into."""
+"""Shared memory besides the averaged tensors, for the state of Hivemind's futures."""
 
 
 def shared_memory_problem(parameters: int, *, folder: Path = SHARED_MEMORY) -> str | None:
-    """Why a model of this many parameters cannot be averaged on this machine; None if it can.
+    """Why a model of this many parameters cannot be averaged on this machine, or None.
 
-    The averager keeps the model in shared memory in 32 bits. When that runs out, the system
-    ends a process in the middle of a write, which no program can handle.
+    The averager keeps the model in shared memory in 32 bits. When that runs out, the system kills
+    the process.
     """
     needed = 4 * parameters + SHARED_MARGIN_BYTES
     try:
@@ -103,11 +96,8 @@ def require_shared_memory(parameters: int) -> None:
 
 @functools.cache
 def start_shared_memory() -> None:
-    """Start torch's shared-memory manager, with nothing to disturb it.
-
-    torch reads the manager's first words in a loop that never ends, with the interpreter's
-    lock held, once a signal has interrupted it: no Ctrl-C can then be heard.
-    """
+    """Start torch's shared-memory manager with signals blocked: one that interrupts torch here
+    makes it loop forever with the interpreter's lock held."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
     try:
         torch.zeros(1).share_memory_()  # type: ignore[no-untyped-call]
@@ -116,42 +106,34 @@ def start_shared_memory() -> None:
 
 
 def mark_temporary_folder() -> None:
-    """Write into multiprocessing's folder (of which hivemind's processes have their part) that
-    it is ours: Python removes it at an ordinary end, `sweep` after any other."""
+    """Mark multiprocessing's folder as ours: Python removes it at an ordinary end, `sweep` after
+    any other."""
     folder = Path(multiprocessing.util.get_temp_dir())
     (folder / f"hiveminer-{os.getpid()}").touch()
 
 
 def detach_from_parent(parent: int) -> None:
-    """To be called first in a forked process: leave the terminal's group, watch the parent,
-    and take the daemon along when told to end.
+    """Call first in a forked process: lead a new process group, and end it with the parent.
 
-    parent: its number as it was before the fork, so that a parent that is dead already is
-    seen at the first look.
+    parent: its pid, taken before the fork, so that one that is already dead is noticed.
     """
     os.setpgid(0, 0)
-    signal.set_wakeup_fd(-1)  # the parent's: what we are told is not for it
+    signal.set_wakeup_fd(-1)  # it was the parent's
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda _number, _frame: _end())
     threading.Thread(target=_end_with, args=(parent,), name="watch-parent", daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
-    """Kill this process and its children once it has another parent.
-
-    A look at the parent's number works on every system that forks; it costs nothing
-    measurable twice a second.
-    """
+    """Kill this process group once it has another parent."""
     while os.getppid() == parent:
         time.sleep(LOOK_SECONDS)
     _end()
 
 
 def _end() -> None:
-    """End at once, with all of this process's group: the system does it in one act, so that
-    a daemon that is being started this moment is no exception. Not torch's shared-memory
-    manager, which leads a group of its own: it removes the shared memory once all who use it
-    are gone."""
+    """Kill the whole process group at once, which also covers a daemon that is still starting.
+    torch's shared-memory manager leads its own group: it cleans up once its users are gone."""
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
@@ -200,11 +182,8 @@ class _PendingCalls(dict[Any, Any]):
 
 
 class ChildProcesses:
-    """The processes and threads that a peer needs.
-
-    Nothing else reports that one has died, of lack of memory for instance: whoever waits for
-    its answer would wait forever, and training would go on alone.
-    """
+    """The processes and threads that a peer needs. Nothing else would report that one has died,
+    and training would continue alone."""
 
     def __init__(self) -> None:
         self._watched: dict[str, psutil.Process] = {}
@@ -242,18 +221,17 @@ class ChildProcesses:
             )
 
     def end(self) -> None:
-        """Kill those that still live: a daemon whose process has died, for one."""
+        """Kill those that are still alive."""
         for process in self._watched.values():
             with contextlib.suppress(psutil.Error):
                 process.kill()
 
 
 def sweep(*, shared_memory: Path = SHARED_MEMORY, sockets: Path = Path("/tmp")) -> int:
-    """Remove what dead processes of this user left: torch's shared memory, p2p sockets, and
-    multiprocessing's and torch's folders of sockets.
+    """Remove what dead processes of this user left, and return how much: torch's shared memory,
+    p2p sockets, and multiprocessing's and torch's socket folders.
 
-    Returns how many. Only what carries a dead process's number, and sockets that nobody
-    holds open, are touched.
+    Only files with a dead process's pid, and sockets that are not open, are removed.
     """
     removed = 0
     for path in shared_memory.glob("torch_*_*"):
@@ -261,7 +239,7 @@ def sweep(*, shared_memory: Path = SHARED_MEMORY, sockets: Path = Path("/tmp")) 
     for folder in Path(tempfile.gettempdir()).glob("pymp-*"):
         for number in _marks(folder):
             removed += is_dead(number) and _remove(folder)
-    # First the files, then the table: a socket that is made in between is in no list.
+    # First the files, then the table, so that a socket created in between is not removed.
     files = [*sockets.glob("hivemind-p2p*.sock"), *sockets.glob("torch-shm-dir-*/manager.sock")]
     open_sockets = _open_sockets()
     if open_sockets is not None:
@@ -272,10 +250,10 @@ def sweep(*, shared_memory: Path = SHARED_MEMORY, sockets: Path = Path("/tmp")) 
 
 
 def _marks(folder: Path) -> list[str]:
-    """The numbers of the processes of ours that marked this folder."""
+    """Pids of our processes that marked this folder."""
     try:
         return [each.name.partition("-")[2] for each in folder.glob("hiveminer-*")]
-    except OSError:  # its process removes it this moment
+    except OSError:  # its process is removing it
         return []
 
 
@@ -293,8 +271,7 @@ def _remove(path: Path) -> int:
 
 
 def _open_sockets(table: Path = Path("/proc/net/unix")) -> set[str] | None:
-    """Paths of the Unix sockets that are open on this machine; None where the system does
-    not tell. (To knock on one would disturb the program behind it.)"""
+    """Paths of the open Unix sockets on this machine; None if the system does not list them."""
     try:
         lines = table.read_text().splitlines()
     except OSError:

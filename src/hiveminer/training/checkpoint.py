@@ -1,12 +1,10 @@
 """Checkpoints: what a neuron resumes from after a restart, one folder each.
 
-`checkpoint-000012` holds `state.safetensors` (left out when there are no tensors) and
-`checkpoint.json`: metadata, its SHA-256, and the length and SHA-256 of the tensors. A
-checkpoint is written to a draft folder, forced to disk and renamed, so that it is complete
-or absent. A corrupt one is skipped in favor of the previous one. Nothing is unpickled. The
-cost is a copy of the tensors in memory while they are written, and `keep` of them on disk.
-
-A disk that is full or read-only costs a line in the log and never the training.
+`checkpoint-000012` holds `state.safetensors` (unless there are no tensors) and
+`checkpoint.json`: metadata, its SHA-256, and the length and SHA-256 of the tensors. It is written
+to a draft folder, synced and renamed, so that it is complete or absent. A corrupt checkpoint is
+skipped in favor of the previous one. Nothing is unpickled. A full disk is logged, and never ends
+the training.
 """
 
 from __future__ import annotations
@@ -49,16 +47,16 @@ DRAFT = ".draft-"
 """Prefix of folders that are being written or removed."""
 
 SERIAL_NUMBERS = 32768
-"""PyTorch handles this many numbers in the calling thread; with more it takes all of its
-threads, which compete with training."""
+"""PyTorch uses only the calling thread up to this size; more threads would compete with
+training."""
 
 Accept = Callable[[dict[str, Any]], str | None]
-"""Returns why a checkpoint with this metadata is of no use, or None to accept it."""
+"""Returns why a checkpoint with this metadata is refused, or None."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that passed all checks: its name, metadata, and tensors on the CPU."""
+    """A valid checkpoint; tensors: on the CPU."""
 
     name: str
     metadata: dict[str, Any]
@@ -66,14 +64,13 @@ class Checkpoint:
 
 
 class _Refused(Exception):
-    """A checkpoint is not used; the message says why."""
+    """The checkpoint is not used."""
 
 
 class Checkpoints:
-    """The last `keep` checkpoints of one neuron, in one folder.
+    """The last `keep` checkpoints of one neuron, in one folder that only one process writes to.
 
-    Only one process at a time may write there. Drafts left by a writer that was killed are
-    removed on construction.
+    Drafts of a writer that was killed are removed on construction.
     """
 
     def __init__(self, folder: Path, *, keep: int = 3):
@@ -99,8 +96,8 @@ class Checkpoints:
         """Write a checkpoint, remove the oldest, and return the new one's name.
 
         tensors: dense, by name; None for metadata alone. metadata: JSON without NaN and
-        infinity. Returns None if it could not be written or the tensors are not finite; the
-        reason is logged, and the existing checkpoints stay as they are.
+        infinity. Returns None, and logs why, if it could not be written or the tensors are not
+        finite.
         """
         with self._write_lock:
             began = time.monotonic()
@@ -126,10 +123,10 @@ class Checkpoints:
         *,
         must: bool = False,
     ) -> bool:
-        """Write a checkpoint in a thread of its own; returns whether that was started.
+        """Write a checkpoint in a background thread; returns whether that was started.
 
-        The caller may no longer change the tensors. While another one is being written, this
-        one is skipped, unless it `must` be written: then it waits for its turn.
+        The caller must no longer change the tensors. While another one is being written this one
+        is skipped, or waits if it `must` be written.
         """
         with self._start_lock:
             if self._closed or (self.writing and not must):
@@ -181,7 +178,7 @@ class Checkpoints:
         return _name(number)
 
     def _remove(self, name: str) -> None:
-        # Renamed first, so that what is half removed does not look like a checkpoint.
+        # Renamed first, so that a half removed one does not look like a checkpoint.
         draft = self.folder / f"{DRAFT}{name}"
         with contextlib.suppress(OSError):
             (self.folder / name).rename(draft)
@@ -228,7 +225,7 @@ def _name(number: int) -> str:
 
 
 def _numbers(folder: Path) -> list[int]:
-    """Numbers of all checkpoints there, valid or not, the oldest first."""
+    """Numbers of all checkpoints there, valid or not, in order."""
     names = {path.name for path in _entries(folder)}
     matches = (re.fullmatch(r"checkpoint-(\d{6,15})", name) for name in names)
     numbers = (int(match[1]) for match in matches if match is not None)
@@ -281,7 +278,6 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 
 def _tensors(path: Path, expected: Any) -> dict[str, Tensor]:
-    """The tensors of a file with the expected length and hash."""
     try:
         length = path.stat().st_size
         if length != expected["bytes"]:

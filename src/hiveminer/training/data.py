@@ -1,12 +1,11 @@
-"""The rows: local files, hub data sets and the built-in text behind one interface.
+"""The data: rows of local files, hub data sets or the built-in text, behind one interface.
 
-A row has a number, and the number means the same text to everyone in the run. So each
-source has a content hash, and a streaming source is cut into numbered shards.
+A row's number means the same text to everyone in the run, so each source has a content hash, and
+a streaming source is cut into numbered shards.
 
-Plain text (`.txt`, and the built-in data) is cut into rows by one rule: a row is a block
-of consecutive whole lines of one file, as many as fit into `ROW_BYTES` bytes of UTF-8; a
-longer line is a row of its own; blocks that hold nothing but white space are left out.
-A record is a row; one whose text is null, missing or empty keeps its number and trains
+Plain text is cut into rows of consecutive whole lines of one file, as many as fit into
+`ROW_BYTES` bytes of UTF-8; a longer line is a row of its own; blocks of white space are left
+out. A record is a row; one whose text is null, missing or empty keeps its number and trains
 nothing.
 """
 
@@ -44,21 +43,21 @@ from hiveminer.training.readers import (
 logger = logging.getLogger(__name__)
 
 ROW_BYTES = 480
-"""UTF-8 bytes of a row of plain text, at most (a longer line stays whole)."""
+"""Most UTF-8 bytes of a row of plain text (a longer line stays whole)."""
 
 NOT_LIBRARY = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 )
-"""Folders of the standard library that are left out: some systems ship without them."""
+"""Folders of the standard library to leave out: some systems ship without them."""
 
 CACHED_SHARDS = 8
-"""Shards of a streaming source that stay in memory."""
+"""Shards of a streaming source to keep in memory."""
 
 MEMORY_BYTES = 256 * 2**20
-"""Local rows longer than this in all go to a temporary file."""
+"""Larger local data goes to a temporary file."""
 
 ROW_CHARACTERS = 2**21
-"""A row is cut to this length, which is what the longest sequence length can train."""
+"""A row is cut to this length, the most that the longest sequence length can train."""
 
 
 class Rows(Protocol):
@@ -66,24 +65,21 @@ class Rows(Protocol):
 
     @property
     def hash(self) -> str:
-        """The content's hash: two machines with the same one hold the same rows."""
+        """Hash of the content."""
 
     def __len__(self) -> int: ...
 
     def texts(self, indices: Sequence[int]) -> list[str]:
-        """The rows of these numbers, in this order.
-
-        Raises TrainingError for a number out of range, or a row that cannot be read.
-        """
+        """These rows, in this order. Raises TrainingError for one that is out of range or cannot
+        be read."""
 
 
 class StoredRows:
-    """Rows that were read once, in memory or in a temporary file without a name.
+    """Rows read once into memory or an unnamed temporary file, so that they cannot change while
+    the program runs, and no cache outlives it.
 
-    So the rows cannot change while a program runs, and no cache outlives it.
-
-    digest: of the content; complete once `texts` is exhausted. Raises OperatorError when
-    there is no room.
+    digest: of the content; complete once `texts` is exhausted. Raises OperatorError when the disk
+    is full.
     """
 
     def __init__(self, texts: Iterable[str], digest: Any, *, memory_bytes: int = MEMORY_BYTES):
@@ -128,7 +124,7 @@ class StoredRows:
 
 
 class RecordRows:
-    """Rows of a `datasets.Dataset`, read from its Arrow files as they are asked for."""
+    """Rows of a `datasets.Dataset`, read from its Arrow files on demand."""
 
     def __init__(self, dataset: Any, column: str, content_hash: str):
         self._texts = dataset.select_columns([column])
@@ -152,8 +148,7 @@ class RecordRows:
 class StreamedRows:
     """Rows of a `datasets.IterableDataset`, cut into numbered shards.
 
-    Row `n` is record `n` of the stream. A shard is read whole, by skipping to its start,
-    and a few stay in memory: ask for rows of one shard together.
+    Row `n` is record `n` of the stream. A shard is read whole, so ask for its rows together.
     """
 
     def __init__(self, stream: Any, *, column: str, count: int, shard_rows: int, content_hash: str):
@@ -201,10 +196,9 @@ class StreamedRows:
 
 
 def load_rows(section: DataSection) -> Rows:
-    """The rows that a run names. Reports what is left out and how many rows are empty.
+    """The rows that a run names. Logs what is left out and how many rows are empty.
 
-    Raises OperatorError when there is no such data, it cannot be used as it is, or its hash
-    is not the run's.
+    Raises OperatorError when they do not exist, cannot be used, or have another hash.
     """
     if section.name == BUILTIN:
         rows: Rows = builtin_rows()
@@ -231,7 +225,7 @@ def load_rows(section: DataSection) -> Rows:
 
 
 def split_held_out(count: int, share: float) -> tuple[range, range]:
-    """(rows to train on, rows to evaluate on): the last `share` of them are held out."""
+    """(rows to train on, rows to evaluate on): the last `share` is held out."""
     held_out = min(count - 1, round(count * share)) if share > 0 else 0
     return range(count - held_out), range(count - held_out, count)
 
@@ -247,18 +241,15 @@ def check_range(indices: Sequence[int], count: int) -> None:
 
 
 def builtin_rows(folder: Path | None = None) -> Rows:
-    """The running Python's own standard library as text.
-
-    Its `.py` files in the order of their names (as bytes), without tests, without what was
-    installed beside them and without files that are not UTF-8, each cut into rows. Another
-    version of Python holds other text: the hash tells.
-    """
+    """Rows of the running Python's standard library: its `.py` files ordered by name, without
+    tests, installed packages and files that are not UTF-8. Another version of Python has another
+    hash."""
     root = folder or Path(sysconfig.get_paths()["stdlib"])
     return _text_rows(root, _library_texts(root))
 
 
 def cut_rows(text: str) -> Iterator[str]:
-    """Cut one file's text into rows, by the rule at the head of this module."""
+    """Cut one file's text into rows, as the module's docstring says."""
     block: list[str] = []
     size = 0
     for line in text.splitlines(keepends=True):
@@ -354,8 +345,8 @@ def _hub_rows(section: DataSection) -> Rows:
             revision=section.revision or None,
             streaming=section.streaming,
         )
-        # The hub's content is fixed by its revision. Reading all of it to hash it would be a
-        # second download for a streaming source, so the first rows stand for the rest.
+        # The revision fixes the hub's content, and hashing all of it would be a second download
+        # for a streaming source, so only the first rows are hashed.
         sample = list(dataset.take(16)) if section.streaming else dataset[: min(16, len(dataset))]
     except Exception as error:
         raise OperatorError(
@@ -378,7 +369,6 @@ def _hub_rows(section: DataSection) -> Rows:
 
 
 def _check_column(section: DataSection, dataset: Any, sample: Any) -> None:
-    """Refuse a hub data set whose column is missing or is not text."""
     path, column = Path(section.name), section.column
     if dataset.features is not None:
         if column not in dataset.features:
@@ -393,7 +383,7 @@ def _check_column(section: DataSection, dataset: Any, sample: Any) -> None:
 
 
 def _first_cause(error: BaseException) -> str:
-    """The first line of what an error goes back to; `datasets` wraps a reader's own reason."""
+    """The first line of an error's first cause: `datasets` wraps a reader's own reason."""
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)

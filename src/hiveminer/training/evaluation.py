@@ -20,8 +20,8 @@ HELD_OUT_ROWS = 32
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss: nats per predicted token, mean over all of them. tokens: predicted ones, which a
-    row's first is not. bytes: UTF-8 bytes of the text that these tokens stand for."""
+    """loss: mean over the predicted tokens (all of a row but its first), in nats. bytes: UTF-8
+    bytes of the text of these tokens."""
 
     rows: int
     tokens: int
@@ -47,11 +47,8 @@ def evaluate(
     batch_size: int = 8,
     on_rows: Callable[[int], object] = lambda _rows: None,
 ) -> Evaluation | None:
-    """Evaluate a model on rows, each truncated to `sequence_length` tokens.
-
-    on_rows: called with the number of rows after each batch. None when there is nothing to
-    predict.
-    """
+    """Evaluate a model on rows, each truncated to `sequence_length` tokens; None when there is
+    nothing to predict. on_rows: called with the number of rows after each batch."""
     nats, tokens, size = 0.0, 0, 0
     device = next(model.parameters()).device
     was_training = model.training
@@ -79,8 +76,7 @@ def evaluate(
 
 
 def predicted_bytes(tokenizer: PreTrainedTokenizerBase, text: str, *, max_length: int) -> int:
-    """UTF-8 bytes of the part of a text that its tokens predict: all but the first token's, up
-    to the truncation."""
+    """UTF-8 bytes of the predicted part of a text: truncated, and without its first token."""
     text = text[: max_length * CHARACTERS_PER_TOKEN]
     if not tokenizer.is_fast:
         ids = encode(tokenizer, [text], max_length=max_length)["input_ids"][0]

@@ -1,8 +1,8 @@
-"""Estimates the memory that training takes, before it is taken.
+"""Estimates the memory that training needs, before it is allocated.
 
-Counted is the minimum: one row at a time, with activations recomputed. A model that does not
-fit even so is refused at start; the micro-batch size beyond that is found by trial.
-docs/memory.md has the measurements.
+The minimum is counted: one row at a time, with activations recomputed. A model that does not fit
+even so is refused at start; the micro-batch size is then found by trial. docs/memory.md has the
+measurements.
 """
 
 from __future__ import annotations
@@ -20,29 +20,26 @@ from hiveminer.errors import OperatorError
 FLOAT32, BFLOAT16 = 4, 2
 
 AVERAGING = 5 * FLOAT32
-"""Bytes per parameter: the averager's copy of the weights, another while a round runs, and the
-weights and optimizer state of the start, which its forked process keeps when ours move on
-(20; `scripts/bench swarm_memory` measured 21)."""
+"""Bytes per parameter: the averager's copy of the weights, another during a round, and the forked
+process's copy of the initial weights and optimizer state (`scripts/bench swarm_memory` measured
+21)."""
 
 SNAPSHOT = 4 * FLOAT32
-"""Bytes per parameter: the copies of the weights, those that the epoch began with and the
-optimizer state, while a checkpoint is written."""
+"""Bytes per parameter, while a checkpoint is written: copies of the weights, of those that the
+epoch began with, and of the optimizer state."""
 
 CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class MemoryNeeded:
-    """Bytes that a miner's training takes at least.
+    """Bytes that a miner's training needs at least.
 
-    parameters: of the model, a count.
-    weights, gradients: the model's, in its own precision.
-    optimizer_state: AdamW's two, of the same.
-    casts: bfloat16 copies of the weights that autocast keeps through a pass.
-    averaging: what Hivemind's processes take, always in host memory.
-    snapshot: what a checkpoint takes there while it is written.
-    activations: of one row of the run's sequence length when they are recomputed: each
-        layer's input, and the logits with their gradient.
+    parameters: their number.
+    optimizer_state: AdamW's two moments.
+    casts: bfloat16 copies of the weights that autocast keeps during a pass.
+    averaging, snapshot: of Hivemind's processes and of checkpoints, always in host memory.
+    activations: of one row, recomputed: each layer's input, and the logits with their gradient.
     """
 
     parameters: int
@@ -56,19 +53,19 @@ class MemoryNeeded:
 
     @property
     def training(self) -> int:
-        """Bytes of the device's memory."""
+        """Bytes of device memory."""
         return self.weights + self.gradients + self.optimizer_state + self.casts + self.activations
 
     @property
     def host(self) -> int:
-        """Bytes of host memory, on whatever device the model trains."""
+        """Bytes of host memory, whatever the device."""
         return self.averaging + self.snapshot
 
 
 def memory_needed(
     model: nn.Module, *, sequence_length: int, bfloat16: bool = False
 ) -> MemoryNeeded:
-    """What it takes to train the model, which may be on the `meta` device."""
+    """The memory that training the model needs; it may be on the `meta` device."""
     trained = [value for value in model.parameters() if value.requires_grad]
     weights = sum(value.numel() * value.element_size() for value in model.parameters())
     gradients = sum(value.numel() * value.element_size() for value in trained)
@@ -100,10 +97,9 @@ def check_machine(
     *,
     left: Callable[[torch.device], int] = memory_left,
 ) -> None:
-    """Refuse a model that does not fit in this machine's memory, before Hivemind starts.
+    """Refuse a loaded model that does not fit in this machine's memory, before Hivemind starts.
 
-    The model is loaded already. `device` is what the operator asked for: on the CPU,
-    training is counted too. Touches no other device.
+    device: as configured; on the CPU, training is counted too. No device is initialized.
     """
     cpu = device == "cpu" or (device is None and not _has_accelerator())
     if cpu:
@@ -119,9 +115,9 @@ def check_device(
     *,
     left: Callable[[torch.device], int] = memory_left,
 ) -> None:
-    """Refuse a model that cannot train on the device; before the model moves there.
+    """Refuse a model that cannot train on the device, before it is moved there.
 
-    Devices other than CUDA's share host memory, and hold weights and optimizer state already.
+    Devices other than CUDA share host memory, which holds weights and optimizer state already.
     """
     if device.type == "cuda":
         _refuse(needed, needed.training, left(device), where=str(device))

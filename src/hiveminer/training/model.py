@@ -1,9 +1,8 @@
 """The model and its tokenizer: built in, from a local folder, or from the hub.
 
-The built-in model is small enough for a laptop and has the same weights, bit for bit, on
-every machine: they are made from integers, since a seeded `normal_` is not the same on
-every processor. What comes from elsewhere is checked: code in a model's folder is never
-run, and a model that cannot be trained as it was named is refused (`model_checks`).
+The built-in model is small enough for a laptop, and its weights are the same bits on every
+machine: they are made from integers, since a seeded `normal_` differs between processors. Other
+models are checked (`model_checks`), and code in their folders is never run.
 """
 
 from __future__ import annotations
@@ -47,16 +46,16 @@ END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 
 CHARACTERS_PER_TOKEN = 32
-"""A row is cut to this many characters per token of the sequence length before it is encoded:
-far more than ordinary text has, and a huge row costs no more than the part that is trained."""
+"""A row is cut to this many characters per token of the sequence length before it is encoded, far
+more than ordinary text has, so that a huge row costs no more than the part that is trained."""
 
 _encoding = threading.Lock()
-"""A fast tokenizer is given its truncation and padding anew by each call, which two threads must
-not do at once."""
+"""Each call sets a fast tokenizer's truncation and padding, which two threads must not do at
+once."""
 
 REPORTED_ROWS, REPORTED_SHARE = 256, 0.005
-"""Rows that are encoded to estimate how much of the data is never trained, and the share from
-which on that is reported."""
+"""Rows to encode for the estimate of how much of the data is never trained, and the share above
+which that is reported."""
 
 Examples = Sequence[str] | Mapping[str, Sequence[str]]
 
@@ -64,8 +63,7 @@ Examples = Sequence[str] | Mapping[str, Sequence[str]]
 def load_model(name: str = BUILTIN, *, revision: str = "") -> PreTrainedModel:
     """A causal language model on the CPU, in float32, without noise, ready to train.
 
-    Raises OperatorError when there is no such model, it cannot be read, or it is not what a
-    run can train (`model_checks`).
+    Raises OperatorError for one that cannot be read or trained (`model_checks`).
     """
     if name == BUILTIN:
         return builtin_model()
@@ -83,7 +81,7 @@ def load_model(name: str = BUILTIN, *, revision: str = "") -> PreTrainedModel:
             dtype=torch.float32,
             trust_remote_code=False,
             weights_only=True,
-            # Both so that what is wrong can be named.
+            # So that an error can name what is wrong.
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
@@ -126,11 +124,8 @@ def shape_of_model(name: str = BUILTIN, *, revision: str = "") -> PreTrainedMode
 
 
 def load_tokenizer(name: str = BUILTIN, *, revision: str = "") -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model, padding on the right.
-
-    A tokenizer without a padding token pads with its end-of-sequence token; padding is
-    told from text by the attention mask, never by the token's number.
-    """
+    """A model's tokenizer, padding on the right; without a padding token, with its
+    end-of-sequence token (only the attention mask tells padding from text)."""
     if name == BUILTIN:
         return builtin_tokenizer()
     source = _source(name, "tokenizer")
@@ -152,11 +147,10 @@ def load_tokenizer(name: str = BUILTIN, *, revision: str = "") -> PreTrainedToke
 def encode(
     tokenizer: PreTrainedTokenizerBase, examples: Examples, *, max_length: int = 512
 ) -> BatchEncoding:
-    """Rows of text to tensors: `input_ids` and `attention_mask`, each [rows, longest row].
+    """Rows of text to `input_ids` and `attention_mask`, each [rows, longest row].
 
-    `examples` is a list of texts, or a mapping whose `text` is one. Rows are cut to
-    `CHARACTERS_PER_TOKEN` characters per token, truncated to `max_length` tokens, and padded
-    to the longest of them.
+    examples: a list of texts, or a mapping whose `text` is one. Rows are cut to
+    `CHARACTERS_PER_TOKEN` characters per token and truncated to `max_length` tokens.
     """
     texts = examples["text"] if isinstance(examples, Mapping) else examples
     longest = max_length * CHARACTERS_PER_TOKEN
@@ -169,8 +163,8 @@ def encode(
 
 
 def share_beyond(tokenizer: PreTrainedTokenizerBase, rows: Rows, *, max_length: int) -> float:
-    """The share of the text that lies beyond the sequence length and is never trained, from 0
-    to 1, by characters; estimated from rows evenly spread over the data."""
+    """The share of the text beyond the sequence length, which is never trained; estimated from
+    rows spread evenly over the data."""
     step = -(-len(rows) // REPORTED_ROWS)
     trained = total = 0.0
     for text in rows.texts(range(0, len(rows), step)):
@@ -182,7 +176,7 @@ def share_beyond(tokenizer: PreTrainedTokenizerBase, rows: Rows, *, max_length: 
 
 
 def report_beyond(share: float, *, max_length: int) -> None:
-    """Say in the log what part of the data is never trained, and what to do about it."""
+    """Log what part of the data is never trained, and the remedy."""
     if share >= REPORTED_SHARE:
         logger.warning(
             "about %.0f%% of the data lies beyond the sequence length of %d tokens and is never "
@@ -192,7 +186,7 @@ def report_beyond(share: float, *, max_length: int) -> None:
 
 
 def schema_hash(model: torch.nn.Module) -> str:
-    """Hex SHA-256 of the parameters' names and shapes, in order: who may average with whom."""
+    """Hex SHA-256 of the parameters' names and shapes, which peers must share to average."""
     lines = (f"{name} {tuple(value.shape)}\n" for name, value in model.named_parameters())
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -207,10 +201,8 @@ def weights_hash(model: torch.nn.Module) -> str:
 
 
 def choose_device(wanted: str | None) -> torch.device:
-    """`cuda` if there is one, then `mps`, then `cpu`; or the one that was asked for.
-
-    Call it after Hivemind's processes have started: a CUDA context does not survive a fork.
-    """
+    """The wanted device, or the best of `cuda`, `mps` and `cpu`. Call it after Hivemind's
+    processes have started: a CUDA context does not survive a fork."""
     if wanted is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -225,11 +217,11 @@ def choose_device(wanted: str | None) -> torch.device:
 
 
 def builtin_tokenizer() -> PreTrainedTokenizerBase:
-    """One token a byte, an end-of-text token after each row, and a padding token: 258."""
+    """One token per byte, an end-of-text token after each row, and a padding token: 258."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: number for number, symbol in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    # Pieces bound the tokenizer's work on long lines; they change no token.
+    # Splitting bounds the work on long lines, and changes no token.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"[\s\S]{1,64}"), "isolated"),
@@ -252,7 +244,7 @@ def builtin_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def builtin_model() -> PreTrainedModel:
-    """A GPT-2 of 0.9 million parameters over bytes; its weights come from `integer_weights`."""
+    """A GPT-2 of 0.9 million parameters over bytes, with `integer_weights`."""
     config = GPT2Config(
         vocab_size=258,
         n_positions=512,
@@ -275,11 +267,11 @@ def builtin_model() -> PreTrainedModel:
 
 
 def integer_weights(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Start values that are the same bits on every machine, float32, of the given shape.
+    """Initial float32 values that are the same bits on every machine.
 
-    Vectors are ones (a norm's scale) or zeros (biases). Matrices are uniform with a
-    standard deviation of about 0.018: 16-bit integers read off SHAKE-256 of the
-    parameter's name, times a power of two, which no processor rounds.
+    Vectors are ones (a norm's scale) or zeros (biases). Matrices are uniform with a standard
+    deviation of about 0.018: 16-bit integers from SHAKE-256 of the parameter's name, times a
+    power of two, which is exact on every processor.
     """
     if len(shape) == 1:
         is_scale = name.endswith("weight")
@@ -291,8 +283,8 @@ def integer_weights(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def ready_to_train(model: PreTrainedModel) -> PreTrainedModel:
-    """The same function, without what only slows training: a cache of keys and values, and
-    GPT-2's GELU in eight passes over its input where PyTorch has one."""
+    """Remove what only slows training: the cache of keys and values, and GPT-2's GELU in eight
+    passes, which PyTorch computes in one."""
     model.config.use_cache = False
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -307,7 +299,7 @@ def parameter_count(parameters: Iterable[torch.Tensor]) -> int:
 
 
 def _source(name: str, what: str) -> str:
-    """What transformers takes: a checked folder's path, or a hub name."""
+    """The argument for transformers: a checked folder's path, or a hub name."""
     if not name:
         raise OperatorError(f"{what} {name}: the name is empty; give {BUILTIN!r} or a folder")
     if not is_local(name):

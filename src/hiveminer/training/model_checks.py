@@ -1,8 +1,7 @@
-"""Checks that a model is what was named and can be trained by comparing losses.
+"""Checks that a model can be trained with others, and refuses it by name otherwise.
 
-Replays compare a miner's losses with a validator's, and machines average weights: so the
-weights must come from the folder and not from chance, a pass must give the same loss each
-time, and no token may depend on a later one. What is not so is refused by name.
+Machines average weights, and replays compare losses: so all weights must come from the model's
+files, each pass must give the same loss, and no token may depend on a later one.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from hiveminer.errors import OperatorError
 from hiveminer.training.readers import LFS_POINTER
 
 NOISE = re.compile(r"drop|jitter|noise")
-"""In the names of numbers that are probabilities or amounts of noise."""
+"""Found in the names of settings for noise."""
 
 PROBE_TOKENS = 16
 TOLERANCE = 1e-5
-"""Of the largest output, for passes that should give the same."""
+"""Relative to the largest output, for passes that should agree."""
 
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -46,10 +45,7 @@ def refuse(name: str, reason: str) -> OperatorError:
 
 
 def check_folder(name: str, folder: Path, *, what: str) -> None:
-    """Refuse a local folder that does not hold what transformers needs of it.
-
-    what: `model` or `tokenizer`.
-    """
+    """Refuse a local folder without what transformers needs. what: `model` or `tokenizer`."""
     if folder.is_file():
         raise OperatorError(f"{what} {name}: a file; give the folder that it is in")
     if not folder.is_dir():
@@ -115,11 +111,8 @@ def configure_without_noise(config: PreTrainedConfig) -> None:
 
 
 def without_noise(model: nn.Module) -> None:
-    """Turn off all dropout, jitter and noise, in place.
-
-    A row is trained once, which leaves nothing to overfit to; and a miner's curve can only
-    be compared with a replay's if the same rows give the same loss.
-    """
+    """Turn off all dropout, jitter and noise, in place: replays need equal losses, and a row that
+    is trained once is not overfitted."""
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
@@ -132,7 +125,7 @@ def without_noise(model: nn.Module) -> None:
 
 
 def check_weights(name: str, model: nn.Module, info: Mapping[str, Any]) -> None:
-    """Refuse a model whose weights are not those of its files. Tied weights count once.
+    """Refuse a model whose weights are not those of its files.
 
     info: transformers' `output_loading_info`.
     """
@@ -175,10 +168,7 @@ def _kind(key: str) -> str:
 
 
 def check_passes(name: str, model: PreTrainedModel) -> None:
-    """Refuse a model that computes with noise, or whose tokens depend on later ones.
-
-    Runs a row of a few tokens five times.
-    """
+    """Refuse a model that computes with noise, or whose tokens depend on later ones."""
     ids, other = _probe(model)
     try:
         with torch.no_grad():
@@ -236,13 +226,13 @@ def embeddings(model: PreTrainedModel) -> Tensor:
 
 
 def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer without a vocabulary, which transformers makes where it finds none."""
+    """Refuse a tokenizer without a vocabulary, as transformers creates when it finds none."""
     if not tokenizer("hello world", add_special_tokens=False).input_ids:
         raise OperatorError(f"tokenizer {name}: it has no vocabulary; save_pretrained it there")
 
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Refuse a tokenizer or a sequence length that the model has no place for."""
+    """Refuse a tokenizer or a sequence length that is too large for the model."""
     vocabulary = embeddings(model).shape[0]
     highest: Iterator[int] = iter(tokenizer.get_vocab().values())
     tokens = max(len(tokenizer), 1 + max(highest, default=0))

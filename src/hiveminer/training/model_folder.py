@@ -1,6 +1,6 @@
-"""A trained model as a folder: weights, tokenizer and a card, which transformers loads anywhere.
+"""Saves a trained model as a folder for transformers: weights, tokenizer and a model card.
 
-A folder is written beside its place and renamed, so that it is complete or absent.
+The folder is written under another name and renamed, so that it is complete or absent.
 """
 
 from __future__ import annotations
@@ -36,11 +36,10 @@ LIBRARIES = ("torch", "transformers", "hivemind", "bittensor")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model comes from, as its card says it.
+    """Where a model comes from, for its card.
 
-    epoch: the epoch (or round) of the weights. rows, tokens: learned in all, None where it is
-    not known. held_out_loss: nats per token on `held_out_rows` rows, None where none are held
-    out. source: where the weights were taken from, in words.
+    epoch: the epoch (or round) of the weights. rows, tokens: trained in all, None if unknown.
+    held_out_loss: nats per token on `held_out_rows` rows. source: of the weights, in words.
     """
 
     run: Run
@@ -54,10 +53,8 @@ class Origin:
 
 
 def set_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights by name into a model; tied ones are given once.
-
-    Raises ValueError, and changes nothing, when a name or a shape differs.
-    """
+    """Copy weights by name into a model; tied ones are given once. Raises ValueError, and changes
+    nothing, when a name or a shape differs."""
     places = dict(model.named_parameters())
     for name in sorted({*places, *weights}):
         theirs = weights.get(name)
@@ -69,7 +66,7 @@ def set_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
 
 
 def check_absent(folder: Path) -> None:
-    """Raise OperatorError if there is something at this place already."""
+    """Raise OperatorError if the path exists."""
     if os.path.lexists(folder):
         raise OperatorError(f"{folder} exists already; choose another folder, or remove it")
 
@@ -85,9 +82,8 @@ def save_model(
 ) -> None:
     """Write a model folder for `from_pretrained`.
 
-    dtype: what the weights are stored as; the model itself is cast to it. replace: an
-    existing folder is replaced, instead of refused. Raises OperatorError when the folder
-    exists or cannot be written, and leaves nothing of it.
+    dtype: of the stored weights; the model itself is cast to it. replace: replace an existing
+    folder. Raises OperatorError when the folder exists or cannot be written.
     """
     if not replace:
         check_absent(folder)
@@ -111,7 +107,7 @@ def save_model(
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
-    """What the card says, for programs; empty for a folder that was not written here."""
+    """The card's metadata; empty for a folder that was not written by `save_model`."""
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -148,7 +144,7 @@ def _write(
 
 
 def _put(draft: Path, folder: Path, *, replace: bool) -> None:
-    """Rename the draft to its place. An older folder is moved away first."""
+    """Rename the draft; an existing folder is moved away first."""
     if replace and folder.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         folder.rename(old / "old")
@@ -176,7 +172,7 @@ def _facts(model: PreTrainedModel, origin: Origin, dtype: str) -> dict[str, Any]
 
 
 def base_model(run: Run) -> str:
-    """The name of the model that the run began with; a local folder's own name only."""
+    """The name of the run's initial model; of a local folder only its own name."""
     name = run.model.name
     if name == BUILTIN:
         return "built into hiveminer"
@@ -184,7 +180,7 @@ def base_model(run: Run) -> str:
 
 
 def license_of(run: Run) -> str | None:
-    """The licence that the base model's card names, if it is on this disk."""
+    """The license that a local base model's card names."""
     name = run.model.name
     if name == BUILTIN or not is_local(name):
         return None
@@ -217,11 +213,11 @@ def card(facts: Mapping[str, Any], run: Run) -> str:
         ("weights", facts["source"]),
         ("SHA-256 of the weights in float32", f"`{facts['weights_sha256']}`"),
         ("stored as", facts["dtype"]),
-        ("rows learned", _known(facts["rows"])),
-        ("tokens learned", _known(facts["tokens"])),
+        ("rows trained", _known(facts["rows"])),
+        ("tokens trained", _known(facts["tokens"])),
         ("held-out loss", _loss(facts)),
         ("base model", facts["base_model"]),
-        ("licence of the base model", facts["license"] or "not known"),
+        ("license of the base model", facts["license"] or "not known"),
         ("data", f"{_data_name(run)}"),
         ("date", facts["written_at"]),
         ("versions", ", ".join(f"{name} {each}" for name, each in facts["versions"].items())),

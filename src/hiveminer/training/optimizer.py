@@ -1,4 +1,4 @@
-"""The inner optimizer and its learning rate: what a peer does between averagings."""
+"""The inner optimizer and its learning rate, for a peer's steps between averaging rounds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hiveminer.config.run import OptimizerSection
 def build_optimizer(
     parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], section: OptimizerSection
 ) -> torch.optim.AdamW:
-    """AdamW as the run wants it; decay only on matrices (vectors are norms and biases)."""
+    """The run's AdamW, with decay only on matrices (vectors are norms and biases)."""
     groups: list[Any] = list(parameters)
     if groups and isinstance(groups[0], Tensor):
         groups = parameter_groups(groups, weight_decay=section.weight_decay)
@@ -27,7 +27,7 @@ def build_optimizer(
 
 
 def inner_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.Optimizer:
-    """The optimizer that the run names, for all trained parameters of a model."""
+    """The run's optimizer, for all trainable parameters of a model."""
     if section.name == "muon":
         return MuonAndAdamW(model, section)
     return build_optimizer(trainable_parameters(model), section)
@@ -99,7 +99,7 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of a model that are trained, tied ones once."""
+    """A model's trainable parameters, tied ones once."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
@@ -121,7 +121,7 @@ def build_scheduler(
     optimizer: torch.optim.Optimizer, section: OptimizerSection
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The run's learning rate by epoch: hivemind steps it when the swarm's epoch does."""
-    # A peer that loads the swarm's state catches up with its rate before its first step.
+    # A peer that loads the swarm's state steps the scheduler before its first optimizer step.
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: rate_factor(epoch, section))
 
@@ -140,9 +140,6 @@ def rate_factor(epoch: int, section: OptimizerSection) -> float:
 
 
 def usual_learning_rate(parameters: int) -> float:
-    """The rate for training a transformer of this size from scratch with Adam.
-
-    Source: Kaplan et al. 2020, Scaling Laws for Neural Language Models, equation D.1; not
-    below 1e-4, where the fit ends.
-    """
+    """The rate for training a transformer of this size from scratch with Adam (Kaplan et al. 2020,
+    Scaling Laws for Neural Language Models, equation D.1); not below 1e-4, where the fit ends."""
     return max(1e-4, 0.003239 - 0.0001395 * math.log(parameters))

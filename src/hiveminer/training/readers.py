@@ -1,8 +1,8 @@
-"""Reads the text of local files: plain text, JSON and Parquet, each row or a clear refusal.
+"""Reads local files: plain text, JSON and Parquet.
 
-A path means itself: no globbing, no cache, no guessing of types. Every row is read and
-checked before the first request, so that what a run trains on is what its hash stands for.
-An error names the file, the line or row, and what to do. docs/miner.md has the rules.
+No globbing, no cache, no guessing of types. Every row is read and checked before the first
+request, and an error names the file, the line or row, and the remedy. docs/miner.md has the
+rules.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ KINDS = {
     ".json": "json",
     ".parquet": "parquet",
 }
-"""What a file is, by the end of its name."""
+"""Kinds of files, by suffix."""
 
 MARKDOWN = ".md"
-"""Read as text where a folder has nothing else, or when the file itself is named."""
+"""Read as text if a folder has nothing else, or if the file itself is named."""
 
 ABOUT_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "state.json"})
-"""Files that `datasets` writes beside data; they hold no rows."""
+"""Files without rows that `datasets` writes beside data."""
 
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-"""Words in the name of a file or folder that say which split it belongs to."""
+"""Words in the name of a file or folder that name a split."""
 
 EVERY_SPLIT = "all"
-"""`data.split` for all files, whatever their names say."""
+"""`data.split` for all files."""
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""How a file begins that Git LFS has not fetched yet."""
+"""The beginning of a file that Git LFS has not fetched yet."""
 
 NAMES_SHOWN, NAME_LETTERS = 3, 80
 
 
 def shown(path: Path) -> str:
-    """A path for one line of text, whatever its name holds."""
+    """A path as printable text."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode()
         for letter in str(path)
@@ -70,12 +70,11 @@ def first_line(error: BaseException) -> str:
 
 
 def find_files(path: Path, *, split: str) -> tuple[str, list[Path], list[Path]]:
-    """The kind of the files to read, these files in order, and the files that are left out.
+    """The kind of the files to read, the files in order, and the files that are left out.
 
-    A folder is searched to its depth, links included, in the order of the names. Hidden
-    files and folders are ignored. Where names tell of splits, those of `split` are read.
-
-    Raises OperatorError when there is nothing to read, or more than one way to read it.
+    A folder is searched recursively, links included, in the order of the names. Hidden files and
+    folders are ignored. If names contain splits, those of `split` are read. Raises OperatorError
+    when there is nothing to read, or more than one way to read it.
     """
     try:
         if not path.exists():
@@ -162,8 +161,8 @@ def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
 
 
 def _split(path: Path) -> str | None:
-    """The split that a relative path tells of: its nearest folder of that name, or the first
-    word of the file's name that says one."""
+    """The split that a relative path names: in its nearest such folder, or the first such word of
+    the file's name."""
     for folder in reversed(path.parts[:-1]):
         if folder.lower() in SPLITS:
             return SPLITS[folder.lower()]
@@ -178,7 +177,6 @@ def _names(folder: Path, files: Sequence[Path]) -> str:
 
 
 def left_out_words(path: Path, files: Sequence[Path]) -> str:
-    """Names the files of a folder that are not read."""
     return f"data {shown(path)}: not read: {_names(path, files)}"
 
 
@@ -186,7 +184,7 @@ def left_out_words(path: Path, files: Sequence[Path]) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A file's text, without its byte-order mark; line ends stay as they are."""
+    """A file's text without its byte-order mark; line ends are kept."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -200,7 +198,7 @@ def read_text(path: Path) -> str:
 
 
 def check_start(path: Path, data: bytes) -> None:
-    """Refuse a file that begins like something else than data in UTF-8."""
+    """Refuse a Git LFS pointer and UTF-16, by their first bytes."""
     if data.startswith(LFS_POINTER):
         refuse(path, "a Git LFS pointer, not the file itself: run git lfs pull")
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -208,7 +206,7 @@ def check_start(path: Path, data: bytes) -> None:
 
 
 def _decode(path: Path, data: bytes, *, line: int) -> str:
-    """line: the number of the data's first line."""
+    """line: of the beginning of the data."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -221,18 +219,18 @@ def _decode(path: Path, data: bytes, *, line: int) -> str:
 
 
 class _Records:
-    """Takes one column out of a file's records, and checks it."""
+    """Extracts and checks one column of a file's records."""
 
     def __init__(self, path: Path, column: str):
         self.path = path
         self.column = column
         self.names: dict[str, None] = {}
-        """Keys of the records, in the order in which they were first seen; only a few."""
+        """A few of the records' keys, in order."""
         self.count = 0
         self.found = False
 
     def text(self, record: object, place: str) -> str:
-        """The record's text, empty where it has none. place: words for an error."""
+        """The record's text, empty if it has none. place: of the record, for errors."""
         if not isinstance(record, dict):
             refuse(self.path, f"{place}: {_type(record)}, expected an object")
         self.count += 1
@@ -254,7 +252,7 @@ class _Records:
         return value
 
     def check(self) -> None:
-        """After the last record: a file without the column is not data of this run."""
+        """Call after the last record: refuses a file without the column."""
         if self.count and not self.found:
             refuse_column(self.path, self.column, list(self.names))
 
@@ -286,7 +284,7 @@ def read_json(path: Path, stream: BinaryIO, column: str) -> Iterator[str]:
 
 
 def _begins_with_a_record(stream: BinaryIO) -> bool:
-    """Whether the first line that is not blank is JSON, and no array: then each line is."""
+    """Whether the first line that is not blank is JSON but not an array: then each line is."""
     first = next((line for line in stream if line.strip()), b"")
     try:
         return not isinstance(json.loads(first.decode("utf-8")), list)

@@ -1,4 +1,4 @@
-"""The task that a run sets: its model, tokenizer and data, loaded once, and the run id."""
+"""A run's model, tokenizer, data and run id, loaded once."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from hiveminer.training.model_checks import check_fit
 
 @dataclass(frozen=True)
 class Task:
-    """What everybody who trains together has in common.
+    """What everybody who trains together shares.
 
-    model: a causal language model on the CPU. dataset: rows of text by number. beyond: the
-    share of the text that the sequence length leaves out, about.
+    model: a causal language model on the CPU. dataset: rows of text by number. beyond: about the
+    share of the text beyond the sequence length.
     """
 
     run: Run
@@ -47,7 +47,7 @@ class Task:
 
 
 def check_start(run: Run, model: PreTrainedModel) -> None:
-    """Raise OperatorError unless the model has the weights that the run begins with."""
+    """Raise OperatorError unless the model has the run's initial weights."""
     expected = run.model.hash
     if expected and (actual := models.weights_hash(model)) != expected:
         raise OperatorError(
@@ -57,10 +57,9 @@ def check_start(run: Run, model: PreTrainedModel) -> None:
 
 
 def load_task(run: Run, *, threads: int | None = None) -> Task:
-    """Load a run's model, tokenizer and data, and report what of the data is never trained.
+    """Load and check a run's model, tokenizer and data. Raises OperatorError.
 
-    threads: CPU threads of PyTorch from now on; None leaves them as they are.
-    Raises OperatorError for what cannot be used.
+    threads: CPU threads of PyTorch from now on; None leaves them unchanged.
     """
     if threads is not None:
         torch.set_num_threads(threads)

@@ -1,15 +1,13 @@
-"""Trains one request's rows. Knows nothing of the network: `step` is the optimizer's part.
+"""Trains one request's rows with any optimizer (`Step`).
 
-One optimizer step learns from a global batch of `batch_size * gradient_accumulation_steps`
-rows (the last one may hold fewer). Its loss is the mean over all real tokens of the global
-batch, however that is cut into micro-batches: each adds its sum of token losses over the
-global batch's token count. So the device's memory decides the micro-batch size, and the
-result does not change.
+One optimizer step trains a global batch of `batch_size * gradient_accumulation_steps` rows (the
+last one may hold fewer). Its loss is the mean over all real tokens of the global batch, however
+that is split into micro-batches, so the micro-batch size depends on the device's memory alone
+and does not change the result.
 
-Rows of similar length run together, cut where padding would cost more than another pass
-(`micro_batches`). Padding is on the right, where a causal model's real tokens never attend,
-so no attention mask is needed and attention uses its fastest kernel. While one global batch
-trains, a thread encodes and collates the next.
+Rows of similar length run together (`micro_batches`). Padding is on the right, where a causal
+model's real tokens never attend, so no attention mask is needed and attention uses its fastest
+kernel. While one global batch trains, a thread encodes and collates the next.
 """
 
 from __future__ import annotations
@@ -34,8 +32,8 @@ IGNORED = -100
 """The label where nothing is predicted: at a row's last token, and at padding."""
 
 CPU_TOKENS = 2048
-"""Tokens of a micro-batch on a CPU, unless one row is longer. More are no faster there, and a
-system that overcommits memory kills a program instead of refusing."""
+"""Tokens of a micro-batch on a CPU, unless one row is longer. More are no faster, and a system
+that overcommits memory would kill the program."""
 
 CPU_PASS_TOKENS = 32
 PASS_TOKENS = 4096
@@ -83,7 +81,7 @@ class TrainResult:
     losses: the same per optimizer step, each with the weights before that step.
     steps, samples, tokens: optimizer steps taken, rows and real tokens in them.
     discarded: rows whose step was discarded; they count in nothing else.
-    finished: False when the deadline came first.
+    finished: False if the deadline stopped it.
     """
 
     loss: float | None = None
@@ -144,15 +142,13 @@ class _Late(Exception):
 class Trainer:
     """Trains one model, one request at a time.
 
-    model: a causal language model: `model(input_ids=).logits` is [rows, length,
-        vocabulary], and no token's logits depend on a later token.
-    encode: texts to padded tensors; called in a thread of its own, one call at a time.
-    optimizer: applies the gradients.
-    device: where the model is.
+    model: a causal language model; `model(input_ids=).logits` is [rows, length, vocabulary].
+    encode: texts to padded tensors; called in a background thread, one call at a time.
+    device: of the model.
     max_grad_norm: gradients are clipped to this norm; 0 for never.
-    max_micro_batch_size: the largest micro-batch size to try; halved for good when memory runs out.
-    bfloat16: use PyTorch's autocast; the weights and the loss stay in their own precision.
-        None: on CUDA devices that support it.
+    max_micro_batch_size: the largest to try; halved for good when memory runs out.
+    bfloat16: use PyTorch's autocast; the weights and the loss keep their precision. None: on
+        CUDA devices that support it.
     """
 
     def __init__(
@@ -188,15 +184,14 @@ class Trainer:
         on_step: Callable[[int, float], None] | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> TrainResult:
-        """Train on the rows in the order given, each once.
+        """Train the rows in this order, each once.
 
-        Stops before a global batch that would outlast `timeout_seconds` (judged by the
-        slowest one so far), or when `stopped()`. One that takes too long is abandoned
-        between two micro-batches and counts in nothing. `on_step(rows, loss)` is called
-        after each step.
+        Stops when `stopped()`, or before a global batch that would outlast `timeout_seconds`,
+        judged by the slowest one so far. One that takes too long is abandoned between two
+        micro-batches. `on_step(rows, loss)` is called after each step.
 
-        Raises TrainingError when no row holds a token to predict, or the loss is not
-        finite; then that global batch has not changed the weights.
+        Raises TrainingError when no row has a token to predict, or the loss is not finite; then
+        that global batch has not changed the weights.
         """
         deadline = self.clock() + timeout_seconds
 
@@ -248,10 +243,10 @@ class Trainer:
     def evaluate(
         self, texts: Sequence[str], *, batch_size: int, global_batch_size: int | None = None
     ) -> TrainResult:
-        """The loss of the rows with the weights as they are; nothing is learned.
+        """The loss of the rows with the current weights.
 
-        `losses` holds one number per `global_batch_size` rows (default: `batch_size`); where there
-        is no token to predict it has none, as in `train`.
+        `losses` has one number per `global_batch_size` rows (default: `batch_size`) with a token
+        to predict, as in `train`.
         """
         sums: list[Tensor] = []
         counts: list[int] = []
@@ -288,7 +283,7 @@ class Trainer:
     def _global_batches(
         self, texts: Sequence[str], global_batch_size: int, *, micro_batch_size: int
     ) -> Generator[GlobalBatch, None, None]:
-        """The global batches in order; a thread prepares the next and ends with this generator."""
+        """The global batches in order; a thread prepares the next, and ends with the generator."""
 
         def make(start: int) -> GlobalBatch:
             rows = self.encode_rows(texts[start : start + global_batch_size])
@@ -329,7 +324,7 @@ class Trainer:
         if self.max_grad_norm:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
             numbers.append(norm.to(numbers[0].device))
-        # The only place in a step where the device is waited for.
+        # The only synchronization with the device in a step.
         loss, *norms = torch.stack(numbers).tolist()
         problem = None if math.isfinite(loss) else "the loss is not a finite number"
         if problem is None and not all(map(math.isfinite, norms)):
@@ -344,7 +339,7 @@ class Trainer:
     def _loss_sum(
         self, batch: GlobalBatch, *, learn: bool, late: Callable[[], bool] = lambda: False
     ) -> Tensor:
-        """Sum of the token losses, a scalar on the device; `learn`: with the gradients of their
+        """Sum of the token losses, a scalar on the device, and with `learn` the gradients of their
         mean. Reduces the micro-batch size while memory runs out."""
         while True:
             if batch.micro_batch_size > self.max_micro_batch_size:  # found after this was prepared
@@ -383,7 +378,7 @@ class Trainer:
         return torch.stack(sums).sum()
 
     def _take_less(self, batch: GlobalBatch) -> None:
-        """Halve the micro-batch size for good; at one row, trade speed for memory, once."""
+        """Halve the micro-batch size for good; at one row, recompute activations."""
         largest = max(len(micro.input_ids) for micro in batch.micro_batches)
         if largest > 1:
             self.max_micro_batch_size = (largest + 1) // 2
@@ -411,8 +406,8 @@ class Trainer:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether to compute in bfloat16 on the device. CPUs always use float32, even if they have
-    the instructions, so that their losses agree with a replay's to float32's rounding."""
+    """Whether to compute in bfloat16 on the device. CPUs always use float32, so that their losses
+    agree with a replay's."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -444,10 +439,10 @@ def micro_batches(
 ) -> list[EncodedRows]:
     """Cut rows into micro-batches of similar length, the longest first.
 
-    Of all ways to cut the rows in order of length, the one that computes the fewest tokens,
-    padding included, if each micro-batch costs `pass_tokens` more. None has more than
-    `micro_batch_size` rows or, unless it is a single row, more than `max_tokens` tokens. Rows
-    without a token to predict are left out.
+    Of all cuts of the rows in order of length, the one with the fewest tokens, padding included,
+    if each micro-batch costs `pass_tokens` more. None has more than `micro_batch_size` rows or,
+    unless it is a single row, more than `max_tokens` tokens. Rows without a token to predict are
+    left out.
     """
     by_length = sorted((row for row in rows.tokens if len(row) > 1), key=len, reverse=True)
     count = len(by_length)

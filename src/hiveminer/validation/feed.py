@@ -1,4 +1,4 @@
-"""Who gets rows: finds the miners of a run, and keeps requests at each of them."""
+"""Finds the miners of a run, and keeps each of them busy with requests."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ from hiveminer.training.task import Task
 logger = logging.getLogger(__name__)
 
 REQUESTS_AT_ONCE = 2
-"""Requests at one miner: the next waits there when the last one ends."""
+"""Requests at one miner: the next is waiting there when one ends."""
 
 LEAST_SECONDS = 1.0
-"""A miner that answers sooner gets its next request only after this: otherwise a validator
-would be busy with whoever answers at once, and without work."""
+"""Least interval between requests, against miners that answer at once without work."""
 
 PROBE_SECONDS = 5.0
 TRANSFER_SECONDS = 30.0
 MAX_PAUSE_SECONDS = 60.0
 
 WORKING_SECONDS = 60.0
-"""A miner that answered with work this recently counts as working."""
+"""A miner that answered with work within this time counts as working."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,9 @@ class LiveMiner:
 
 
 class Feed:
-    """Finds live miners, and feeds them.
+    """Finds live miners, and sends them requests.
 
-    work: what is asked of them. assign: the rows for a hotkey. take: is given each answer.
+    work: what to ask for. assign: the rows for a hotkey. take: called with each answer.
     """
 
     def __init__(
@@ -91,14 +90,14 @@ class Feed:
 
     @property
     def working(self) -> int:
-        """How many miners have answered with work lately."""
+        """How many miners have recently answered with work."""
         since = self._clock() - WORKING_SECONDS
         times = [miner.worked_at for miner in list(self._miners.values())]
         return sum(at is not None and at > since for at in times)
 
     async def find(self, dendrite: Dendrite, neurons: Iterable[MetagraphNeuron]) -> None:
-        """Probe every served axon; feed the live miners, and drop the others. Raises what a
-        miner's feeding has failed with."""
+        """Probe every axon; feed the live miners, and drop the others. Raises the error with which
+        a feeding task has failed."""
         for task in (task for miner in self._miners.values() for task in miner.tasks):
             if task.done():
                 task.result()
@@ -128,13 +127,13 @@ class Feed:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _probe(self, dendrite: Dendrite, endpoint: Endpoint) -> bool:
-        """Whether this miner is there and in our run; why not is logged once."""
+        """Whether this miner is up and in our run; logs once why not."""
         began = self._clock()
         try:
             answer = await dendrite.call(endpoint, IsAlive(), timeout_seconds=PROBE_SECONDS)
         except MinerError as error:
             self._complain(endpoint.hotkey, error.reason)
-            # A slow answer from a miner that is being fed is no reason to take its work away.
+            # A busy miner that answers slowly keeps its work.
             known = self._miners.get(endpoint.hotkey)
             return known is not None and known.endpoint == endpoint and error.status is not None
         milliseconds = 1000 * (self._clock() - began)
@@ -188,7 +187,7 @@ class Feed:
     async def _ask(self, dendrite: Dendrite, endpoint: Endpoint) -> Answered:
         request = self._request(endpoint.hotkey)
         began = self._clock()
-        # Its own time, the time of the one before it, and some for the transfer.
+        # Its own time, that of the request before it, and some for the transfer.
         limit = REQUESTS_AT_ONCE * request.timeout_seconds + TRANSFER_SECONDS
         answer = await dendrite.call(endpoint, request, timeout_seconds=limit)
         return Answered(endpoint.hotkey, request, answer, self._clock() - began)

@@ -1,4 +1,4 @@
-"""What came back: picks answers, replays them, and gives the evidence."""
+"""Picks answers to replay, and replays them: the result is the evidence."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from hiveminer.validation.feed import Answered
 from hiveminer.validation.replay import Curves, Replayer
 
 KEPT_STATES = 3
-"""Epochs whose state is kept for replays."""
+"""Epochs whose state is kept."""
 
 MAX_REPLAYED_STEPS = 10
-"""Optimizer steps of one answer that are replayed; more would add little."""
+"""Optimizer steps of one answer to replay; more would add little."""
 
 MAX_SAMPLES = 16
-"""Answers that wait to be replayed; the oldest gives way."""
+"""Answers that wait to be replayed; the oldest is dropped."""
 
 STALE_EPOCHS = 3
-"""An answer that says it began longer ago than this is not counted as work."""
+"""An answer from an older epoch is not counted as work."""
 
 EVASIONS = 3
 """This many answers in a row that are too short to replay are judged as one worth nothing."""
@@ -32,7 +32,7 @@ EVASIONS = 3
 
 @dataclass(frozen=True)
 class Sample:
-    """An answer that is to be replayed."""
+    """An answer to replay."""
 
     hotkey: str
     request: Train
@@ -44,7 +44,7 @@ class Sample:
 
     @property
     def losses(self) -> tuple[float, ...]:
-        """The part of the answered curve that started from the epoch's state, or its head."""
+        """The beginning of the answered curve, as far as it started from the epoch's state."""
         return tuple(self.answer.losses[: min(self.answer.epoch_steps, MAX_REPLAYED_STEPS)])
 
     @property
@@ -55,7 +55,7 @@ class Sample:
 
 
 class States:
-    """The global states of the last epochs, and the run's first one until there are others."""
+    """The global states of the last epochs; at first the run's initial one."""
 
     def __init__(self, first: GlobalState):
         self._states = {first.epoch: first}
@@ -72,8 +72,8 @@ class States:
         return self._states[epoch]
 
     def add(self, state: GlobalState, *, wanted: Collection[int]) -> bool:
-        """Keep a state, and drop old ones: a wanted epoch's a little later. False for an epoch
-        that is here already."""
+        """Add a state, and drop old ones, those of wanted epochs a little later. False for an
+        epoch that is known already."""
         if state.epoch in self._states:
             return False
         self._states[state.epoch] = state
@@ -83,17 +83,14 @@ class States:
         return True
 
     def is_timely(self, epoch: int | None, *, now: int) -> bool:
-        """Whether the epoch that an answer names can be true. now: the run's epoch."""
+        """Whether an answer's epoch is plausible. now: the run's epoch."""
         now = max(now, self.newest)
         return epoch is not None and now - STALE_EPOCHS <= epoch <= now + 1
 
 
 class Samples:
-    """Answers that wait for a replay.
-
-    Only a miner's first answer of an epoch is taken: it began nearest to the state that the
-    replay begins from. Later ones began from what the miner has learned since.
-    """
+    """Answers that wait for a replay: a miner's first ones of an epoch, since later ones began
+    further away from the state that the replay begins from."""
 
     def __init__(self, *, rate: float, chance: random.Random):
         self._rate = rate
@@ -106,7 +103,7 @@ class Samples:
         return {sample.epoch for sample in self._waiting}
 
     def offer(self, sample: Sample, *, unproved: bool) -> None:
-        """Take an answer, if chance will have it, or nothing is known of its miner yet."""
+        """Queue an answer by chance, or because nothing is known of its miner yet."""
         if self._last_epoch.get(sample.hotkey) == sample.epoch:
             return
         self._last_epoch[sample.hotkey] = sample.epoch
@@ -117,8 +114,8 @@ class Samples:
             del self._waiting[:-MAX_SAMPLES]
 
     def next(self, states: States, *, replays: Callable[[str], int]) -> Sample | None:
-        """The answer to replay now: of the miner that was replayed least, and of an epoch whose
-        state is here. Answers whose state will not come any more are dropped."""
+        """The answer to replay now: of an epoch whose state is known, and the miner with the
+        fewest replays. Drops answers whose state will not arrive any more."""
         known = states.epochs
         self._waiting = [s for s in self._waiting if s.epoch >= states.newest or s.epoch in known]
         ready = [sample for sample in self._waiting if sample.epoch in known]
@@ -139,10 +136,7 @@ class Judge:
         self._evasions: dict[str, int] = {}
 
     def judge(self, sample: Sample, state: GlobalState) -> Evidence | None:
-        """The evidence on one answer; None where there is none, or when stopped.
-
-        Raises TrainingError where its rows cannot be trained on.
-        """
+        """The evidence on one answer; None without any, or when stopped. Raises TrainingError."""
         if len(sample.losses) < FEWEST_STEPS:
             return evidence(sample, Curves((), ())) if self._evades(sample.hotkey) else None
         self._evasions.pop(sample.hotkey, None)

@@ -1,4 +1,4 @@
-"""From scores to weights: what is known of each hotkey, and how it survives a restart."""
+"""Scores by hotkey, the weights that follow from them, and their checkpoints."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ FULL_AVERAGE = 0.75
 """An averaged score from here on is paid in full."""
 
 DOUBTS = 3
-"""Replays that tell nothing, before a hotkey that was never judged gets the benefit of the
-doubt: a cheat that is not caught at once is caught at its second answer or third."""
+"""Replays without a verdict before a hotkey that was never judged gets the benefit of the doubt: a
+cheat is caught by its third answer at the latest."""
 
 AVERAGE_OVER = 4.0
-"""The weight of a new score in the average is one over this, once there are as many."""
+"""The weight of a new score in the average is one over this, or over the number of scores."""
 
 
 @dataclass
 class Standing:
-    """What is known of one hotkey: its averaged score, and the work it answered for.
+    """One hotkey's averaged score and work.
 
-    replays: answers that were judged. tokens: those answered for, old ones decayed.
+    replays: answers that were judged. tokens: of its answers, old ones decayed.
     """
 
     score: float = 0.0
@@ -42,22 +42,20 @@ class Standing:
 
     @property
     def is_known(self) -> bool:
-        """Whether an answer was replayed, if only to find that nothing can be told from it."""
+        """Whether an answer was replayed, even if without a verdict."""
         return self.replays > 0 or self.score > 0
 
     def add_score(self, value: float) -> None:
-        """Take one judged answer into the average."""
         self.replays += 1
         self.score += (value - self.score) / min(float(self.replays), AVERAGE_OVER)
 
 
 @dataclass
 class ScoreTable:
-    """Scores by hotkey: uids are recycled, and a newcomer must not inherit.
+    """Scores by hotkey, since uids are recycled.
 
-    A hotkey's weight is its averaged score (a ramp of it: nothing up to LEAST_AVERAGE)
-    times the tokens it answered for, so that work counts and unproved work does not:
-    without a replay the score is zero.
+    A hotkey's weight is a ramp of its averaged score times the tokens of its answers; without a
+    replay the score is zero.
     """
 
     standings: dict[str, Standing] = field(default_factory=dict)
@@ -67,27 +65,26 @@ class ScoreTable:
         return self.standings.setdefault(hotkey, Standing())
 
     def add_work(self, hotkey: str, tokens: int) -> None:
-        """Count the tokens of an answer."""
         self.of(hotkey).tokens += tokens
 
     def add_score(self, hotkey: str, value: float) -> None:
         self.of(hotkey).add_score(value)
 
     def add_unjudged(self, hotkey: str) -> None:
-        """An answer was replayed and nothing could be told from it. A hotkey to which that
-        happens again and again is paid until it is judged, and that replaces this."""
+        """Count a replay without a verdict. After DOUBTS of them a hotkey is paid until it is
+        judged."""
         standing = self.of(hotkey)
         standing.unjudged += 1
         if not standing.replays and standing.unjudged >= DOUBTS:
             standing.score = 1.0
 
     def decay_work(self) -> None:
-        """Let old work count less; called each time weights are set."""
+        """Reduce the weight of old work; called each time weights are set."""
         for standing in self.standings.values():
             standing.tokens *= self.decay
 
     def retain(self, hotkeys: Iterable[str]) -> None:
-        """Delete all hotkeys but these."""
+        """Delete all other hotkeys."""
         for gone in set(self.standings) - set(hotkeys):
             del self.standings[gone]
 
@@ -123,7 +120,7 @@ class SavedScores:
         self._newest: dict[str, Any] | None = None
 
     def load(self) -> ScoreTable:
-        """The newest sound scores of this run; an empty table without any."""
+        """The newest valid scores of this run, or an empty table."""
         found = self.checkpoints.load(of_run(self.run_id))
         if found is None:
             return ScoreTable()
@@ -136,7 +133,7 @@ class SavedScores:
         return table
 
     def save(self, table: ScoreTable) -> None:
-        """Write the scores down, unless the newest checkpoint has the same."""
+        """Write a checkpoint, unless the newest one is the same."""
         metadata = {"run_id": self.run_id, "scores": table.dump()}
         saved = metadata == self._newest or self.checkpoints.save(None, metadata) is not None
         if saved:
