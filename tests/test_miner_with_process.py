@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from talk import Talk, caller, talking
 
-from hiveminer.chain import Chain, embedded_wallet, join_embedded, open_chain
-from hiveminer.errors import MinerError
-from hiveminer.protocol import IsAlive, Train
-from hiveminer.rpc.dendrite import Dendrite, Endpoint
-from programs import ROOT, Network, wait_for
+from hiveminer.chain import join_embedded
+from programs import ROOT, Network
 
 RUN = """
 oldest_version = "0.1.0"
@@ -29,60 +25,6 @@ rows = 600
 batch_size = 64
 timeout_seconds = 120.0
 """
-
-
-class Talk:
-    """A registered hotkey with stake, and the miner it talks to."""
-
-    def __init__(self, dendrite: Dendrite, endpoint: Endpoint, alive: IsAlive):
-        self.dendrite = dendrite
-        self.endpoint = endpoint
-        self.alive = alive
-        self.asked = 0
-
-    def request(self, **changes: Any) -> Train:
-        self.asked += 1
-        fields: dict[str, Any] = {
-            "request_id": f"r{self.asked}",
-            "run_id": self.alive.run_id,
-            "data_hash": self.alive.data_hash,
-            "version": self.alive.version,
-            "dataset_indices": [5, 3, 9, 1],
-            "batch_size": 2,
-            "timeout_seconds": 60.0,
-        }
-        return Train.model_construct(**(Train(**fields).model_dump() | changes))
-
-    async def ask(self, **changes: Any) -> Train:
-        return await self.dendrite.call(self.endpoint, self.request(**changes), timeout_seconds=90)
-
-    async def is_alive(self) -> IsAlive:
-        return await self.dendrite.call(self.endpoint, IsAlive(), timeout_seconds=10)
-
-    async def refusal(self, **changes: Any) -> tuple[int | None, str]:
-        with pytest.raises(MinerError) as raised:
-            await self.ask(**changes)
-        return raised.value.status, raised.value.reason
-
-
-@contextlib.asynccontextmanager
-async def talking(chain: Chain, miner: str) -> AsyncIterator[Talk]:
-    neuron = wait_for(
-        lambda: next((n for n in chain.metagraph() if n.hotkey == miner and n.axon), None),
-        seconds=60,
-        about="the miner's address on the chain",
-    )
-    ip, port = str(neuron.axon).split(":")
-    endpoint = Endpoint(miner, ip, int(port))
-    async with Dendrite(chain.wallet) as dendrite:
-        deadline = time.monotonic() + 30
-        while True:  # until the miner has read the metagraph with us in it
-            with contextlib.suppress(MinerError):
-                alive = await dendrite.call(endpoint, IsAlive(), timeout_seconds=5)
-                break
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.2)
-        yield Talk(dendrite, endpoint, alive)
 
 
 async def _refusals(talk: Talk) -> None:
@@ -158,19 +100,12 @@ async def _work(talk: Talk) -> None:
 def test_what_a_validator_may_send_a_miner(tmp_path: Path) -> None:
     with Network(tmp_path, run=RUN) as network:
         program = network.start("miner-0")
-        words = program.says("serving on", seconds=90)
-        miner = words.split(", hotkey ", 1)[1].split()[0]
-        place = tmp_path / "network"
-        with (
-            embedded_wallet(place, prefix="caller") as claim,
-            open_chain(
-                network="embedded", netuid=1, wallet=claim.wallet, path=place / "chain.sqlite"
-            ) as chain,
-        ):
+        program.says("serving on", seconds=90)
+        with caller(tmp_path / "network") as chain:
             join_embedded(chain, stake_tao=10_000)
 
             async def all_of_it() -> None:
-                async with talking(chain, miner) as talk:
+                async with talking(chain, program) as talk:
                     assert talk.alive.completion
                     await _refusals(talk)
                     await _strangers(talk)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import re
 import signal
 import time
 from collections.abc import Callable, Coroutine
@@ -13,11 +11,9 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from talk import Talk, caller, hotkey_of, talking
 
-from hiveminer.chain import Chain, embedded_wallet, join_embedded, open_chain
-from hiveminer.errors import MinerError
-from hiveminer.protocol import IsAlive, Train
-from hiveminer.rpc.dendrite import Dendrite, Endpoint
+from hiveminer.chain import Chain, join_embedded
 from hiveminer.training.checkpoint import STATE, STATE_FOLDER, Checkpoint, newest
 from hiveminer.training.data import builtin_rows
 from hiveminer.training.model import builtin_model, builtin_tokenizer, encode
@@ -177,57 +173,21 @@ def test_training_on_after_a_restart_gives_the_same_bits(tmp_path: Path) -> None
 LAST_ROWS = [7, 8, 9, 10]
 
 
-class Talk:
-    """A registered validator's key, and the miner that it asks."""
-
-    def __init__(self, dendrite: Dendrite, endpoint: Endpoint, alive: IsAlive):
-        self.dendrite = dendrite
-        self.endpoint = endpoint
-        self.alive = alive
-
-    async def is_alive(self) -> IsAlive:
-        return await self.dendrite.call(self.endpoint, IsAlive(), timeout_seconds=10)
-
-    async def ask(self, name: str, rows: list[int], *, batch_size: int) -> Train:
-        request = Train(
-            request_id=name,
-            run_id=self.alive.run_id,
-            data_hash=self.alive.data_hash,
-            version=self.alive.version,
-            dataset_indices=rows,
-            batch_size=batch_size,
-            timeout_seconds=120.0,
-        )
-        return await self.dendrite.call(self.endpoint, request, timeout_seconds=150)
-
-    async def next_loss(self, name: str) -> float:
-        """The loss of LAST_ROWS with the weights that the miner has; it then trains them."""
-        answer = await self.ask(name, LAST_ROWS, batch_size=len(LAST_ROWS))
-        (loss,) = answer.losses
-        return loss
+async def next_loss(talk: Talk, name: str) -> float:
+    """The loss of LAST_ROWS with the weights that the miner has; it then trains them."""
+    answer = await talk.ask(request_id=name, dataset_indices=LAST_ROWS, batch_size=len(LAST_ROWS))
+    (loss,) = answer.losses
+    return loss
 
 
 def talk_to(program: Program, chain: Chain, what: Callable[[Talk], Coroutine[Any, Any, T]]) -> T:
     """Do something with a miner that serves already."""
-    said = re.search(r"serving on 127\.0\.0\.1 port (\d+)", program.words)
-    assert said is not None
-    endpoint = Endpoint(hotkey_of(program), "127.0.0.1", int(said[1]))
 
     async def talked() -> T:
-        async with Dendrite(chain.wallet) as dendrite:
-            deadline = time.monotonic() + 30
-            while True:  # until the miner has read the metagraph with us in it
-                with contextlib.suppress(MinerError):
-                    alive = await dendrite.call(endpoint, IsAlive(), timeout_seconds=5)
-                    return await what(Talk(dendrite, endpoint, alive))
-                assert time.monotonic() < deadline
-                await asyncio.sleep(0.2)
+        async with talking(chain, program) as talk:
+            return await what(talk)
 
     return asyncio.run(talked())
-
-
-def hotkey_of(program: Program) -> str:
-    return program.words.split(", hotkey ", 1)[1].split()[0]
 
 
 def kept_by(network: Network, program: Program) -> Checkpoint:
@@ -264,10 +224,14 @@ def same(loss: float) -> Any:
 
 async def _begin_a_long_request(talk: Talk) -> None:
     """Train some rows; then leave a miner alone that trains many, with more to come."""
-    answer = await talk.ask("first", list(range(100, 420)), batch_size=8)
+    answer = await talk.ask(request_id="first", dataset_indices=list(range(100, 420)), batch_size=8)
     assert answer.samples == 320
-    long = asyncio.create_task(talk.ask("long", list(range(1000, 5000)), batch_size=8))
-    after = asyncio.create_task(talk.ask("after", list(range(5000, 5100)), batch_size=8))
+    long, after = (
+        asyncio.create_task(
+            talk.ask(request_id=name, dataset_indices=list(range(*rows)), batch_size=8)
+        )
+        for name, rows in (("long", (1000, 5000)), ("after", (5000, 5100)))
+    )
     deadline = time.monotonic() + 30
     while (await talk.is_alive()).queued != 1:  # the one is running, and the other waits
         assert time.monotonic() < deadline
@@ -280,14 +244,7 @@ async def _begin_a_long_request(talk: Talk) -> None:
 @pytest.mark.timeout(400)
 def test_a_miner_goes_on_where_it_was(tmp_path: Path) -> None:
     """SIGTERM in mid epoch and mid request, a torn checkpoint, kill -9, and a start anew."""
-    place = tmp_path / "network"
-    with (
-        Network(tmp_path, run=RUN) as network,
-        embedded_wallet(place, prefix="caller") as claim,
-        open_chain(
-            network="embedded", netuid=1, wallet=claim.wallet, path=place / "chain.sqlite"
-        ) as chain,
-    ):
+    with Network(tmp_path, run=RUN) as network, caller(tmp_path / "network") as chain:
 
         def start(name: str, *flags: str) -> Program:
             program = network.start(name, *flags)
@@ -317,7 +274,7 @@ def test_a_miner_goes_on_where_it_was(tmp_path: Path) -> None:
 
         second = start("miner-0-again")
         assert f"resumed {words}, from {found.name}" in second.words
-        assert talk_to(second, chain, lambda talk: talk.next_loss("second")) == same(loss)
+        assert talk_to(second, chain, lambda talk: next_loss(talk, "second")) == same(loss)
         end(second)
         torn = kept_by(network, second)
         assert torn.name != found.name
@@ -328,13 +285,13 @@ def test_a_miner_goes_on_where_it_was(tmp_path: Path) -> None:
         third = start("miner-0-after-all")
         assert f"{torn.name} is refused: {STATE} has" in third.words
         assert f"resumed {words}, from {found.name}" in third.words
-        assert talk_to(third, chain, lambda talk: talk.next_loss("third")) == same(loss)
+        assert talk_to(third, chain, lambda talk: next_loss(talk, "third")) == same(loss)
         family = third.family()
         third.process.kill()
         descendants_gone(family, seconds=5)
 
         fourth = start("miner-0-anew", "--no-neuron.resume")
         assert "resumed" not in fourth.words
-        assert talk_to(fourth, chain, lambda talk: talk.next_loss("fourth")) == same(loss_of({}))
+        assert talk_to(fourth, chain, lambda talk: next_loss(talk, "fourth")) == same(loss_of({}))
         end(fourth)
         assert kept_by(network, fourth).metadata["trained"]["rows"] == len(LAST_ROWS)

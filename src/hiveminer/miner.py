@@ -262,7 +262,7 @@ class Miner(BaseMinerNeuron):
         with watch("joining the swarm", limit_seconds=JOIN_SECONDS):
             self.swarm.join()
         self.neuron.keep_in_sync(self._sync)
-        self._tell_meaning()
+        explain(run)
         logger.info(
             "run %s: %d parameters on %s, %d rows, epoch %d",
             self.run_id,
@@ -288,18 +288,6 @@ class Miner(BaseMinerNeuron):
         counts = dict(self.axon.counts)
         refused = sum(count for kind, count in counts.items() if kind not in NOT_REFUSALS)
         self.metrics.log("axon", {"refused": refused, "counts": counts})
-
-    def _tell_meaning(self) -> None:
-        """Explain what a batch, an epoch and the learning rate mean here."""
-        run = self.run_file
-        tell(
-            logger, "batch_meaning",
-            "a step trains batch_size x gradient_accumulation_steps rows of a request; an "
-            f"epoch ends, and weights are averaged, after {run.swarm.epoch_samples} rows of all "
-            f"peers together; the learning rate of {run.optimizer.learning_rate:g} is that of each "
-            "peer's own steps, and does not grow with the number of peers",
-            level=logging.INFO,
-        )  # fmt: skip
 
     def _check_step(self, synapse: Train) -> None:
         """Warn, once per caller and size, of steps with more rows than an epoch."""
@@ -376,6 +364,18 @@ class _WatchedStep:
 
     def zero_grad(self) -> None:
         self._swarm.zero_grad()
+
+
+def explain(run: Run) -> None:
+    """Explain what a batch, an epoch and the learning rate mean here."""
+    tell(
+        logger, "batch_meaning",
+        "a step trains batch_size x gradient_accumulation_steps rows of a request; an "
+        f"epoch ends, and weights are averaged, after {run.swarm.epoch_samples} rows of all "
+        f"peers together; the learning rate of {run.optimizer.learning_rate:g} is that of each "
+        "peer's own steps, and does not grow with the number of peers",
+        level=logging.INFO,
+    )  # fmt: skip
 
 
 def step_seconds(run: Run) -> float:

@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Self, TypeVar
 
 from bittensor import Metagraph
@@ -199,7 +200,7 @@ class Validator:
                     (lambda: self._find_miners(dendrite), alive_seconds),
                     (self._follow, 0.5),
                     (self._judge_next, 0.1),
-                    (self._save_scores, settings.neuron.checkpoint_seconds),
+                    (lambda: self._in(self._io, self._save), settings.neuron.checkpoint_seconds),
                     (lambda: self._set_weights(self.feed.hotkeys), weights_seconds),
                 )
             ]
@@ -310,18 +311,13 @@ class Validator:
             events.tell(logger, "score", cause, level=logging.INFO)
         self.metrics.log(
             "evidence",
-            {
-                "hotkey": hotkey,
-                "request_id": evidence.request_id,
-                "epoch": evidence.epoch,
+            asdict(evidence)
+            | {
                 "score": value,
                 "judged": judged,
                 "average": average,
                 "fit": fit,
                 "learning": learning,
-                "answered": evidence.answered,
-                "trained": evidence.trained,
-                "untrained": evidence.untrained,
             },
         )
 
@@ -359,9 +355,6 @@ class Validator:
             waited_seconds=time.monotonic() - self._began,
             patience=EMBEDDED_FILL_SECONDS if self.settings.embedded else FILL_SECONDS,
         )
-
-    async def _save_scores(self) -> None:
-        await self._in(self._io, self._save)
 
     def _save(self) -> None:
         self.scores.save(self.table)
