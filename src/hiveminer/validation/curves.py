@@ -1,26 +1,23 @@
-"""What an answer's losses say. Pure: numbers in, numbers out.
+"""Scores an answer by its curve of losses.
 
-A validator replays a sample of the answers. From its own copy of the global state of the
-answer's epoch it runs the same rows twice: once training on them, once only evaluating.
-That gives three curves of loss by step: what the miner answered, what training gives
-(`trained`), and what no training gives (`untrained`). Two numbers are read off them.
+A validator replays a sample of the answers: from the global state of the answer's epoch it runs
+the same rows twice, once training them and once only evaluating. That gives three curves of loss
+per step: the miner's answer, `trained` and `untrained`. Two numbers compare them.
 
-- `explained_variance`: how much of the trained curve's ups and downs the answer shares (1
-  minus the variance of their difference over the curve's own variance, both without their
-  trend, which is nearly the same for all rows). Rows differ in difficulty far more than two
-  honest copies of the model differ, so an answer that was invented, or was given for
-  other rows, is below zero.
-- `learning`: where the answer lies between the untrained curve (0) and the trained one
-  (1), by least squares. A miner that only runs forward is at 0.
+- `explained_variance`: 1 minus the variance of the difference between answer and trained curve
+  over the curve's own variance, both without their trend. Rows differ in difficulty far more than
+  two honest copies of the model do, so an answer that was invented, or belongs to other rows, is
+  below zero.
+- `learning`: where the answer lies between the untrained curve (0) and the trained one (1), by
+  least squares. A miner that only runs forward is at 0.
 
-Where the curves are too flat for a number to mean anything, nobody is judged by it: rows
-that all have one loss give nothing to recognize, and a model that has converged learns
-nothing in a request. Flatness is read off the validator's own two curves, so that no answer
-can cause it.
+If the curves are too flat for a number to mean anything, it is not used: rows that all have the
+same loss cannot be recognized, and a converged model learns nothing in a request. Flatness is
+measured on the validator's own two curves, so no answer can cause it.
 
-What this cannot see: a miner that trains and withholds, or one that forges a curve by
-replaying the training as the validator does (which costs it the training). So these
-scores tell the idle and the lying from the working; they are not yet safe for emissions.
+Not detected: a miner that trains and withholds, or one that forges a curve by training as the
+validator does. So these scores tell idle and lying miners from working ones; they are not yet
+safe for emissions.
 """
 
 from __future__ import annotations
@@ -32,32 +29,30 @@ from dataclasses import dataclass
 import numpy as np
 
 FULL_VARIANCE = 0.9
-"""From this explained variance on, an answer counts as given for these rows: honest ones are
-above 0.94."""
+"""From here on an answer counts as given for these rows: honest ones are above 0.94."""
 
 LEAST_VARIANCE = 0.7
 
 FULL_LEARNING = 0.35
-"""From here on an answer counts as trained: honest ones are mostly between 0.4 and 1.7, and
-now and then lower; a miner that only ran forward is at 0.0."""
+"""From here on an answer counts as trained: honest ones are mostly between 0.4 and 1.7; a miner
+that only ran forward is at 0.0."""
 
 LEAST_LEARNING = 0.1
 
 LEAST_SPREAD, AMPLE_SPREAD = 0.01, 0.1
-"""Nats per token by which the trained curve varies: below the first nobody is judged, since
-rounding alone makes a part of that; above the second its rows are told apart in any case."""
+"""Spread of the trained curve in nats per token: below the first nobody is judged, since rounding
+alone causes part of it; above the second, rows can always be told apart."""
 
 CLEAR_SPREAD, CLEAR_GAIN = 5.0, 1.2
-"""How many times the noise the spread of the trained curve has to be in between, and the mean
-gain of training anywhere. An honest miner has trained a little between the epoch's begin and
-its answer, on rows that the validator's copy has not seen. That moves each loss about as
-irregularly as the training in a replay does: by one to two times the spread of its gains."""
+"""In between, the trained curve's spread has to be this many times the noise, and the mean gain of
+training anywhere. Noise: an honest miner has trained other rows since the epoch began, which moves
+each loss by one to two times the spread of a replay's gains."""
 
 TREND = 2
-"""Degree of the polynomial that is taken off a curve as its trend."""
+"""Degree of the polynomial that is subtracted from a curve as its trend."""
 
 FEWEST_STEPS = 6
-"""Shorter curves say nothing."""
+"""Shorter curves are not compared."""
 
 
 @dataclass(frozen=True)
@@ -80,22 +75,22 @@ class Evidence:
 
     @property
     def explained_variance(self) -> float:
-        """Share of the trained curve's variance that the answer has in common; at most 1."""
+        """Share of the trained curve's variance that the answer explains; at most 1."""
         return explained_variance(self.answered, self.trained)
 
     @property
     def fit(self) -> float:
-        """The explained variance, by its name in the metrics."""
+        """The explained variance, under its name in the metrics."""
         return self.explained_variance
 
     @property
     def learning(self) -> float:
-        """0 where the answer is the untrained curve, 1 where it is the trained one."""
+        """0 if the answer is the untrained curve, 1 if it is the trained one."""
         return learning(self.answered, trained=self.trained, untrained=self.untrained)
 
     @property
     def problem(self) -> str | None:
-        """Why the curves cannot be compared, which is the miner's fault; None if they can."""
+        """Why the curves cannot be compared, because of the miner; None if they can."""
         steps = len(self.trained)
         if steps < FEWEST_STEPS:
             return (
@@ -115,8 +110,8 @@ class Evidence:
 
     @property
     def tells(self) -> bool:
-        """Whether an honest answer to these rows can be told from an invented one, and an idle
-        miner's from a working one's; if not, the answer is not judged."""
+        """Whether these rows can tell an honest answer from an invented one, and an idle miner
+        from a working one; if not, the answer is not judged."""
         if self.problem is not None:
             return True
         if self._is_flat:
@@ -130,7 +125,7 @@ class Evidence:
 
     @property
     def shows_learning(self) -> bool:
-        """Whether training gains enough for its lack to be seen."""
+        """Whether training gains enough to notice its absence."""
         return sum(self._gains) / len(self._gains) >= CLEAR_GAIN * spread(self._gains)
 
     @property
@@ -139,7 +134,7 @@ class Evidence:
 
 
 def score(evidence: Evidence) -> float:
-    """What one replayed answer is worth, between 0 and 1; 1 where it tells nothing."""
+    """The score of a replayed answer, between 0 and 1; 1 if it tells nothing."""
     if evidence.problem is not None:
         return 0.0
     if not evidence.tells:
@@ -151,8 +146,7 @@ def score(evidence: Evidence) -> float:
 
 
 def shortfalls(evidence: Evidence) -> list[str]:
-    """Why a score is below 1, each reason with what a miner can do; empty when nothing is
-    short."""
+    """Why a score is below 1, each reason with the miner's remedy."""
     if evidence.problem is not None:
         return [evidence.problem]
     if not evidence.tells:
@@ -173,11 +167,8 @@ def shortfalls(evidence: Evidence) -> list[str]:
 
 
 def explained_variance(answered: Sequence[float], trained: Sequence[float]) -> float:
-    """1 - Var(answered - trained) / Var(trained), trends taken off, at least -10.
-
-    The trend of the difference is the miner's: it has trained other rows since the epoch
-    began, and the validator's copy has not.
-    """
+    """1 - Var(answered - trained) / Var(trained) without trends, at least -10. The trend of the
+    difference comes from the other rows that the miner has trained since the epoch began."""
     total = spread(trained) ** 2
     rest = spread([a - t for a, t in zip(answered, trained, strict=True)]) ** 2
     if total < 1e-12:
@@ -190,9 +181,9 @@ def learning(
 ) -> float:
     """The x that brings untrained + x * (trained - untrained) closest to the answer.
 
-    Least squares twice, with and without a common offset, and the mean of both. Without,
-    it also sees what was learned since the epoch began; with, it is not moved by how old
-    the validator's copy is. Clipped to [-2, 2].
+    The mean of two least-squares fits, clipped to [-2, 2]: without a common offset, which
+    includes what was learned since the epoch began, and with one, which does not depend on how
+    old the validator's copy is.
     """
     gains = [u - t for u, t in zip(untrained, trained, strict=True)]
     shown = [u - a for u, a in zip(untrained, answered, strict=True)]

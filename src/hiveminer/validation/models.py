@@ -17,14 +17,14 @@ from hiveminer.training.task import Task
 logger = logging.getLogger(__name__)
 
 MODELS_FOLDER = "models"
-"""Within the neuron's folder; a model's own is `epoch-000012` in it."""
+"""In the neuron's folder; contains folders such as `epoch-000012`."""
 
 
 class KeptModels:
     """Writes a model folder for each evaluated state, and removes all but the newest and best.
 
-    keep: how many of the newest; the best one by held-out loss is kept beside them. 0 keeps
-    none. A disk that is full costs a line in the log and never the validation.
+    keep: how many of the newest, besides the best by held-out loss; 0 keeps none. A full disk is
+    logged, and never ends the validation.
     """
 
     def __init__(self, folder: Path, *, task: Task, keep: int):
@@ -33,10 +33,7 @@ class KeptModels:
         self.keep = keep
 
     def save(self, model: PreTrainedModel, *, epoch: int, loss: float | None, rows: int) -> None:
-        """Keep a model that has the weights of an epoch.
-
-        loss: held-out, in nats per token, measured on `rows` rows.
-        """
+        """Keep a model of an epoch. loss: held-out, in nats per token, on `rows` rows."""
         if not self.keep:
             return
         origin = Origin(
@@ -66,12 +63,11 @@ class KeptModels:
 
 
 def name_of(epoch: int) -> str:
-    """The name of an epoch's folder."""
     return f"epoch-{epoch:06d}"
 
 
 def kept_models(folder: Path) -> list[Path]:
-    """The model folders there, the oldest epoch first."""
+    """The model folders there, in order."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"epoch-\d{6,}", path.name))

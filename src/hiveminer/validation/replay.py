@@ -1,7 +1,4 @@
-"""Do a miner's rows again, from a copy of the swarm's state, and keep the curves.
-
-A replay changes nothing but its own copy of the model.
-"""
+"""Repeats a miner's steps from the global state, on a copy of the model, and returns the curves."""
 
 from __future__ import annotations
 
@@ -22,17 +19,16 @@ from hiveminer.training.trainer import Encode, Step, Trainer
 
 @dataclass(frozen=True)
 class Curves:
-    """Loss by optimizer step, nats a token: with the steps taken, and without."""
+    """Loss per optimizer step, in nats per token: with the steps taken, and without."""
 
     trained: tuple[float, ...]
     untrained: tuple[float, ...]
 
 
 class Replayer:
-    """A copy of the model that is set to a state, used, and set to the next.
+    """Replays on its own copy of the model, one call at a time.
 
-    One call at a time. step_from: a miner's steps, begun from a state; the default is the
-    run's own optimizer.
+    step_from: a miner's optimizer for a state; by default the run's own.
     """
 
     def __init__(
@@ -60,10 +56,8 @@ class Replayer:
         gradient_accumulation_steps: int = 1,
         stopped: Callable[[], bool] = lambda: False,
     ) -> Curves | None:
-        """Train the rows from the state, and measure them without; None when stopped.
-
-        Raises TrainingError where the rows cannot be trained on.
-        """
+        """Train the rows from the state, and evaluate them without; None when stopped. Raises
+        TrainingError."""
         trainer = self._at(state)
         global_batch_size = batch_size * gradient_accumulation_steps
         untrained = trainer.evaluate(
@@ -85,7 +79,7 @@ class Replayer:
     def loss(
         self, state: GlobalState, texts: Sequence[str], *, batch_size: int = 8
     ) -> float | None:
-        """Mean loss of the rows under the state's weights, nats a token."""
+        """Mean loss of the rows with the state's weights, in nats per token."""
         return self._at(state).evaluate(texts, batch_size=batch_size).loss
 
     def _at(self, state: GlobalState) -> Trainer:

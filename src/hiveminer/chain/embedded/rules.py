@@ -1,16 +1,15 @@
-"""What each call to the embedded network does, and what it refuses.
+"""The calls of the embedded network, with the real chain's checks and error names.
 
-A call is a function of one open write transaction: it either returns, and what it wrote
-is kept, or raises `bittensor.ChainError` under the name that the real chain uses for the
-same refusal, and nothing is. So the SDK maps it to the same `ErrorCode` and hint.
+A call runs in one write transaction, and commits it or raises `bittensor.ChainError` with the name
+of the real chain's error, so that the SDK maps it to the same `ErrorCode` and hint.
 
 Where this network is simpler than the real one:
 
-- Calls are free and happen at once; registration has a fixed price, which is burnt.
-- A coldkey that was never seen holds `FAUCET_RAO`: the network funds it by itself.
+- Calls are free and take effect at once; registration has a fixed price, which is burned.
+- A new coldkey holds `FAUCET_RAO`.
 - One alpha is one TAO, without slippage, and stake on the root subnet counts in full.
 - An axon may be at a loopback or private address, which the real chain refuses.
-- Commit-reveal needs a beacon from outside; where it is switched on, weights cannot be set.
+- Commit-reveal needs an external beacon; if it is enabled, weights cannot be set.
 - A neuron that loses its uid loses its axon and its commitment with it.
 """
 
@@ -41,7 +40,7 @@ MAX_COMMITMENT_SPACE = 3100
 """Bytes that one hotkey may commit in one tempo."""
 
 MIN_COMMITMENT_SPACE = 100
-"""Bytes that a commitment counts for at least."""
+"""Least bytes that a commitment counts for."""
 
 _MAX_AMOUNT_RAO = 2**62
 _RAW = re.compile(r"Raw(\d{1,3})|BigRaw")
@@ -49,7 +48,7 @@ _RAW = re.compile(r"Raw(\d{1,3})|BigRaw")
 
 @dataclass(frozen=True)
 class Origin:
-    """Who calls, and when: the signer's address and the block."""
+    """The caller of a call: the signer's address, and the block."""
 
     signer: str
     block: int
@@ -60,7 +59,7 @@ Rule = Callable[[sqlite3.Connection, Origin, Params], None]
 
 
 def invalid(reason: str) -> NoReturn:
-    """Refuse what the real chain's call could not even carry."""
+    """Refuse parameters that the real chain's call could not encode."""
     raise bt.ChainError(reason, code=bt.ErrorCode.INVALID_ARGUMENT)
 
 
@@ -68,7 +67,7 @@ def invalid(reason: str) -> NoReturn:
 
 
 def integer(params: Params, name: str, *, maximum: int) -> int:
-    """A whole number from 0 to `maximum`."""
+    """An integer from 0 to `maximum`."""
     value = params.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= maximum:
         invalid(f"{name} must be a whole number from 0 to {maximum}")
