@@ -40,7 +40,7 @@ def test_a_new_run_has_the_hash_of_the_data_and_checks_out(
     assert "# Tokens to which a row is truncated." in out.read_text()
     capsys.readouterr()
     assert main(["run", "check", str(out)]) == 0
-    assert "nothing to complain of" in capsys.readouterr().out
+    assert "no problems found" in capsys.readouterr().out
     assert main(["run", "new", "--out", str(out), "--data", str(text_file)]) == 2
     assert "exists already" in capsys.readouterr().err
 

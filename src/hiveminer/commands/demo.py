@@ -1,8 +1,7 @@
-"""The demo: one validator and some miners as processes, a live table, numbers and a plot.
+"""`hiveminer demo`: one validator and some miners as processes, with a live table and a plot.
 
-Everything lies in one folder, the embedded network too, so that two demos never meet. The
-programs are the ones an operator runs; the demo only starts them, reads the lines of
-numbers they write, and stops them with the signal that Ctrl-C sends.
+Everything is in one folder, the embedded network too. The demo starts the programs that an
+operator runs, reads their metrics, and stops them as Ctrl-C does.
 """
 
 from __future__ import annotations
@@ -43,20 +42,19 @@ from hiveminer.runtime.program import rendered
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 120.0
-"""How long the programs may take until the first request is answered; the clock of
-`--seconds` starts then."""
+"""Limit until the first request is answered, when the clock of `--seconds` starts."""
 
 STOP_SECONDS = 15.0
 
-LOOK_SECONDS = 3.0
-"""How often it is noted which processes and ports there are; it costs a little."""
+RECORD_SECONDS = 3.0
+"""How often processes and ports are recorded, which costs a little."""
 
 Line = dict[str, Any]
 
 
 @dataclass
 class Program:
-    """One started program: its process, its log, and how far its numbers were read."""
+    """One started program, and how far its metrics were read."""
 
     name: str
     process: subprocess.Popen[bytes]
@@ -64,16 +62,16 @@ class Program:
     state: Path
     offset: int = 0
     family: set[int] = field(default_factory=set)
-    """Numbers of its processes, as far as they were seen."""
+    """Pids of its processes, as far as they were seen."""
     ports: set[int] = field(default_factory=set)
 
     @property
     def metrics(self) -> Path | None:
-        """Where it writes its numbers, once it does."""
+        """Its metrics file, once it exists."""
         return next(iter(self.state.glob("*/*/*/metrics.jsonl")), None)
 
     def read(self) -> Iterator[Line]:
-        """The whole lines that are new since the last call."""
+        """The complete lines since the last call."""
         path = self.metrics
         if path is None:
             return
@@ -86,8 +84,8 @@ class Program:
                 with contextlib.suppress(ValueError):
                     yield json.loads(raw) | {"name": self.name}
 
-    def look(self) -> None:
-        """Note its processes and the ports they listen on, to know later what must be gone."""
+    def record(self) -> None:
+        """Record its processes and their ports, which must be gone at the end."""
         with contextlib.suppress(psutil.Error):
             root = psutil.Process(self.process.pid)
             for process in [root, *root.children(recursive=True)]:
@@ -98,10 +96,9 @@ class Program:
 
 
 class Demo:
-    """Runs the programs and gathers what they say.
+    """Runs the programs and collects their metrics.
 
-    miners: how many; seconds: how long, from the first answer on; out: the folder; task: the
-    run to train by.
+    seconds: from the first answer on. out: the folder. task: the run.
     """
 
     def __init__(
@@ -124,7 +121,7 @@ class Demo:
         self._first_answer: float | None = None
 
     def run(self) -> dict[str, Any]:
-        """Run the whole demo; the summary, which also stands in OUT/summary.json.
+        """Run the demo and return the summary, which is also written to OUT/summary.json.
 
         Raises OperatorError when a program does not start or dies.
         """
@@ -155,7 +152,7 @@ class Demo:
         return summary
 
     def _prepare(self) -> None:
-        """An empty folder; only what an earlier demo left there is removed."""
+        """Create the folder; remove what an earlier demo left there, and nothing else."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             if (self.out / "model" / "hiveminer.json").exists():
@@ -207,17 +204,17 @@ class Demo:
         return Program(name, process, log, state)
 
     def _watch(self, numbers: TextIO) -> None:
-        """Gather numbers and show them until the time is over."""
-        began = looked = time.monotonic()
+        """Collect and show metrics until the time is up."""
+        began = recorded = time.monotonic()
         with Live(console=self.console, refresh_per_second=4, transient=True) as live:
             while not self.interrupted:
                 self._gather(numbers)
                 self._check()
                 now = time.monotonic()
-                if now - looked > LOOK_SECONDS:
-                    looked = now
+                if now - recorded > RECORD_SECONDS:
+                    recorded = now
                     for program in self.programs:
-                        program.look()
+                        program.record()
                 if self._first_answer is None and any(x["kind"] == "answer" for x in self.lines):
                     self._first_answer = now
                 if self._first_answer is None and now - began > START_SECONDS:
@@ -248,9 +245,9 @@ class Demo:
                 numbers.write(json.dumps(line) + "\n")
 
     def _stop(self) -> bool:
-        """Stop everything, the validator first; whether nothing was left behind."""
+        """Stop everything, the validator first; returns whether nothing was left behind."""
         for program in self.programs:
-            program.look()
+            program.record()
             program.process.send_signal(signal.SIGINT)
         deadline = time.monotonic() + STOP_SECONDS
         codes = []
@@ -288,7 +285,7 @@ class Demo:
         self.interrupted = True
 
     def _picture(self, done: float) -> Group:
-        """The live table: a row a miner, and how far the demo is."""
+        """The live table: one row per miner, and the demo's progress."""
         table = Table(title="hiveminer demo: the embedded network", title_justify="left")
         table.add_column("miner")
         for heading in ["requests", "tokens", "tokens/s", "loss", "epoch", "group", "score"]:
@@ -307,7 +304,7 @@ class Demo:
 
 
 def summarise(lines: Sequence[Line], *, miners: int) -> dict[str, Any]:
-    """The demo's figures, from the programs' lines; losses in nats per token."""
+    """The demo's summary, from the programs' metrics; losses in nats per token."""
     answers = [line for line in lines if line["kind"] == "answer" and line["loss"] is not None]
     by_miner: dict[str, list[float]] = {}
     for line in answers:
@@ -338,7 +335,7 @@ def summarise(lines: Sequence[Line], *, miners: int) -> dict[str, Any]:
 
 
 def quantile(ordered: Sequence[float], share: float) -> float | None:
-    """The smallest value that at least this share of them does not exceed."""
+    """The smallest value that at least this share of the values does not exceed."""
     if not ordered:
         return None
     rank = max(0, min(len(ordered) - 1, -(-int(share * 1000) * len(ordered) // 1000) - 1))
@@ -384,7 +381,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
 
 
 def main(settings: DemoSettings) -> int:
-    """Run the demo and print its summary; 0 when it went as it should, 130 after Ctrl-C."""
+    """Run the demo and print its summary; 0 for success, 130 after Ctrl-C."""
     console = Console(stderr=True)
     task = demo_run(settings)
     console.print(
@@ -405,7 +402,7 @@ def main(settings: DemoSettings) -> int:
         table.add_row(key, shown)
     print(rendered(table))
     console.print(
-        f"Numbers: {settings.out / 'metrics.jsonl'}; plot: {settings.out / 'loss.png'}; "
+        f"Metrics: {settings.out / 'metrics.jsonl'}; plot: {settings.out / 'loss.png'}; "
         f"summary: {settings.out / 'summary.json'}; logs: {settings.out / 'logs'}",
         highlight=False,
         soft_wrap=True,
@@ -418,7 +415,7 @@ def main(settings: DemoSettings) -> int:
 
 
 def printable(text: str) -> str:
-    """The text without what would control a terminal: an untrained model writes any byte."""
+    """The text without control characters: an untrained model writes any byte."""
     return "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in text)
 
 

@@ -1,4 +1,4 @@
-"""The model that a demo leaves, and a line that it wrote before and after training."""
+"""The demo's trained model, and a text that it wrote before and after training."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ TEMPERATURE = 0.7
 
 
 def keep_model(state: Path, lines: Sequence[dict[str, Any]], out: Path) -> bool:
-    """Move the model that was last evaluated, and kept by the validator, to `out`.
+    """Move the validator's model that was evaluated last to `out`; returns whether there was one.
 
-    state: the validator's folder. lines: the programs' metrics. Returns whether there was one.
+    state: the validator's folder. lines: the programs' metrics.
     """
     evaluated = [line["epoch"] for line in lines if line["kind"] == "held_out" and line["loss"]]
     if not evaluated:
@@ -34,7 +34,7 @@ def keep_model(state: Path, lines: Sequence[dict[str, Any]], out: Path) -> bool:
 
 
 def samples(run: Run, model: Path) -> dict[str, str]:
-    """`prompt`, and what the run's start and the trained model wrote after it."""
+    """`prompt`, and what the initial (`before`) and the trained model (`after`) wrote."""
     import torch
 
     from hiveminer.commands.generate import continuation

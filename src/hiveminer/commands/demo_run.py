@@ -1,4 +1,4 @@
-"""The run that a demo trains by: the built-in one, or the user's text, model and run.toml."""
+"""The demo's run: the built-in one, or one of the user's text, model and run.toml."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hiveminer.config.settings import DemoSettings, WorkSettings
 from hiveminer.errors import OperatorError
 
 FEWEST_ROWS = 4
-"""Less cannot be split into rows to train on and rows to measure on."""
+"""Less cannot be split into rows to train and held-out rows."""
 
 HELD_OUT_ROWS = 8
-"""Of small data, so many rows are held out, but at most a quarter."""
+"""Held-out rows of small data, but at most a quarter of it."""
 
 TRAINED_SHARE = 0.1
-"""A model that is trained already learns at this share of the rate for training from scratch."""
+"""Learning rate of a trained model, as a share of the rate for training from scratch."""
 
 
 SPARSELOCO: dict[str, Any] = {
@@ -37,7 +37,7 @@ BLOCK_SECONDS = 0.75
 
 @dataclass(frozen=True)
 class DemoRun:
-    """run: None for the built-in one. request_rows: rows in a request, None for the default."""
+    """run: None for the built-in one. request_rows: rows per request, None for the default."""
 
     run: Run | None = None
     request_rows: int | None = None
@@ -49,7 +49,7 @@ class DemoRun:
 
 
 def demo_run(settings: DemoSettings) -> DemoRun:
-    """The run for these settings. Raises OperatorError for data or a model that cannot be used."""
+    """The run for these settings. Raises OperatorError for unusable data or models."""
     table = load_run(settings.run).model_dump()
     table["strategy"] = settings.strategy or table["strategy"]
     if (
@@ -71,7 +71,7 @@ def demo_run(settings: DemoSettings) -> DemoRun:
 
 
 def _split(name: str) -> str:
-    """All files of a folder where "test ideas.md" is no split, but a note among others."""
+    """Every file of a folder if its names do not form splits: "test ideas.md" is a note."""
     from hiveminer.training.readers import EVERY_SPLIT, find_files
 
     if is_local(name):
@@ -87,7 +87,7 @@ def _absolute(name: str) -> str:
 
 
 def _fitted(table: dict[str, Any], *, keep_rate: bool) -> dict[str, Any]:
-    """Sequence length and learning rate for the model that the user gave."""
+    """Sequence length and learning rate for the user's model."""
     from hiveminer.training.model import parameter_count, shape_of_model
     from hiveminer.training.optimizer import usual_learning_rate
 
@@ -102,7 +102,7 @@ def _fitted(table: dict[str, Any], *, keep_rate: bool) -> dict[str, Any]:
 
 
 def _with_rows(run: Run) -> DemoRun:
-    """The held-out share and the rows of a request, as far as the data is small."""
+    """The held-out share and the rows per request, adapted to small data."""
     from hiveminer.training.data import load_rows, split_held_out
 
     rows = load_rows(run.data)

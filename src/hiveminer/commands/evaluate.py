@@ -1,4 +1,4 @@
-"""`hiveminer evaluate`: what the trained model has gained, on held-out rows."""
+"""`hiveminer evaluate`: the trained and the initial model on held-out rows."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from hiveminer.training.model_checks import check_fit
 
 
 def main(settings: EvaluateSettings, *, as_json_text: bool = False) -> int:
-    """Print loss, perplexity and bits per byte of the model, and of the run's start."""
+    """Print loss, perplexity and bits per byte of the trained and the run's initial model."""
     found = find_model(settings)
     run = found.run
     texts = held_out_texts(run, load_rows(run.data), rows=settings.rows)
     if not texts:
         raise OperatorError(
-            "the run holds no rows out: set data.held_out in run.toml to measure on some"
+            "the run holds out no rows: set data.held_out in run.toml to evaluate on some"
         )
     models = {
         "trained": (found.model, found.tokenizer),
@@ -38,10 +38,15 @@ def main(settings: EvaluateSettings, *, as_json_text: bool = False) -> int:
             load_tokenizer(run.model.name, revision=run.model.revision),
         ),
     }
-    results = {
-        name: _measured(name, *each, texts=texts, run=run, settings=settings)
-        for name, each in models.items()
-    }
+    results = {}
+    for name, (model, tokenizer) in models.items():
+        check_fit(model, tokenizer, run.model.sequence_length)
+        model.to(choose_device(settings.neuron.device))  # type: ignore[arg-type]
+        shown = settings.logging.bars
+        result = evaluated(f"evaluate {name}", model, tokenizer, texts, run=run, shown=shown)
+        if result is None:
+            raise OperatorError("the held-out rows have no text to predict")
+        results[name] = result
     if as_json_text:
         print(json.dumps({"model": found.place} | {k: _as_json(v) for k, v in results.items()}))
     else:
@@ -56,29 +61,19 @@ def held_out_texts(run: Run, dataset: Rows, *, rows: int) -> list[str]:
     return dataset.texts(list(held_out)[:rows])
 
 
-def _measured(
-    name: str,
+def evaluated(
+    title: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    *,
     texts: list[str],
+    *,
     run: Run,
-    settings: EvaluateSettings,
-) -> Evaluation:
-    check_fit(model, tokenizer, run.model.sequence_length)
-    model.to(choose_device(settings.neuron.device))  # type: ignore[arg-type]
-    shown = settings.logging.bars
-    with progress_bar(title=f"evaluate {name}", total=len(texts), unit="row", shown=shown) as bar:
-        result = evaluate(
-            model,
-            tokenizer,
-            texts,
-            sequence_length=run.model.sequence_length,
-            on_rows=bar.update,
-        )
-    if result is None:
-        raise OperatorError("the held-out rows hold no text to predict")
-    return result
+    shown: bool,
+) -> Evaluation | None:
+    """Evaluate with a progress bar; None when there is nothing to predict."""
+    length = run.model.sequence_length
+    with progress_bar(title=title, total=len(texts), unit="row", shown=shown) as bar:
+        return evaluate(model, tokenizer, texts, sequence_length=length, on_rows=bar.update)
 
 
 def _as_json(result: Evaluation) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hiveminer.commands.evaluate import held_out_texts
+from hiveminer.commands.evaluate import evaluated, held_out_texts
 from hiveminer.commands.models import Found, from_checkpoint
 from hiveminer.config.run import Run, RunId, load_run
 from hiveminer.config.settings import ExportSettings
@@ -22,17 +22,17 @@ from hiveminer.runtime.metrics import progress_bar
 from hiveminer.strategies.base import Context, GlobalState, Observer
 from hiveminer.strategies.registry import open_observer
 from hiveminer.training.data import load_rows
-from hiveminer.training.evaluation import HELD_OUT_ROWS, evaluate
+from hiveminer.training.evaluation import HELD_OUT_ROWS
 from hiveminer.training.model import parameter_count, schema_hash
 from hiveminer.training.model_folder import Origin, check_absent, save_model, set_weights
 from hiveminer.training.task import load_task
 
 FETCH_SECONDS = 180.0
-"""How long an export from the swarm may take to get the state."""
+"""Limit for getting the state from the swarm."""
 
 
 def main(settings: ExportSettings) -> int:
-    """Write the folder; 0 when it is complete."""
+    """Write the folder; returns the exit code."""
     check_absent(settings.out)
     run = load_run(settings.neuron.run)
     if settings.source == "disk":
@@ -45,7 +45,7 @@ def main(settings: ExportSettings) -> int:
             source += " (its own weights: no miner's update has counted yet)"
     else:
         found, epoch = from_swarm(settings, run)
-        trained, source = {}, "the state that the swarm's peers hand out"
+        trained, source = {}, "the swarm's global state"
     export(found, settings, epoch=epoch, trained=trained, source=source)
     print(f"{settings.out}: the model of epoch {epoch}, from {found.place}")
     print(f"To publish it: hf upload USER/NAME {settings.out}")
@@ -55,19 +55,12 @@ def main(settings: ExportSettings) -> int:
 def export(
     found: Found, settings: ExportSettings, *, epoch: int, trained: dict[str, Any], source: str
 ) -> None:
-    """Measure the model, and write it with its card."""
+    """Evaluate the model, and write it with its card."""
     run = found.run
     dataset = load_rows(run.data)
     texts = held_out_texts(run, dataset, rows=HELD_OUT_ROWS)
     shown = settings.logging.bars
-    with progress_bar(title="evaluate", total=len(texts), unit="row", shown=shown) as bar:
-        measured = evaluate(
-            found.model,
-            found.tokenizer,
-            texts,
-            sequence_length=run.model.sequence_length,
-            on_rows=bar.update,
-        )
+    measured = evaluated("evaluate", found.model, found.tokenizer, texts, run=run, shown=shown)
     run_id = RunId.of(run, schema_hash=schema_hash(found.model), data_hash=dataset.hash)
     origin = Origin(
         run=run,
@@ -90,9 +83,9 @@ def export(
 
 
 def from_swarm(settings: ExportSettings, run: Run) -> tuple[Found, int]:
-    """The model with the state that the peers of the run hand out, and its epoch.
+    """The model with the swarm's global state, and its epoch.
 
-    Joins as an observer with a registered hotkey, checks what it gets, and leaves. Raises
+    Joins as an observer with a registered hotkey, checks the state, and leaves. Raises
     OperatorError, ChainError or SwarmError.
     """
     with contextlib.ExitStack() as parts:

@@ -1,4 +1,4 @@
-"""`hiveminer generate`: continue a text with the trained model, as it comes."""
+"""`hiveminer generate`: streams a text's continuation by the trained model."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def continuation(
     temperature: float = 0.0,
     streamer: TextStreamer | None = None,
 ) -> str:
-    """The text's continuation, at most `tokens` tokens long and at most as long as the model's
-    positions allow; temperature 0 takes the most probable token each time."""
-    # Without special tokens: an end-of-text token after the prompt would end it.
+    """The text's continuation, of at most `tokens` tokens and within the model's positions;
+    temperature 0: always the most probable token."""
+    # Without special tokens: an end-of-text token after the prompt would end the text.
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
     if not ids.numel():
         raise OperatorError("the text has no token in this model's vocabulary")

@@ -24,7 +24,7 @@ from hiveminer.training.model_folder import set_weights
 class Found:
     """A model with trained weights, and where they come from.
 
-    metadata: the checkpoint's; empty for a folder. place: in words.
+    metadata: the checkpoint's; empty for a model folder.
     """
 
     model: PreTrainedModel
@@ -35,10 +35,7 @@ class Found:
 
 
 def find_model(settings: UseSettings) -> Found:
-    """The model of `--model`, or of this machine's newest checkpoint.
-
-    Raises OperatorError, one line, when there is none.
-    """
+    """The model of `--model`, or of this machine's newest checkpoint. Raises OperatorError."""
     run = load_run(settings.neuron.run)
     if settings.model is None:
         return from_checkpoint(settings, run)
@@ -47,11 +44,8 @@ def find_model(settings: UseSettings) -> Found:
 
 
 def from_checkpoint(settings: Settings, run: Run) -> Found:
-    """The run's model with the weights of the newest checkpoint on this machine.
-
-    With `--wallet.hotkey`, only of neurons whose folder has that hotkey's address. Reads the
-    checkpoint without disturbing a neuron that runs. Raises OperatorError.
-    """
+    """The run's model with the weights of the newest checkpoint on this machine, also while its
+    neurons run. Raises OperatorError."""
     place = subnet_folder(settings)
     model = models.load_model(run.model.name, revision=run.model.revision)
     schema = models.schema_hash(model)
@@ -93,7 +87,7 @@ def _age(checkpoint: Checkpoint) -> float:
 
 
 def _of_another_run(metadata: dict[str, Any], run: Run, schema: str) -> str | None:
-    """Why a checkpoint is not of this run; the data is not read for that."""
+    """Why a checkpoint is not of this run; does not read the data."""
     theirs = str(metadata.get("run_id", ""))[:200]
     ours = f"{run.name}-{run.hash[:12]}-{schema[:8]}"
     if theirs.startswith(f"{ours}-"):

@@ -1,4 +1,4 @@
-"""`hiveminer run check FILE`: what is wrong or unwise in a run.toml, in plain words."""
+"""`hiveminer run check FILE`: reports what is wrong or unwise in a run.toml."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def main(settings: RunCheckSettings) -> int:
     for line in remarks:
         print(f"unwise: {line}")
     if not wrong and not remarks:
-        print(f"{settings.file}: nothing to complain of")
+        print(f"{settings.file}: no problems found")
     return 1 if wrong else 0
 
 

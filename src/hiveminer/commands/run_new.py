@@ -1,4 +1,4 @@
-"""`hiveminer run new`: a commented run.toml for a subnet owner to edit."""
+"""`hiveminer run new`: writes a commented run.toml for a subnet owner to edit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hiveminer.training.model_folder import check_absent
 
 
 def main(settings: RunNewSettings) -> int:
-    """Write the file, with the hashes of the data and the model as they are on this machine."""
+    """Write the file, with the hashes of this machine's data and model."""
     check_absent(settings.out)
     table = {
         "name": settings.name,

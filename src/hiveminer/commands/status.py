@@ -1,9 +1,8 @@
-"""`hiveminer status`: the subnet as a table, one row a neuron.
+"""`hiveminer status`: the subnet as a table, one row per neuron.
 
-Most of it stands on the chain. Whether a neuron is alive and at which epoch, it is asked
-with `IsAlive`, signed by the operator's own hotkey. Scores, last calls and refusals are
-known only to the neurons of this machine, which write them into their folders; for the
-others these columns stay empty.
+Most of it is on chain. Each neuron is asked with `IsAlive`, signed by the operator's own hotkey,
+whether it is up and at which epoch. Scores, last calls and refusals are only known of this
+machine's neurons, from their folders.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ from hiveminer.validation.scores import ScoreTable
 ROLES = ("miner", "validator")
 ALIVE_SECONDS = 3.0
 TAIL_BYTES = 512 * 1024
-"""So much of the end of a neuron's metrics is read."""
+"""How much of the end of a neuron's metrics is read."""
 
 
 @dataclass
 class Row:
-    """One neuron. None: not known here.
+    """One neuron; None means unknown.
 
-    stake is in TAO, weight the share of the incentive on the chain, immunity_left in
-    blocks, last_calls seconds ago by caller's hotkey.
+    stake: in TAO. weight: share of the incentive on chain. immunity_left: in blocks. last_calls:
+    seconds ago, by caller's hotkey.
     """
 
     uid: int
@@ -66,18 +65,18 @@ class Row:
 
 @dataclass
 class Local:
-    """What the neurons of this machine have written down."""
+    """What the neurons of this machine have recorded."""
 
     scores: dict[str, float] = field(default_factory=dict)
     last_calls: dict[str, dict[str, float]] = field(default_factory=dict)
     """By miner, then by validator: Unix seconds of the last answered `Train`."""
     refusals: dict[str, int] = field(default_factory=dict)
-    """By miner: requests its axon has refused since it started."""
+    """By miner: requests that its axon has refused since its start."""
     hotkeys: set[str] = field(default_factory=set)
 
 
 def gather(settings: MinerSettings, *, clock: Callable[[], float] = time.time) -> list[Row]:
-    """Everything that can be known from here. Raises OperatorError or ChainError."""
+    """One row per neuron. Raises OperatorError or ChainError."""
     with open_reader(settings) as chain:
         graph = chain.metagraph()
         immunity = int(chain.hyperparameters().get("immunity_period", 0))
@@ -92,7 +91,7 @@ def gather(settings: MinerSettings, *, clock: Callable[[], float] = time.time) -
 
 
 def open_reader(settings: MinerSettings) -> Chain:
-    """The chain, with the operator's own hotkey where there is one; nothing is registered."""
+    """The chain, with the operator's own hotkey if there is one; nothing is registered."""
     file = settings.subtensor.path / "chain.sqlite"
     wallet: Any
     if settings.embedded:
@@ -166,7 +165,7 @@ def read_local(folder: Path) -> Local:
 
 
 def _scores(place: Path) -> dict[str, float]:
-    """By hotkey, from a neuron's folder; none if it is no validator's."""
+    """Scores by hotkey, from a validator's folder."""
     found = newest(place / SCORES_FOLDER)
     with contextlib.suppress(KeyError, ValueError):
         if found is not None:
@@ -193,7 +192,7 @@ def _latest(local: Local, miner: str, validator: str, at: float) -> None:
 
 
 def last_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The last whole lines of a file of JSON lines, oldest first."""
+    """The last complete lines of a JSON-lines file, in order."""
     try:
         with path.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
