@@ -79,3 +79,8 @@ class MinerError(HiveminerError):
         self.reason = reason
         self.status = status
         self.retry_after_seconds = retry_after_seconds
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type, for one-line messages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -23,7 +23,7 @@ import hivemind
 from hivemind.p2p import P2PDaemonError, PeerID
 from hivemind.utils.multiaddr import Multiaddr
 
-from hiveminer.errors import OperatorError, SwarmError
+from hiveminer.errors import OperatorError, SwarmError, first_line
 from hiveminer.runtime.events import tell
 from hiveminer.swarm.identity import Authorizer, Identity, change_admitted, guard, identify
 from hiveminer.swarm.processes import (
@@ -177,7 +177,7 @@ class Peer:
             self.dht = self._start(options)
         except (P2PDaemonError, RuntimeError, ValueError, OSError) as error:
             self._release_port()
-            raise self._failure(ip, port, _first_line(error)) from error
+            raise self._failure(ip, port, first_line(error)) from error
         self.peer_id = str(self.dht.peer_id)
         self._met: set[str] = set()
         try:
@@ -233,7 +233,7 @@ class Peer:
                 self._ask(partial(change_admitted, added=[*part]), timeout_seconds=ADMIT_SECONDS)
                 self._admitted |= part.keys()
         except Exception as error:  # noqa: BLE001 - the next call makes up for it
-            logger.warning("the DHT was not told who is registered: %s", _first_line(error))
+            logger.warning("the DHT was not told who is registered: %s", first_line(error))
 
     def hotkey_of(self, peer_id: str, *, timeout_seconds: float = 5.0) -> str | None:
         """The admitted hotkey that a peer id has proved; an unknown peer is asked. None when it
@@ -242,7 +242,7 @@ class Peer:
         try:
             found: str | None = self._ask(what, timeout_seconds=timeout_seconds + 5)
         except Exception as error:  # noqa: BLE001 - whoever cannot be asked has proved nothing
-            logger.warning("a peer could not be identified: %s", _first_line(error))
+            logger.warning("a peer could not be identified: %s", first_line(error))
             return None
         return found
 
@@ -312,7 +312,7 @@ class Peer:
                 learn = partial(_learn, timeout_seconds=timeout_seconds)
                 self._ask(learn, timeout_seconds=timeout_seconds + 5)
         except Exception as error:  # noqa: BLE001 - no peer met is no reason to end
-            logger.warning("looking for peers failed: %s", _first_line(error))
+            logger.warning("looking for peers failed: %s", first_line(error))
         joined = frozenset(name for name, how in found.items() if how == JOINED)
         return DialResult(
             answered=joined | {name for name, how in found.items() if how == HELD},
@@ -470,7 +470,3 @@ async def _ping(_dht: Any, node: Any, *, peers: list[str], timeout_seconds: floa
             return None
 
     return {name for name in await asyncio.gather(*map(ping, peers)) if name}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -27,11 +27,10 @@ from typing import Any, Protocol
 import pyarrow.compute
 
 from hiveminer.config.run import BUILTIN, DataSection, is_local
-from hiveminer.errors import OperatorError, TrainingError
+from hiveminer.errors import OperatorError, TrainingError, first_line
 from hiveminer.training.readers import (
     check_type,
     find_files,
-    first_line,
     left_out_words,
     read_json,
     read_parquet,

@@ -35,10 +35,9 @@ from transformers.activations import NewGELUActivation
 from transformers.utils.logging import disable_progress_bar
 
 from hiveminer.config.run import BUILTIN, is_local
-from hiveminer.errors import OperatorError
+from hiveminer.errors import OperatorError, first_line
 from hiveminer.training import model_checks
 from hiveminer.training.data import Rows
-from hiveminer.training.readers import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -211,8 +210,7 @@ def choose_device(wanted: str | None) -> torch.device:
         device = torch.device(wanted)
         torch.zeros(1, device=device).item()  # `meta` makes a tensor and holds no numbers
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or ["no reason given"])[0][:200]
-        raise OperatorError(f"--neuron.device {wanted}: {reason}") from None
+        raise OperatorError(f"--neuron.device {wanted}: {first_line(error)}") from None
     return device
 
 

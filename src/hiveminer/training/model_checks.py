@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hiveminer.errors import OperatorError
+from hiveminer.errors import OperatorError, first_line
 from hiveminer.training.readers import LFS_POINTER
 
 NOISE = re.compile(r"drop|jitter|noise")
@@ -177,8 +177,7 @@ def check_passes(name: str, model: PreTrainedModel) -> None:
             model.train(False)
             evaluated, changed = _logits(model, ids), _logits(model, other)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise refuse(name, f"it cannot compute a row: {reason}") from error
+        raise refuse(name, f"it cannot compute a row: {first_line(error)}") from error
     finally:
         model.train()
     if not bool(torch.isfinite(first).all()):

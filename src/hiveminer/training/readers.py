@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NoReturn
 import pyarrow
 import pyarrow.parquet
 
-from hiveminer.errors import OperatorError
+from hiveminer.errors import OperatorError, first_line
 
 KINDS = {
     ".txt": "text",
@@ -60,10 +60,6 @@ def shown(path: Path) -> str:
 
 def refuse(path: Path, reason: str) -> NoReturn:
     raise OperatorError(f"data {shown(path)}: {reason}")
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 # Files -------------------------------------------------------------------------------------
