@@ -10,35 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_neurons import miner_settings, running
+from small_neurons import SmallMiner, miner_settings, running
 
-from hiveminer.base_miner import BaseMinerNeuron
 from hiveminer.config.settings import AxonSettings, MinerSettings, NeuronSettings, SubtensorSettings
 from hiveminer.errors import OperatorError
-from hiveminer.protocol import IsAlive, Train
 from programs import wait_for
 
 
-class Idle(BaseMinerNeuron):
-    """A neuron that does nothing."""
-
-    def is_alive(self, synapse: IsAlive) -> IsAlive:
-        return synapse
-
-    def forward(self, synapse: Train) -> Train:
-        return synapse
-
-
 @contextlib.contextmanager
-def neuron(folder: Path, **axon: Any) -> Iterator[Idle]:
+def neuron(folder: Path, **axon: Any) -> Iterator[SmallMiner]:
     settings = MinerSettings(
         subtensor=SubtensorSettings(path=folder / "embedded"),
         neuron=NeuronSettings(path=folder / "neuron"),
         axon=AxonSettings(**axon),
     )
-    with Idle(settings) as idle:
-        idle.queue.start()
-        yield idle
+    with SmallMiner(settings) as miner:
+        miner.queue.start()
+        yield miner
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ import multiprocessing
 import os
 import socket
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from hiveminer.chain import (
     open_chain,
 )
 from hiveminer.errors import ChainError, NotRegistered, OperatorError
+from programs import wait_for
 
 # Chain --------------------------------------------------------------------------------
 
@@ -66,7 +66,7 @@ def test_a_chain_does_all_that_a_neuron_does(chain: Chain, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="513"):
         chain.commit(bytes(513))
     joined = chain.block()
-    wait_for(lambda: chain.block() >= joined + 5)
+    wait_for(lambda: chain.block() >= joined + 5, seconds=10)
     chain.set_weights({0: 1.0})
     assert chain.metagraph().neuron(0).incentive == 1.0
     settings(tmp_path, weights_rate_limit=1_000_000)
@@ -74,13 +74,6 @@ def test_a_chain_does_all_that_a_neuron_does(chain: Chain, tmp_path: Path) -> No
         chain.set_weights({0: 1.0})
     assert isinstance(raised.value.__cause__, bt.ChainError)
     assert raised.value.__cause__.code is bt.ErrorCode.RATE_LIMITED
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_mistakes_are_told_in_one_line(chain: Chain, tmp_path: Path) -> None:
@@ -151,7 +144,7 @@ def test_a_chain_is_safe_in_threads_and_when_it_is_closed_under_way(chain: Chain
 
     thread = threading.Thread(target=wait)
     thread.start()
-    wait_for(thread.is_alive)
+    wait_for(thread.is_alive, seconds=10)
     chain.close()
     chain.close()
     thread.join(10)

@@ -124,12 +124,3 @@ def test_the_program_says_its_version_without_loading_torch() -> None:
     )
     assert result.stdout == f"hiveminer {hiveminer.__version__}\n"
     assert " torch" not in result.stderr
-
-
-def test_bench_lists_names_and_refuses_an_unknown_one() -> None:
-    bench = str(ROOT / "scripts" / "bench")
-    listed = subprocess.run([bench], capture_output=True, text=True, check=True)
-    assert listed.stdout.startswith("usage: scripts/bench NAME")
-    refused = subprocess.run([bench, "../x"], capture_output=True, text=True, check=False)
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("scripts/bench: there is no benchmark ../x; there are:")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import subprocess
 import sys
@@ -24,7 +23,6 @@ from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
-from benchmarks import step as bench
 from hiveminer.errors import TrainingError
 from hiveminer.training import trainer
 from hiveminer.training.model import builtin_model, encode, ready_to_train
@@ -330,19 +328,6 @@ def test_the_builtin_model_comes_ready() -> None:
     model = builtin_model()
     assert not any(isinstance(module, NewGELUActivation) for module in model.modules())
     assert not model.config.use_cache
-
-
-# --- the benchmark ------------------------------------------------------------------------------
-
-
-def test_the_ways_compared_train_the_same_tokens() -> None:
-    found = bench.Bench(tiny_model("gpt2", vocabulary=258), ["a = 1\n" * 5] * 30)
-    found.ways.pop("hf_trainer")  # wants accelerate, which only the benchmarks need
-    found.packed = found.packed[:4, :60]
-    counts = {name: way()[0] for name, way in found.ways.items() if name != "padded"}
-    assert counts["trainer"] == 30 * 31
-    assert found.computed == 1.0
-    assert json.loads(json.dumps(counts)) == counts
 
 
 IMPORT = """
