@@ -312,13 +312,8 @@ class Validator:
         self.metrics.log(
             "evidence",
             asdict(evidence)
-            | {
-                "score": value,
-                "judged": judged,
-                "average": average,
-                "fit": fit,
-                "learning": learning,
-            },
+            | {"score": value, "judged": judged, "average": average}
+            | {"fit": fit, "learning": learning},
         )
 
     async def _set_weights(self, live: Collection[str]) -> None:
