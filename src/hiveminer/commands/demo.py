@@ -425,7 +425,7 @@ def _print_sample(console: Console, sample: dict[str, str], model: Path) -> None
         if name in sample:
             table.add_row(name, Text(printable(sample[name])))
     console.print(table)
-    console.print(f'Go on: hiveminer generate "text" --model {model}', soft_wrap=True)
+    console.print(f'Try it: hiveminer generate "text" --model {model}', soft_wrap=True)
 
 
 def _row(name: str, lines: Sequence[Line]) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ SHUTDOWN_SECONDS = 8.0
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 CLOSED = 0
-"""Stands for the end of the pipe; not a signal's number."""
+"""The end of the pipe; not a signal's number."""
 
 
 class Signals:

@@ -1,11 +1,10 @@
-"""What the DHT stores and believes: short-lived entries, each proved to be its writer's own.
+"""The DHT's records: short-lived dictionary entries, each signed by its writer.
 
-Hivemind's DHT takes any value under any key, for any time, from whoever may speak at all. Here a
-record is an entry of a dictionary whose subkey is the peer id of its writer (or the RSA key that
-the peer id follows from). Its value carries the writer's token, in which a registered hotkey
-vouches for that key, and a signature of that key over the whole record; so it can be checked
-wherever it came from. A record lives for two minutes at most, and an entry that fails a check is
-dropped without its neighbors.
+Hivemind's DHT accepts any value under any key, for any time. Here a record's subkey is its
+writer's peer id (or the RSA key that the peer id follows from). Its value carries the writer's
+token, in which a registered hotkey vouches for that key, and the key's signature over the whole
+record, so it can be verified wherever it came from. A record expires within two minutes, and an
+invalid entry is dropped without its neighbors.
 """
 
 from __future__ import annotations
@@ -36,20 +35,17 @@ LONGEST_SECONDS = 120.0
 MAX_RECORD_BYTES = 8192
 MAX_SUBKEY_BYTES = 1024
 MAX_CACHED = 4096
-"""Records whose signature was checked; each is read many times."""
+"""Verified records to remember; each is read many times."""
 
 DOMAIN = b"hiveminer record 1\n"
 OWNER = re.compile(RSASignatureValidator.PUBLIC_KEY_REGEX)
 
 _LENGTHS = struct.Struct(">HH")
-"""At the end of a signed value: how long the token and the signature before it are."""
+"""At the end of a signed value: the lengths of the token and the signature before it."""
 
 
 class SignedRecords(RecordValidatorBase):  # type: ignore[misc]
-    """Signs our records, and checks everybody's; lives in the DHT's process.
-
-    authorizer: knows the registered hotkeys; the same object as the DHT's own.
-    """
+    """Signs our records, and verifies all; lives in the DHT's process. authorizer: the DHT's."""
 
     def __init__(self, authorizer: Authorizer):
         self._authorizer = authorizer
@@ -59,7 +55,7 @@ class SignedRecords(RecordValidatorBase):  # type: ignore[misc]
 
     @property
     def priority(self) -> int:
-        """Above hivemind's own: signs last, and is asked first."""
+        """Above Hivemind's own: signs last, and verifies first."""
         return 20
 
     def sign_value(self, record: DHTRecord) -> bytes:
@@ -105,7 +101,7 @@ class SignedRecords(RecordValidatorBase):  # type: ignore[misc]
         return True
 
     def _is_admitted(self, token: Any) -> bool:
-        """Whether the token proves a registered hotkey; what we write ourselves, we believe."""
+        """Whether the token is our own, or proves a registered hotkey."""
         return token == self._token or self._authorizer.refusal(token) is None
 
     def _own_token(self) -> Any:
@@ -152,7 +148,7 @@ async def protect_records(_dht: Any, node: Any) -> None:
 
 
 def keep_valid(validator: Any, key: bytes, entries: Any) -> bool:
-    """Drop the entries of a dictionary that are not valid; whether any is left."""
+    """Drop a dictionary's invalid entries; returns whether any is left."""
     for subkey, (value, expires) in list(entries.data.items()):
         name = DHTProtocol.serializer.dumps(subkey)
         if not validator.validate(DHTRecord(key, name, value, expires)):
@@ -164,13 +160,13 @@ def keep_valid(validator: Any, key: bytes, entries: Any) -> bool:
 
 
 def _statement(record: DHTRecord, value: bytes, token: bytes) -> bytes:
-    """What a writer signs; each part has its length before it."""
+    """What a writer signs: each part with its length."""
     parts = (record.key, record.subkey, struct.pack(">d", record.expiration_time), value, token)
     return DOMAIN + b"".join(len(part).to_bytes(4, "big") + bytes(part) for part in parts)
 
 
 def _split(data: bytes) -> tuple[bytes, bytes, bytes] | None:
-    """Value, token and signature; None when it is not signed."""
+    """Value, token and signature; None if it is not signed."""
     if len(data) < _LENGTHS.size:
         return None
     body = bytes(data[: -_LENGTHS.size])

@@ -1,13 +1,13 @@
-"""The averager: hivemind's process that finds a group, averages with it, and hands out state.
+"""The averager: Hivemind's process that finds a group, averages with it, and serves the state.
 
-What differs from the stock one, each by overriding one of its hooks, and why:
+It differs from the stock one in these points, by overriding its hooks:
 
 - Only peers that have proved a registered hotkey can join a group, send parts, or download the
   state; and we join, send to and load from nobody else.
-- A group consists of peers that end the same epoch. It is complete when all live ones are in
-  it, so nobody waits out the matchmaking time; a peer that dies is left out of the round.
-- Peers are weighted by the rows they trained. What is not finite, or far too large, is neither
-  sent nor averaged nor applied.
+- A group consists of peers that end the same epoch. It is complete when all live ones are in it,
+  so nobody waits for the matchmaking timeout; a peer that dies is left out of the round.
+- Peers are weighted by the rows that they trained. What is not finite, or far too large, is not
+  sent, averaged or applied.
 - Joiners get the weights that the epoch began with, which are the same on all peers; each peer
   vouches for its own with a sketch.
 """
@@ -45,10 +45,10 @@ from hiveminer.swarm.processes import before_fork
 logger = logging.getLogger(__name__)
 
 IDLE_WEIGHT = 1e-3
-"""An idle peer's weight in rows. Not zero: a group of idle peers would divide by it."""
+"""An idle peer's weight in rows; not zero, since a group of idle peers would divide by it."""
 
 TURN_SECONDS = 30.0
-"""How long a state that is asked for in the middle of a round waits for its end."""
+"""How long a download in the middle of a round waits for its end."""
 
 LONGEST_STEP_SECONDS = 15.0
 
@@ -71,13 +71,12 @@ class _WeightedAverager(RoundServer):
 
 
 class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[misc]
-    """The stock state averager, with the differences that this module's docstring lists.
+    """The stock state averager, with the differences that the module's docstring lists.
 
-    bounds: what a peer may send.
+    bounds: of what a peer may send.
 
-    After an epoch has ended, `group_size` is the number of peers that averaged, 1 if this
-    one was alone or the averaging failed; `is_whole` is False when a part of the average was
-    lost on the way.
+    After an epoch, `group_size` is the number of peers that averaged, 1 if this one was alone or
+    the round failed; `is_whole` is False when a part of the average was lost.
     """
 
     group_size = 1
@@ -104,15 +103,14 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
         self.vouch()
 
     def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
-        """As in the base class, but SIGINT is ignored in the new process only, so that a Ctrl-C
-        during the start is not lost."""
+        """As in the base class, but SIGINT is ignored in the new process only."""
         before_fork()
         self.start()
         if await_ready:
             self.wait_until_ready(timeout if timeout is not None else START_SECONDS)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
-        """As in the base class; at the end of an epoch, what is sent and applied is checked."""
+        """As in the base class, with checks of what is sent and applied at the end of an epoch."""
         if not kwargs.get("increment_epoch"):
             return super().step(*args, **kwargs)
         with self._turning:
@@ -136,10 +134,10 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
             return result
 
     def _load_local_tensors_into_averager_(self) -> None:
-        """As in the base class; what a round sends in 16 bits is rounded to them first.
+        """As in the base class; if a round sends 16 bits, the weights are rounded first.
 
-        Each peer adds the difference between the average and what it has sent to its own
-        weights: the rounding error would stay in them, and peers would differ by it.
+        Each peer adds the difference between the average and what it has sent to its own weights,
+        so that the rounding error would stay in them.
         """
         super()._load_local_tensors_into_averager_()
         if self._sends_float16 and self._in_round:
@@ -148,7 +146,7 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
                     tensor.copy_(tensor.half())
 
     def _apply_averaging_results_(self) -> None:
-        """As in the base class, if there was an average, and honest peers can have made it."""
+        """As in the base class, if there was an average within the bounds."""
         if self._members_of(self.last_control) == 1:
             return
         with self.get_tensors() as averaged:
@@ -160,7 +158,7 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
         self._averaged = True
 
     def is_sound(self) -> bool:
-        """Whether our weights are near enough to the epoch's start to be sent."""
+        """Whether our weights are close enough to the epoch's start to be sent."""
         with torch.no_grad(), self.get_tensors() as start:
             return not self.bounds.ran_away(list(self._local_tensors()), start)
 
@@ -178,10 +176,8 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
                     moment.zero_()
 
     def get_current_state(self) -> tuple[Any, Any, Any]:
-        """What a joiner is sent: the averaging buffers still hold the epoch's first weights.
-
-        In the middle of a round they do not, so the joiner waits for its end.
-        """
+        """The state for a joiner: outside of a round, for whose end this waits, the averaging
+        buffers hold the epoch's first weights."""
         if not self._turning.acquire(timeout=TURN_SECONDS):
             raise TimeoutError("the round does not end")
         try:

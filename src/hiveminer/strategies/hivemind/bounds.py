@@ -1,9 +1,8 @@
-"""What weights must be like to be sent, averaged or applied.
+"""Bounds on the weights that are sent, averaged or applied.
 
-One step that is not finite makes every peer NaN for good, and one peer with weights a
-thousand times too large drowns the rest. Hivemind's all-reduce sums what comes, so what
-comes is looked at before it is summed, and again before it is applied. What cannot be seen
-this way: weights of the right size that point somewhere else.
+One value that is not finite would make every peer NaN for good, and weights a thousand times too
+large would dominate the average. So weights are checked before they are averaged, and again before
+they are applied. This does not detect wrong weights of the right size.
 """
 
 from __future__ import annotations
@@ -19,26 +18,26 @@ from torch import Tensor
 from hiveminer.config.run import Run
 
 LOUDEST = 4.0
-"""So many times the norm of our own weights is the most that another's may have."""
+"""Limit of another peer's norm, in multiples of our own weights' norm."""
 
 RUNAWAY = 10.0
-"""So many times the norm that it began the epoch with, and a peer has diverged."""
+"""A peer has diverged at this multiple of the norm that it began the epoch with."""
 
 STEPS = 100
 ROWS_A_STEP = 8
-"""Steps of AdamW in an epoch that may all have gone the same way from a weight that was
-nothing: each moves it by about the learning rate."""
+"""AdamW steps in an epoch that may all have moved a zero weight in one direction, each by about
+the learning rate."""
 
 FURTHEST = 1.0
-"""No weight moves further than this in an epoch, on average over a tensor."""
+"""Limit of a weight's move in an epoch, on average over a tensor."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """How much of what a peer may send in a round.
+    """What a peer may send in a round.
 
-    most_rows: rows that a peer can have trained in an epoch; its weight in the average.
-    learning_rate: the run's, at its full height.
+    most_rows: that a peer can have trained in an epoch, its weight in the average.
+    learning_rate: the run's full one.
     """
 
     most_rows: float
@@ -46,13 +45,12 @@ class Bounds:
 
     @classmethod
     def of(cls, run: Run) -> Self:
-        """What a peer of this run may send."""
         return cls(
             most_rows=float(run.swarm.epoch_samples), learning_rate=run.optimizer.learning_rate
         )
 
     def problem_with(self, theirs: Tensor, ours: Tensor) -> str | None:
-        """Why a tensor must not be averaged with ours of the same place, or None."""
+        """Why a tensor must not be averaged with our corresponding one, or None."""
         if theirs.shape != ours.shape:
             return f"it has shape {tuple(theirs.shape)}, not {tuple(ours.shape)}"
         norm = _norm(theirs)
@@ -60,14 +58,14 @@ class Bounds:
             return "it holds numbers that are not finite"
         most = max(LOUDEST * _norm(ours), self._moved(ours))
         if norm > most:
-            return f"its norm is {norm:.3g}, and {most:.3g} at most is to be expected"
+            return f"its norm is {norm:.3g}, expected at most {most:.3g}"
         return None
 
     def problem_with_weight(self, weight: float) -> str | None:
-        """Why a peer cannot count for so many rows, or None."""
+        """Why a peer's weight is invalid, or None."""
         if 0 <= weight <= self.most_rows:
             return None
-        return f"it wants to count for {weight:.6g} rows, and an epoch has {self.most_rows:.0f}"
+        return f"it claims {weight:.6g} rows, and an epoch has {self.most_rows:.0f}"
 
     def problem_with_all(self, theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> str | None:
         """The first problem of a whole model's tensors, or None."""
@@ -78,7 +76,7 @@ class Bounds:
         return None
 
     def ran_away(self, now: Sequence[Tensor], start: Sequence[Tensor]) -> bool:
-        """Whether weights are no longer finite, or far from all that an epoch can do."""
+        """Whether weights are not finite, or further away than an epoch can move them."""
         for tensor, before in zip(now, start, strict=True):
             norm = _norm(tensor)
             if not norm <= RUNAWAY * max(_norm(before), self._moved(before)):
@@ -86,7 +84,7 @@ class Bounds:
         return False
 
     def _moved(self, tensor: Tensor) -> float:
-        """The norm that a tensor of zeros can come to in an epoch."""
+        """The norm that a tensor of zeros can reach in an epoch."""
         steps = max(STEPS, self.most_rows / ROWS_A_STEP)
         return min(FURTHEST, self.learning_rate * steps) * math.sqrt(tensor.numel())
 

@@ -1,9 +1,8 @@
-"""Failure detector for averaging rounds: finds members that are gone, while the round runs.
+"""Failure detector for averaging rounds: leaves out members that are gone, during the round.
 
-Hivemind waits for a partner that died until the whole averaging times out. But a live peer
-answers a ping, and reports to the DHT from a thread of its own however busy it is. A peer that
-fails to do either in two checks is left out, and comes back with its next report. And when none
-of the others is in our epoch, nobody will join a round of ours.
+Hivemind waits for a dead partner until the whole round times out. A live peer answers pings, and
+reports to the DHT from a background thread, however busy it is; one that fails to in two checks is
+left out until its next report. And if no other peer is in our epoch, nobody will join our round.
 """
 
 from __future__ import annotations
@@ -43,11 +42,11 @@ class Group(NamedTuple):
 
 
 class FailureDetector:
-    """Checks the peers during rounds, in a thread of its own.
+    """Checks the peers during rounds, in a background thread.
 
-    is_running: whether a round runs now. group: its members, as far as they are known.
-    on_lost: called with peers that are gone, after the tracker was told.
-    on_deserted: called when nobody is left who would join the round.
+    is_running: whether a round is running. group: its members, as far as they are known.
+    on_lost: called with peers that are gone, after the tracker has left them out.
+    on_deserted: called when nobody will join the round.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class FailureDetector:
 
     @contextmanager
     def during(self) -> Iterator[None]:
-        """Around whatever may end in a round."""
+        """Context of a step, which may end in a round."""
         self._free.clear()
         self._busy.set()
         try:

@@ -1,7 +1,6 @@
-"""What a validator sees of the swarm: its epoch, its peers, and copies of its state.
+"""The validator's view of the swarm: its epoch, its peers, and copies of its state.
 
-An observer is a client of the DHT. It stores nothing there, declares nothing, joins no
-group, and serves nobody.
+An observer is only a client of the DHT: it stores nothing, joins no group, and serves nobody.
 """
 
 from __future__ import annotations
@@ -26,11 +25,8 @@ from hiveminer.training.trainer import Step
 
 
 class HivemindObserver(Observer):
-    """Downloads the swarm's state into copies, and leaves no trace in the swarm.
-
-    The model given is what a state is loaded into. Build it in the main thread: it forks a
-    process.
-    """
+    """Downloads the swarm's state into a model. Construct it in the main thread: it forks a
+    process."""
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
     """`hivemind.Optimizer`, local updates, with this package's averager and tracker."""
 
     reloads: int = 0
-    """How often a step was thrown away because this peer had fallen behind."""
+    """How often a step was discarded because this peer had fallen behind."""
 
     def _make_state_averager(self, **kwargs: Any) -> SwarmAverager:
         self.dht.add_validators([Shapes(self.run_id)])

@@ -1,7 +1,7 @@
-"""The DHT's keys of a run, what an entry under each may be, and reading it.
+"""The DHT's keys of a run, and what an entry under each may be.
 
-Whatever the DHT checks, another peer's node may hand out something else: so an entry is checked
-when it is stored, and again when it is read, and one that cannot be read is skipped.
+Another peer's node may return anything, so an entry is checked when it is stored and again when it
+is read; an invalid one is skipped.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def averager_prefix(run_id: str) -> str:
 
 
 def donors_key(prefix: str) -> str:
-    """Where the peers that hand out their state declare themselves."""
+    """The key of the peers that serve their state."""
     return f"{prefix}.all_averagers"
 
 
 def group_key(prefix: str) -> str:
-    """Where the peers that look for a group declare themselves."""
+    """The key of the peers that look for a group."""
     return f"{prefix}.0b"
 
 
@@ -42,7 +42,7 @@ def progress_key(run_id: str) -> str:
 
 
 class Report(NamedTuple):
-    """What a peer reports: its epoch, the rows it trained in it, and when, by its own clock."""
+    """A peer's report: its epoch, its rows in it, and the time by its own clock."""
 
     peer: str
     epoch: int
@@ -52,7 +52,7 @@ class Report(NamedTuple):
 
 
 def read_report(value: object) -> Report | None:
-    """A report as hivemind's tracker writes it; None when it is not one."""
+    """A report in Hivemind's format, or None."""
     if not isinstance(value, dict) or set(value) != {
         "peer_id", "epoch", "samples_accumulated", "samples_per_second", "time", "client_mode",
     }:  # fmt: skip
@@ -71,13 +71,13 @@ def read_report(value: object) -> Report | None:
 
 
 def signer_of(subkey: object) -> str | None:
-    """The peer whose RSA key an entry of the progress key is bound to."""
+    """The peer whose RSA key an entry under the progress key is bound to."""
     key = OWNER.fullmatch(subkey) if isinstance(subkey, bytes) else None
     return peer_id_of_key(key[1]) if key is not None else None
 
 
 def donors_in(record: ValueWithExpiration | None) -> dict[PeerID, float]:
-    """The peers that hand out their state, with their priorities; unreadable entries skipped."""
+    """The peers that serve their state, with their priorities."""
     entries = record.value if record is not None else None
     if not isinstance(entries, Mapping):
         return {}
@@ -89,7 +89,7 @@ def donors_in(record: ValueWithExpiration | None) -> dict[PeerID, float]:
 
 
 def reporters_in(record: ValueWithExpiration | None) -> set[PeerID]:
-    """The peers that report; unreadable entries skipped."""
+    """The peers that report."""
     entries = record.value if record is not None else None
     if not isinstance(entries, Mapping):
         return set()
@@ -98,7 +98,7 @@ def reporters_in(record: ValueWithExpiration | None) -> set[PeerID]:
 
 
 class Shapes(RecordValidatorBase):  # type: ignore[misc]
-    """Refuses entries under a run's keys that are not what hivemind writes there."""
+    """Refuses entries under a run's keys that are not in Hivemind's format."""
 
     def __init__(self, run_id: str):
         prefix = averager_prefix(run_id)
@@ -111,7 +111,7 @@ class Shapes(RecordValidatorBase):  # type: ignore[misc]
 
     @property
     def priority(self) -> int:
-        """Below hivemind's signature, which is stripped by then."""
+        """Below Hivemind's signature validator, which strips the signature first."""
         return 5
 
     def validate(self, record: DHTRecord) -> bool:

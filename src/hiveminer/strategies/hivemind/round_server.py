@@ -1,4 +1,4 @@
-"""Rounds in hivemind's averager process: who joins a group, what is summed, who is left out."""
+"""Rounds in Hivemind's averager process: who joins a group, what is averaged, who is left out."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from hiveminer.swarm.processes import detach_from_parent, guard_tasks
 logger = logging.getLogger(__name__)
 
 CHUNK_SECONDS = 30.0
-"""How long a peer waits for the next part of a tensor. Generous: a member of the group may
-be in the middle of a long step. One that died is left out long before."""
+"""How long a peer waits for the next part of a tensor: a member of the group may be in the middle
+of a long step, and one that died is left out long before."""
 
 SEARCH = Matchmaking._request_join_potential_leaders.__name__
 END_SEARCH_SECONDS = 15.0
 CANCEL_AGAIN_SECONDS = 0.5
-"""A search for a group that was given up is cancelled every CANCEL_AGAIN_SECONDS, for longer
-than any call in it lasts."""
+"""An abandoned search for a group is cancelled every CANCEL_AGAIN_SECONDS, for longer than any
+call in it lasts."""
 
 LINGER_SECONDS = 10.0
-"""libp2p's daemon resets a stream that its server closes, and what is still in flight is
-lost: about one round in fifty. So the caller closes first; a server waits this long for it."""
+"""libp2p's daemon resets a stream that its server closes, and loses what is still in flight, in
+about one round of fifty. So the caller closes first, and the server waits this long for it."""
 
 SILENCE_SECONDS = 5.0
-"""How much later than half of its group a member may begin to send, beyond one step of ours."""
+"""How much later than half of its group a member may begin to send, plus the time of a step."""
 
 STALL_SECONDS = 10.0
 """How long a member that has begun to send may pause."""
@@ -50,14 +50,12 @@ STALL_SECONDS = 10.0
 CHECK_SECONDS = 0.25
 
 SHUNNED, GROUP = "shunned", "group"
-"""What hivemind's process reports to the program's."""
+"""Reports of the averager's process to the program."""
 
 
 class RoundServer(StateDownload):
-    """The part of the averager that runs in hivemind's process.
-
-    `SwarmAverager` gives it `bounds`, `run_id`, `_step_seconds` and `_news_there` before the fork.
-    """
+    """The part of the averager that runs in its own process. `SwarmAverager` sets `bounds`,
+    `run_id`, `_step_seconds` and `_news_there` before the fork."""
 
     bounds: Bounds
     run_id: str
@@ -94,8 +92,7 @@ class RoundServer(StateDownload):
         return SILENCE_SECONDS + float(self._step_seconds.value)
 
     async def _set_target_group_size(self, size: int) -> None:
-        """The key manager's own target stays unset: to it that is a limit, and it fails on a
-        group that has outgrown it."""
+        """The key manager's target stays unset: there it is a limit, and larger groups fail."""
         self._matchmaking.target_group_size = size
         self._matchmaking.potential_leaders.target_group_size = size
 
@@ -168,7 +165,7 @@ class RoundServer(StateDownload):
     async def rpc_vouch(
         self, _request: averaging_pb2.DownloadRequest, context: P2PContext
     ) -> averaging_pb2.DownloadData:
-        """The epoch and the sketch of the state that we would hand out."""
+        """The epoch and the sketch of the state that we would serve."""
         if not await self._admission.admits(context.remote_id):
             raise P2PHandlerError("not a registered peer")
         return averaging_pb2.DownloadData(metadata=self._own_vouch)
@@ -176,7 +173,7 @@ class RoundServer(StateDownload):
     async def _sound_parts(
         self, stream: AsyncIterator[averaging_pb2.AveragingData], sender: PeerID
     ) -> AsyncIterator[averaging_pb2.AveragingData]:
-        """The parts that a peer sends, up to the first that must not be summed."""
+        """The parts that a peer sends, up to the first that must not be averaged."""
         own: Sequence[Tensor] = ()
         number = 0
         while (message := await self._next_part(stream, sender, number, len(own))) is not None:
@@ -211,14 +208,14 @@ class RoundServer(StateDownload):
             raise AllreduceException(problem) from None
 
     async def _step(self, *, step: StepControl, future_for_init: Any) -> None:
-        """As in the base class; a search for a group ends with the step that began it."""
+        """As in the base class; also ends the search for a group."""
         try:
             await super()._step(step=step, future_for_init=future_for_init)
         finally:
             await end_search(self._matchmaking, step)
 
     async def _aggregate_with_group(self, group_info: Any, **kwargs: Any) -> _Gathered:
-        """As in the base class; the result also says whether all of the average arrived."""
+        """As in the base class; the result also has whether all of the average arrived."""
         members = {str(peer) for peer in group_info.peer_ids if peer != self.peer_id}
         self._admission.take_back(members)
         self._report(GROUP, group_info.group_id, *sorted(members))
@@ -234,7 +231,7 @@ class RoundServer(StateDownload):
         return gathered
 
     async def _leave_out_silent(self, group_id: bytes) -> None:
-        """Leave out the members that do not begin to send soon after half of the group has."""
+        """Leave out members that do not begin to send soon after half of the group has."""
         runner = await asyncio.shield(self._running_groups[group_id])
         # Hivemind has an event for all of them only.
         while 2 * len(runner.active_senders) < len(runner.sender_peer_ids):  # noqa: ASYNC110
@@ -247,7 +244,7 @@ class RoundServer(StateDownload):
             await runner._ban_sender(peer)
 
     async def _own_parts(self, group_id: bytes) -> Sequence[Tensor]:
-        """Our own tensors of the parts that we average for this group; none if it is not ours."""
+        """Our tensors of the parts that we average for this group; none if it is not ours."""
         if group_id not in self._running_groups:  # its first messages may overtake its beginning
             await asyncio.wait_for(self._pending_groups_registered.wait(), CHUNK_SECONDS)
         group = self._running_groups.get(group_id)
@@ -268,11 +265,11 @@ class RoundServer(StateDownload):
 
 
 async def end_search(matchmaking: Any, step: Any) -> None:
-    """Make sure that the matchmaking no longer searches a group for this step, which is over.
+    """Make sure that the search for a group for this step has ended.
 
-    Before Python 3.12 `asyncio.wait_for` loses a cancellation that comes at the same moment as
-    the answer. Hivemind would search on, and since no other search can begin meanwhile, the
-    next rounds would be missed as well. A search that has not ended is cancelled again.
+    Before Python 3.12 `asyncio.wait_for` loses a cancellation that arrives together with the
+    result. Hivemind would keep searching, and the next rounds would be missed as well. So a search
+    that has not ended is cancelled again.
     """
     deadline = time.monotonic() + END_SEARCH_SECONDS
     while matchmaking.step_control is step and time.monotonic() < deadline:
@@ -284,22 +281,22 @@ async def end_search(matchmaking: Any, step: Any) -> None:
 
 
 def silent_members(runner: Any) -> list[PeerID]:
-    """The members of an all-reduce that should have begun to send, and have not."""
+    """The members of an all-reduce that have not begun to send."""
     begun = runner.active_senders | runner.banned_senders
     return [peer for peer in runner.sender_peer_ids if peer not in begun]
 
 
 @contextlib.asynccontextmanager
 async def _lingering(answers: Any) -> AsyncIterator[Any]:
-    """A handler's answers; after the last one, time for the caller to close first."""
+    """A handler's answers, and then time for the caller to close first."""
     async with contextlib.aclosing(answers):
         yield answers
     await asyncio.sleep(LINGER_SECONDS)
 
 
 class _Gathered(dict[Any, Any]):
-    """What the members of a round sent along; `whole` unless the part of the average that a
-    live one computes did not arrive."""
+    """The metadata of a round's members; `whole` unless a live member's part of the average did
+    not arrive."""
 
     whole = True
 

@@ -138,7 +138,7 @@ def _read(facts: Mapping[str, Any], *, groups: int) -> tuple[int, int, dict[str,
 
 
 def _report(optimizer: SwarmOptimizer, *, epoch: int, rows: int) -> None:
-    """Tell the tracker, and by it the swarm, where this peer stands."""
+    """Report this peer's progress to the tracker, and so to the swarm."""
     tracker = optimizer.tracker
     with tracker.pause_updates():
         tracker.update_epoch(epoch)

@@ -1,12 +1,8 @@
 """The strategy `hivemind`: local steps, and all peers' weights averaged at the end of an epoch.
 
-Each step updates this machine's weights with AdamW; once the swarm together has trained
-`epoch_samples` rows, an epoch ends and the peers average their weights. What is changed
-against the stock optimizer is in `averager.py` and `tracker.py`.
-
-A peer without work calls `idle()` now and then: as long as the others count on it, it
-takes part in the averaging. When work comes after a longer rest, `catch_up` loads what the
-swarm has learned meanwhile.
+Each step updates this machine's weights with AdamW; once all peers together have trained
+`epoch_samples` rows, the epoch ends and they average their weights. The changes to the stock
+optimizer are in `averager.py` and `tracker.py`.
 """
 
 from __future__ import annotations
@@ -41,19 +37,15 @@ logger = logging.getLogger(__name__)
 
 LOAD_SECONDS = 60.0
 LOAD_BYTES = 1_250_000.0
-"""A state is given up after LOAD_SECONDS, and a second more for each LOAD_BYTES of it."""
+"""Loading a state is abandoned after LOAD_SECONDS, and a second more for each LOAD_BYTES."""
 
 RECENT_SECONDS = 30.0
-"""A peer that trained this recently compares who answers with who reports: then all have work."""
+"""A peer that trained this recently compares who answers with who reports: all have work then."""
 
 
 class HivemindStrategy(Strategy):
-    """A model that trains with a swarm.
-
-    Build it in the main thread, after the DHT and before any server: it forks a process.
-
-    on_round: called after each epoch.
-    """
+    """A model that trains with a swarm. Construct it in the main thread, after the DHT and before
+    any server: it forks a process."""
 
     def __init__(
         self,
@@ -144,11 +136,8 @@ class HivemindStrategy(Strategy):
         self.optimizer.zero_grad(set_to_none=True)
 
     def idle(self) -> None:
-        """Join a round that is due, while the others still count on this peer.
-
-        They do for as long as it reports rows: in the epoch it last trained in, and the
-        next.
-        """
+        """Join a round that is due, while the others still wait for this peer: in the epoch that
+        it last trained in, and the next, for which it reports rows."""
         if self._trained_in is None or self.epoch > self._trained_in + 1:
             return
         with self._lock:
@@ -244,7 +233,7 @@ class HivemindStrategy(Strategy):
         if not kept:
             loaded = self.optimizer.state_averager.loaded
             outcome = "was loaded" if loaded else "could not be had"
-            cause = f"this peer fell behind the swarm: {batch_size} rows were thrown away"
+            cause = f"this peer fell behind the swarm: {batch_size} rows were discarded"
             tell(logger, "catch_up", f"{cause}, and the swarm's state {outcome}")
         elif self.epoch != epoch:
             self._take_what_was_lost()
@@ -252,7 +241,7 @@ class HivemindStrategy(Strategy):
         return kept
 
     def _take_what_was_lost(self) -> None:
-        """A part of the average did not arrive; the others have it, as the epoch's start."""
+        """Load a lost part of the average from the others, as the epoch's start."""
         averager = self.optimizer.state_averager
         if averager.is_whole:
             return
@@ -260,10 +249,8 @@ class HivemindStrategy(Strategy):
         self.optimizer.load_state_from_peers()
 
     def _follow_live_peers(self) -> None:
-        """A group of all live peers of our epoch is complete; those that are shunned do not count.
-
-        Called before each step, and by the failure detector, in its thread, during one.
-        """
+        """Update the size of a complete group: all live peers of our epoch that are not shunned.
+        Called before each step, and by the failure detector's thread during one."""
         for peer in self.optimizer.state_averager.shunned():
             self.optimizer.tracker.leave_out(peer, shun_seconds=SHUN_SECONDS)
         target = max(2, 1 + len(self.optimizer.tracker.companions))
@@ -272,8 +259,8 @@ class HivemindStrategy(Strategy):
             self._target = target
 
     def _leave_out(self, lost: set[str]) -> None:
-        """Called by the failure detector. The averager is told each time: it takes back whoever
-        joins a group, so what it was told before may count no longer."""
+        """Called by the failure detector. The averager readmits whoever joins a group, so it gets
+        the complete set each time."""
         self.optimizer.state_averager.leave_out(lost)
         self._follow_live_peers()
 
@@ -282,7 +269,7 @@ class HivemindStrategy(Strategy):
         return control is not None and control.triggered and not control.done()
 
     def _stop_searching(self) -> None:
-        """Called by the failure detector, in its thread: nobody will join our round."""
+        """Called by the failure detector's thread when nobody will join our round."""
         control = self.optimizer.state_averager.last_control
         if control is None or control.done():
             return

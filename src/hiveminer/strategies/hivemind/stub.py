@@ -1,8 +1,5 @@
-"""Client stub that authenticates the remote peer and validates its responses.
-
-Hivemind gets a stub from its averager class for every call (`get_stub`), so all that it asks
-of group members and donors goes through here.
-"""
+"""Client stub that authenticates the remote peer and validates its responses. Hivemind uses it
+for every call to group members and donors."""
 
 from __future__ import annotations
 
@@ -25,12 +22,11 @@ from hiveminer.strategies.hivemind.state_transfer import OPEN_SECONDS, StateInsp
 T = TypeVar("T")
 
 ANSWER_SECONDS = 15.0
-"""Timeout for a group member's next averaged part, beyond the time that it gives the others to
-begin."""
+"""Timeout for a group member's next averaged part, plus the time that it waits for the others."""
 
 
 class CheckedStub:
-    """Calls another averager if it is a registered peer's, and checks what it answers."""
+    """Calls another averager if it is a registered peer's, and checks its responses."""
 
     def __init__(
         self,
@@ -74,7 +70,7 @@ class CheckedStub:
     async def _results(
         self, stream: Any, sent: _Sent
     ) -> AsyncIterator[averaging_pb2.AveragingData]:
-        """What a group member has averaged for us, until it is gone or it cannot be an average."""
+        """A group member's averaged parts, as long as it is there and they are valid."""
         loop = asyncio.get_running_loop()
         async with contextlib.aclosing(stream) as messages:
             while (message := await self._next_answer(messages)) is not None:
@@ -115,7 +111,7 @@ class CheckedStub:
 
 
 class _Sent:
-    """The parts that we send, and those of them that are not answered yet."""
+    """The parts that we send, and which of them are not answered yet."""
 
     def __init__(self, parts: AsyncIterator[averaging_pb2.AveragingData]):
         self.waiting: deque[averaging_pb2.AveragingData] = deque()
@@ -132,7 +128,7 @@ class _Sent:
         """Whether everything was sent and answered."""
         if self.waiting:
             return False
-        # The last answer may overtake the end of the stream by a moment.
+        # The last answer may arrive before the end of the stream is noticed.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._ended.wait(), 0.01)
         return self._ended.is_set() and not self.waiting

@@ -1,4 +1,4 @@
-"""Who is in the run, and how far the epoch has come: hivemind's progress tracker."""
+"""Hivemind's progress tracker: the peers of the run, and the progress of the epoch."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from hiveminer.strategies.hivemind.records import Report, read_report, signer_of
 logger = logging.getLogger(__name__)
 
 REPORT_SECONDS = 8.0
-"""A peer that has not reported for this long is no longer counted; it reports twice as often,
-in a thread of its own, however long its steps are."""
+"""A peer that has not reported for this long is no longer counted; it reports twice as often, in a
+background thread, however long its steps are."""
 
 LAST_SECONDS = 1.0
-"""Timeout for the tasks that the thread leaves when it ends."""
+"""Timeout for the tasks that the thread leaves behind."""
 
 SPEED_RATIO = 4.0
-"""No peer is counted as faster than this many times the fastest of the others. It bounds what a
-peer that only claims to train can do: end epochs early."""
+"""No peer is counted as faster than this many times the fastest other one, which bounds how early
+a peer that only claims to train can end an epoch."""
 
 SLOWEST_SPEED = 1e-6
-"""Rows per second; hivemind's figure for a peer that has not trained yet is below it."""
+"""Rows per second; Hivemind's value for a peer that has not trained yet is below it."""
 
 AHEAD_SECONDS = 30.0
 MAX_AHEAD_SECONDS = 480.0
-"""How long a peer that claims to be ahead and does not hand out a sound state is left out: twice
-as long each time."""
+"""How long a peer that claims to be ahead, and does not serve a valid state, is left out; doubled
+each time."""
 
 
 @dataclass
 class Counted:
-    """A peer's last report that was read: when, by our clock, its epoch, and its rows in it."""
+    """A peer's last report: when we read it, its epoch, and its rows in it."""
 
     at: float
     epoch: int
@@ -46,12 +46,11 @@ class Counted:
 
 
 class Reports:
-    """The peers' reports, as they were last read, without those that do not count.
+    """The peers' last reports, without those that are not counted.
 
-    own: our peer id. signed: count only reports under the key of the peer that they name; the
-        DHT has checked the signature itself.
-
-    seconds, epochs: when each peer made its report, by its own clock, and its epoch, by peer id.
+    own: our peer id. signed: count only reports under the key of the peer that they name, whose
+    signature the DHT has verified. seconds, epochs: by peer id, a report's time by the peer's own
+    clock, and its epoch.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Reports:
 
     @property
     def gone(self) -> set[str]:
-        """Peers that are left out until they report anew."""
+        """Peers that are left out until their next report."""
         return set(self._gone)
 
     @property
@@ -80,7 +79,7 @@ class Reports:
         return {peer: epoch for peer, epoch in self.epochs.items() if peer != self._own}
 
     def leave_out(self, peer: str) -> None:
-        """Do not count this peer until it reports anew."""
+        """Do not count this peer until its next report."""
         self.epochs.pop(peer, None)
         self._gone[peer] = self.seconds.pop(peer, 0.0)
 
@@ -90,9 +89,9 @@ class Reports:
         self.leave_out(peer)
 
     def note_download(self, *, epoch: int, loaded: bool) -> set[str]:
-        """A state of a later epoch than this was asked for. If none came, whoever claims to be
-        more than one ahead is left out for a while; those peers. One epoch is made up for without
-        a state, in the next round."""
+        """Called after asking for a state later than this epoch. If none was loaded, peers that
+        claim to be more than one epoch ahead (the next round makes up for one) are left out for a
+        while; returns them."""
         if loaded:
             self._times_ahead.clear()
             return set()
@@ -103,8 +102,8 @@ class Reports:
         return ahead
 
     def read(self, entries: Mapping[Any, Any], *, own_epoch: int = 0) -> dict[Any, Any]:
-        """The entries of the DHT that count, as hivemind takes them: one per peer, none of an
-        epoch that most peers have not reached, and no more rows than can have been trained."""
+        """The DHT's entries that are counted, in Hivemind's format: one per peer, none of an epoch
+        that most peers have not reached, and no more rows than can have been trained."""
         found: dict[str, tuple[Any, Report, Any]] = {}
         for key, entry in entries.items():
             report = read_report(entry.value)
@@ -139,7 +138,7 @@ class Reports:
         return self._clock() >= self._shunned_until.get(report.peer, 0.0)
 
     def _count_rows(self, reports: list[Report]) -> dict[str, int]:
-        """Each peer's rows, as far as it can have trained them since its last report."""
+        """Each peer's rows, limited to what it can have trained since its last report."""
         now, before, self._counted = self._clock(), self._counted, {}
         for report in reports:
             last = before.get(report.peer) or Counted(now - REPORT_SECONDS, report.epoch, 0)
@@ -160,9 +159,8 @@ class Reports:
 class SampleTracker(ProgressTracker):  # type: ignore[misc]
     """The stock progress tracker, with three differences.
 
-    An epoch ends by rows, never by the clock's guess, so that a slow moment does not become an
-    epoch of one step. Peers that are known to be gone are not counted. And no single peer decides
-    which epoch the swarm is in, or when it ends.
+    An epoch ends by rows, never by an estimated time. Peers that are known to be gone are not
+    counted. And no single peer decides which epoch the swarm is in, or when it ends.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -171,7 +169,7 @@ class SampleTracker(ProgressTracker):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
 
     def run(self) -> None:
-        """As in the base class, which leaves tasks behind: Python would log each as an error."""
+        """As in the base class, and cancel the tasks that it leaves behind."""
         super().run()
         loop = asyncio.get_event_loop()
         left = asyncio.all_tasks(loop)
@@ -196,37 +194,37 @@ class SampleTracker(ProgressTracker):  # type: ignore[misc]
 
     @property
     def is_left_behind(self) -> bool:
-        """Whether all other live peers have ended our epoch: nobody averages with us in it."""
+        """Whether all other live peers have ended our epoch."""
         ours, others = self.local_progress.epoch, self.reports.others
         return bool(others) and all(epoch > ours for epoch in others.values())
 
     def leave_out(self, peer: str, *, shun_seconds: float = 0.0) -> None:
-        """Do not count this peer until it reports anew, and not for this long in any case."""
+        """Do not count this peer until its next report, and not for `shun_seconds`."""
         if shun_seconds:
             self.reports.shun(peer, seconds=shun_seconds)
         else:
             self.reports.leave_out(peer)
-        # Until the reports are read again; in a round they are not.
+        # Until the reports are read again, which does not happen in a round.
         progress = self.global_progress
         progress.num_peers = max(1, progress.num_peers - 1)
 
     def note_download(self, *, epoch: int, loaded: bool) -> set[str]:
-        """As `Reports.note_download`; the peers that are left out."""
+        """See `Reports.note_download`."""
         left_out = self.reports.note_download(epoch=epoch, loaded=loaded)
         progress = self.global_progress
         progress.num_peers = max(1, progress.num_peers - len(left_out))
         return left_out
 
     def stop(self, *, timeout_seconds: float = 5.0) -> None:
-        """End the thread, without the goodbye to the others that `shutdown` writes."""
+        """End the thread without `shutdown`'s last report to the others."""
         self.shutdown_triggered.set()
         self.should_report_progress.set()
         self.global_state_updated.set()
         self.shutdown_complete.wait(timeout_seconds)
 
     def refresh(self, *, timeout_seconds: float) -> set[str] | None:
-        """Read the reports now, even in the middle of a round: the peers that report, this one
-        included; None when the DHT does not answer in time."""
+        """Read the reports now, even during a round. Returns the peers that report, including this
+        one; None when the DHT does not answer in time."""
         future = self.dht.get(self.training_progress_key, latest=True, return_future=True)
         try:
             record = future.result(timeout=timeout_seconds)
@@ -246,10 +244,10 @@ class SampleTracker(ProgressTracker):  # type: ignore[misc]
 
 
 def swarm_epoch(others: Iterable[int], *, own: int) -> int:
-    """The last epoch that most of the other peers have reached; 0 when there are none.
+    """The last epoch that most of the other peers have reached; 0 without others.
 
-    If that is no later than ours, and nobody is in ours, the latest counts: peers whose rounds
-    failed may each be in another epoch, and would never meet again.
+    If that is not later than ours, and nobody else is in ours, it is the latest epoch: peers whose
+    rounds failed may each be in another one, and would never meet again.
     """
     epochs = sorted(others)
     if not epochs:
