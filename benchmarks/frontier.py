@@ -1,0 +1,106 @@
+"""Loss against bytes, for equal tokens: `scripts/bench frontier`.
+
+N replicas of a byte-level transformer in one process train on the standard library's source.
+Each cell (`benchmarks/_frontier/grid.py`) is one contender with its settings; `sparseloco` cells
+go through the project's own codec, update and apply, and their bytes are the lengths of real
+blobs. Cells that have ended are in `--out`; a cell under way is saved in `--state` every 20
+seconds, and goes on from there when the command is given again. Cells are run in the grid's
+order; those whose settings are unchanged are not run again.
+
+- `loss`: of the common weights on rows that nobody trained on, nats per byte.
+- `loss_ratio`, `loss_ratio_muon`: over the best data-parallel AdamW, or Muon, of the same seed,
+  size, peers, rows and length.
+- `bytes_ratio`: float32 bytes that data-parallel training sends (a ring all-reduce of
+  2 (N - 1) / N tensors per step) over what the cell sends: a ring for what is averaged in full,
+  N - 1 copies of each blob for the rest. Each peer receives as much as it sends.
+- `speedup`: the steps that one replica alone needs for the same loss, interpolated between its
+  runs in the logarithm of the steps, over the steps that the swarm took; at most N.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks._frontier.cell import Cell
+from benchmarks._frontier.grid import CELLS
+from benchmarks._frontier.model import Text
+from benchmarks._frontier.report import AIMS, plot, points, summary
+from benchmarks._frontier.simulate import run_cell
+from benchmarks.machine import RESULTS, describe, write
+
+STATE = Path(__file__).resolve().parent / "frontier-state"
+
+
+def load_done(path: Path) -> dict[str, dict[str, Any]]:
+    """The cells of a result by name."""
+    if not path.exists():
+        return {}
+    done = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return {cell["name"]: cell for cell in done}
+
+
+def is_done(cell: Cell, done: dict[str, dict[str, Any]]) -> bool:
+    return cell.name in done and done[cell.name]["settings"] == cell.settings()
+
+
+def write_result(
+    path: Path, done: dict[str, dict[str, Any]], machine: dict[str, Any],
+    cells: Sequence[Cell] = CELLS,
+) -> None:  # fmt: skip
+    """Cells in the grid's order, points, and the picture beside it."""
+    ended = [{**done[cell.name], "why": cell.why} for cell in cells if is_done(cell, done)]
+    found = points(ended)
+    result = {
+        "benchmark": "frontier",
+        "machine": machine,
+        "threads": 1,
+        "aims": AIMS,
+        "required": summary(found),
+        "frontier": found,
+        "cells_to_run": [cell.name for cell in cells if not is_done(cell, done)],
+        "cells": ended,
+    }
+    write(path, result)
+    plot(found, path.with_suffix(".png"))
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="scripts/bench frontier", description=__doc__)
+    parser.add_argument("--only", metavar="CELL", help="one cell by name")
+    parser.add_argument("--report", action="store_true", help="run nothing: points and picture")
+    parser.add_argument("--again", action="store_true", help="run cells that have ended, too")
+    parser.add_argument("--state", type=Path, default=STATE, help="cells under way")
+    parser.add_argument("--out", type=Path, default=RESULTS / "frontier.json")
+    options = parser.parse_args(argv)
+    names = [cell.name for cell in CELLS]
+    if options.only and options.only not in names:
+        parser.error(f"there is no cell {options.only}; there are: {', '.join(names)}")
+    torch.set_num_threads(1)
+    machine = describe()
+    done = load_done(options.out)
+    wanted = [cell for cell in CELLS if options.only in (None, cell.name)]
+    if not options.report:
+        text = Text()
+        for cell in wanted:
+            if is_done(cell, done) and not options.again:
+                continue
+            print(f"{cell.name}: {cell.why}", flush=True)
+            numbers = run_cell(cell, text, folder=options.state)
+            done = load_done(options.out)
+            done[cell.name] = {"name": cell.name, **numbers, "settings": cell.settings()}
+            write_result(options.out, done, machine | {"text": text.hash})
+            print(json.dumps(numbers), flush=True)
+    else:
+        write_result(options.out, done, machine)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
