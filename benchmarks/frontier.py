@@ -23,6 +23,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ import torch
 from benchmarks._frontier.cell import Cell
 from benchmarks._frontier.grid import CELLS
 from benchmarks._frontier.model import Text
-from benchmarks._frontier.report import AIMS, plot, points, summary
+from benchmarks._frontier.report import AIMS, plot, points, summary, table
 from benchmarks._frontier.simulate import run_cell
 from benchmarks.machine import RESULTS, describe, write
 
@@ -46,8 +47,12 @@ def load_done(path: Path) -> dict[str, dict[str, Any]]:
     return {cell["name"]: cell for cell in done}
 
 
-def is_done(cell: Cell, done: dict[str, dict[str, Any]]) -> bool:
-    return cell.name in done and done[cell.name]["settings"] == cell.settings()
+def is_done(cell: Cell, done: dict[str, dict[str, Any]], *, text: str = "") -> bool:
+    """Whether a cell has ended with these settings, and on this text if one is given."""
+    ended = done.get(cell.name)
+    if ended is None or ended["settings"] != cell.settings():
+        return False
+    return text in ("", ended["text"])
 
 
 def write_result(
@@ -86,19 +91,24 @@ def main(argv: Sequence[str]) -> int:
     machine = describe()
     done = load_done(options.out)
     wanted = [cell for cell in CELLS if options.only in (None, cell.name)]
-    if not options.report:
-        text = Text()
-        for cell in wanted:
-            if is_done(cell, done) and not options.again:
-                continue
-            print(f"{cell.name}: {cell.why}", flush=True)
-            numbers = run_cell(cell, text, folder=options.state)
-            done = load_done(options.out)
-            done[cell.name] = {"name": cell.name, **numbers, "settings": cell.settings()}
-            write_result(options.out, done, machine | {"text": text.hash})
-            print(json.dumps(numbers), flush=True)
-    else:
+    if options.report:
+        machine = json.loads(options.out.read_text(encoding="utf-8"))["machine"]
         write_result(options.out, done, machine)
+        print(table(json.loads(options.out.read_text(encoding="utf-8"))["frontier"]))
+        return 0
+    text = Text()
+    for cell in wanted:
+        if is_done(cell, done, text=text.hash) and not options.again:
+            continue
+        print(f"{cell.name}: {cell.why}", flush=True)
+        numbers = run_cell(cell, text, folder=options.state)
+        done = load_done(options.out)
+        done[cell.name] = {
+            "name": cell.name, "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "text": text.hash, **numbers, "settings": cell.settings(),
+        }  # fmt: skip
+        write_result(options.out, done, machine)
+        print(json.dumps(numbers), flush=True)
     return 0
 
 

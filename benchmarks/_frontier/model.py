@@ -18,7 +18,7 @@ from hiveminer.training.data import Rows, builtin_rows, split_held_out
 
 BYTES = 256
 HELD_OUT = 0.01
-EVALUATION_ROWS = 384
+EVALUATION_TOKENS = 384 * 128
 
 Weights = dict[str, Tensor]
 
@@ -100,7 +100,10 @@ def _norm(hidden: Tensor) -> Tensor:
 class Text:
     """The standard library's source, as the built-in run reads it; the last 1% is held out."""
 
-    def __init__(self, rows: Rows | None = None) -> None:
+    def __init__(
+        self, rows: Rows | None = None, *, evaluation_tokens: int = EVALUATION_TOKENS
+    ) -> None:
+        self._evaluation_tokens = evaluation_tokens
         rows = rows or builtin_rows()
         self.hash = rows.hash
         train, held_out = split_held_out(len(rows), HELD_OUT)
@@ -116,7 +119,7 @@ class Text:
     def evaluation(self, length: int) -> Tensor:
         """Fixed rows that nobody trains on, evenly spread, int64[rows, length + 1]."""
         last = len(self._held_out) - length - 1
-        starts = np.linspace(0, last, EVALUATION_ROWS * 128 // length).astype(np.int64)
+        starts = np.linspace(0, last, self._evaluation_tokens // length).astype(np.int64)
         return self._rows(self._held_out, starts, length)
 
     @staticmethod
