@@ -295,7 +295,7 @@ def test_hostile_commitments_change_nothing() -> None:
     found = facts(validators(60, 40) + miners(1, 2), marks, {1: record(1), 2: b""})
     decision = rounds.decide(RULES, found)
     for _ in range(300):
-        raw = rng.choice([rng.randbytes(rng.randint(0, 128)), record(2).encode(), bytes(93)])
+        raw = rng.choice([rng.randbytes(rng.randint(0, 128)), record(2), bytes(93)])
         noisy = replace(
             found,
             marks={**found.marks, hotkey(101): raw, b"who": raw},
