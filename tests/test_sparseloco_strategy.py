@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from hiveminer.config.run import OptimizerSection, SparselocoSection
 from hiveminer.strategies.base import RoundResult
 from hiveminer.strategies.sparseloco.log import Log
 from hiveminer.strategies.sparseloco.observer import SparselocoObserver
+from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.records import decode_record
 from hiveminer.strategies.sparseloco.replay import verify
@@ -49,25 +49,25 @@ class Peers:
         self.rows = torch.Generator().manual_seed(0)
         for uid in range(miners):
             self.start(uid)
-        self.validator = SparselocoObserver(tiny_model("llama"), **self.parts(self.validator_uid))
+        self.validator = SparselocoObserver(tiny_model("llama"), self.parts(self.validator_uid))
 
-    def parts(self, uid: int) -> dict[str, Any]:
+    def parts(self, uid: int) -> Parts:
         model = tiny_model("llama")
         plan = Plan.of(SECTION, run_id=RUN_ID, model=model)
         log = Log(self.folder / str(uid))
         log.begin(plan, run_id=RUN_ID)
         shelf = self.swarm.sources[key(uid)] = Shelf(log)
         view = self.views[uid] = NetworkView(self.network, key(uid))
-        return {
-            "section": self.optimizer, "plan": plan, "hotkey": key(uid), "chain": view,
-            "exchange": MemoryExchange(self.swarm), "log": log, "shelf": shelf,
-        }  # fmt: skip
+        return Parts(
+            section=self.optimizer, plan=plan, hotkey=key(uid), chain=view,
+            exchange=MemoryExchange(self.swarm), log=log, shelf=shelf,
+        )  # fmt: skip
 
     def start(self, uid: int) -> SparselocoStrategy:
         def on_round(ended: RoundResult) -> None:
             self.rounds.append((uid, ended))
 
-        strategy = SparselocoStrategy(tiny_model("llama"), on_round=on_round, **self.parts(uid))
+        strategy = SparselocoStrategy(tiny_model("llama"), self.parts(uid), on_round=on_round)
         self.miners[uid] = strategy
         return strategy
 

@@ -23,6 +23,7 @@ from hiveminer.strategies.sparseloco.exchange import Exchange
 from hiveminer.strategies.sparseloco.link import SwarmLink
 from hiveminer.strategies.sparseloco.log import Log
 from hiveminer.strategies.sparseloco.observer import SparselocoObserver
+from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.replay import verify
 from hiveminer.strategies.sparseloco.rounds import Neuron
@@ -53,15 +54,15 @@ def parts(uid):
     membership = Membership(
         peers[uid], registered=lambda: hotkeys, addresses=lambda: addresses
     )
-    return dict(
+    return Parts(
         section=OptimizerSection(learning_rate=0.01), plan=plan, hotkey=keys[uid].public_key,
         chain=NetworkView(network, keys[uid].public_key), exchange=exchange, log=log, shelf=shelf,
         link=SwarmLink(membership, exchange), poll_seconds=0.1,
     )
 
 
-miners = [SparselocoStrategy(tiny_model("llama"), **parts(uid)) for uid in (0, 1)]
-judge = SparselocoObserver(tiny_model("llama"), **parts(2))
+miners = [SparselocoStrategy(tiny_model("llama"), parts(uid)) for uid in (0, 1)]
+judge = SparselocoObserver(tiny_model("llama"), parts(2))
 stop = threading.Event()
 
 

@@ -8,17 +8,11 @@ from collections import Counter
 import bittensor as bt
 from torch import nn
 
-from hiveminer.config.run import OptimizerSection
 from hiveminer.errors import SwarmError
 from hiveminer.strategies.base import GlobalState, Observer
 from hiveminer.strategies.sparseloco.apply import State
-from hiveminer.strategies.sparseloco.follower import Fetcher, RoundChain
-from hiveminer.strategies.sparseloco.link import Link
-from hiveminer.strategies.sparseloco.log import Log
 from hiveminer.strategies.sparseloco.marking import MarkingFollower
-from hiveminer.strategies.sparseloco.plan import Plan
-from hiveminer.strategies.sparseloco.replica import Replica
-from hiveminer.strategies.sparseloco.shelf import Shelf
+from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.training.optimizer import inner_optimizer
 from hiveminer.training.trainer import LocalStep, Step
 
@@ -26,40 +20,15 @@ LOOK_SECONDS = 0.1
 
 
 class SparselocoObserver(Observer):
-    """Follows the rounds with the global states alone, without local weights.
+    """Follows the rounds with the global states alone, without local weights."""
 
-    The arguments are those of `SparselocoStrategy`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        section: OptimizerSection,
-        plan: Plan,
-        hotkey: bytes,
-        chain: RoundChain,
-        exchange: Fetcher,
-        log: Log,
-        shelf: Shelf,
-        link: Link | None = None,
-        poll_seconds: float | None = None,
-    ):
-        self.section = section
-        self.link = link or Link()
+    def __init__(self, model: nn.Module, parts: Parts):
+        self.section, self.link = parts.section, parts.link
         self._start = State.of(model)
         named = model.named_parameters()
         self._frozen = {n: each.detach().clone() for n, each in named if not each.requires_grad}
-        self.replica = Replica(plan, hotkey=hotkey, start=self._start)
-        self.follower = MarkingFollower(
-            self.replica,
-            chain=chain,
-            exchange=exchange,
-            log=log,
-            shelf=shelf,
-            start_state=self._start,
-            poll_seconds=poll_seconds,
-        )
+        self.replica = parts.replica(self._start)
+        self.follower = MarkingFollower(self.replica, **parts.for_follower(self._start))
         self.follower.remember_logged()
         self._closed = False
 

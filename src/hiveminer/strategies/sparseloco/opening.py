@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from hiveminer.errors import ChainError, OperatorError
 from hiveminer.strategies.base import Context, Observer, Strategy
@@ -14,6 +13,7 @@ from hiveminer.strategies.sparseloco.link import SwarmLink
 from hiveminer.strategies.sparseloco.log import Log
 from hiveminer.strategies.sparseloco.observer import SparselocoObserver
 from hiveminer.strategies.sparseloco.onchain import SubnetRounds, public_key
+from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.schedule import (
     CHAIN_LATENCY,
@@ -35,20 +35,20 @@ LOG_FOLDER = "rounds"
 def open_sparseloco(context: Context) -> Strategy:
     """Start a peer and the strategy on it, for a miner. Raises OperatorError."""
     with _parts(context) as parts:
-        return SparselocoStrategy(context.task.model, on_round=context.on_round, **parts)
+        return SparselocoStrategy(context.task.model, parts, on_round=context.on_round)
 
 
 def open_sparseloco_observer(context: Context) -> Observer:
     """Start a peer and the observer on it, which follows the rounds from now on, and marks in
     them if its hotkey is permitted to. Raises OperatorError."""
     with _parts(context) as parts:
-        observer = SparselocoObserver(context.task.model, **parts)
+        observer = SparselocoObserver(context.task.model, parts)
         observer.begin()
         return observer
 
 
 @contextlib.contextmanager
-def _parts(context: Context) -> Iterator[dict[str, Any]]:
+def _parts(context: Context) -> Iterator[Parts]:
     """What both are built from; closed again if the body fails."""
     host, task = context.host, context.task
     settings, run_id = host.settings, str(task.run_id)
@@ -76,16 +76,16 @@ def _parts(context: Context) -> Iterator[dict[str, Any]]:
         shelf = Shelf(log)
         exchange = Exchange(peer.dht, run=plan.rules.run, source=shelf)
         unfinished.callback(exchange.close)
-        yield {
-            "section": task.run.optimizer,
-            "plan": plan,
-            "hotkey": public_key(host.hotkey),
-            "chain": SubnetRounds(host.chain),
-            "exchange": exchange,
-            "log": log,
-            "shelf": shelf,
-            "link": SwarmLink(membership, exchange),
-        }
+        yield Parts(
+            section=task.run.optimizer,
+            plan=plan,
+            hotkey=public_key(host.hotkey),
+            chain=SubnetRounds(host.chain),
+            exchange=exchange,
+            log=log,
+            shelf=shelf,
+            link=SwarmLink(membership, exchange),
+        )
         unfinished.pop_all()
 
 

@@ -16,21 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hiveminer.config.run import OptimizerSection
 from hiveminer.errors import SwarmError
 from hiveminer.runtime.events import tell
 from hiveminer.strategies.base import RoundResult, Strategy
 from hiveminer.strategies.sparseloco import checkpoint, update
 from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.cutting import CuttingFollower
-from hiveminer.strategies.sparseloco.follower import Fetcher, RoundChain
-from hiveminer.strategies.sparseloco.link import Link
-from hiveminer.strategies.sparseloco.log import Log
-from hiveminer.strategies.sparseloco.plan import Plan
+from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.replay import rebuild
-from hiveminer.strategies.sparseloco.replica import OwnCut, Replica
+from hiveminer.strategies.sparseloco.replica import OwnCut
 from hiveminer.strategies.sparseloco.rounds import Position
-from hiveminer.strategies.sparseloco.shelf import Shelf
 from hiveminer.training.optimizer import inner_optimizer
 
 logger = logging.getLogger(__name__)
@@ -45,45 +40,29 @@ JOURNAL = "cut.safetensors"
 class SparselocoStrategy(Strategy):
     """A model that trains alone and learns from the updates that count.
 
-    plan, hotkey (32 bytes), chain, exchange, log, shelf: see `Follower`. link: the peer.
     on_round: called in the training thread when a settled round has reached the weights.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        parts: Parts,
         *,
-        section: OptimizerSection,
-        plan: Plan,
-        hotkey: bytes,
-        chain: RoundChain,
-        exchange: Fetcher,
-        log: Log,
-        shelf: Shelf,
-        link: Link | None = None,
         on_round: Callable[[RoundResult], None] = lambda _: None,
-        poll_seconds: float | None = None,
     ):
         self.model = model
-        self.plan = plan
-        self.log = log
-        self.link = link or Link()
+        self.plan, self.log, self.link = parts.plan, parts.log, parts.link
         self.on_round = on_round
-        self.optimizer = inner_optimizer(model, section)
+        self.optimizer = inner_optimizer(model, parts.section)
         start = State.of(model)
         self._start_hash = start.hash()
-        self.replica = Replica(plan, hotkey=hotkey, start=start)
+        self.replica = parts.replica(start)
         self.follower = CuttingFollower(
             self.replica,
             weights=self._copied_weights,
             has_trained=self._has_trained,
             saved=self._save_cut,
-            chain=chain,
-            exchange=exchange,
-            log=log,
-            shelf=shelf,
-            start_state=start,
-            poll_seconds=poll_seconds,
+            **parts.for_follower(start),
         )
         self._lock = threading.Lock()
         self._wanted: int | None = None
