@@ -1,8 +1,7 @@
-"""What a neuron reads from and writes to the chain, as synchronous, thread-safe calls.
+"""The chain's reads and writes as synchronous, thread-safe calls.
 
-Each call has a deadline; reads, which may be repeated without harm, are tried again when the
-connection fails; and whatever the SDK raises becomes one of this package's errors, in one
-line.
+Each call has a deadline, reads are retried when the connection fails, and the SDK's exceptions
+become one of this package's errors, in one line.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ MAX_RAW_BYTES = 128
 MAX_COMMITMENT_BYTES = 512
 
 _NOT_ON_SUBNET = "AccountNotAllowedCommit"
-# The node lost sight of the call: it waited too long in the pool, or its block was dropped
-# in a reorganisation. It may still be included.
+# The call waited too long in the pool, or its block was dropped in a reorganization. It may still
+# be included.
 _IN_DOUBT = frozenset({"FinalityTimeout", "Retracted", "Usurped", "Dropped"})
 _IN_DOUBT_WORDS = ("may already be in the pool", "already imported")
 
@@ -46,17 +45,14 @@ Wallet = bt.Wallet | bt.KeyedWallet
 class Chain:
     """One subnet of one network, for one wallet; usable from any thread.
 
-    `network` is "embedded" or what the SDK was given, `netuid` the subnet, and `wallet`
-    holds the hotkey that signs (a coldkey is needed by `join_embedded` only). Each read
-    has `timeout_seconds`, each write twice that, because it waits for its block. Writes are
-    sent one after the other.
+    network: "embedded", or the SDK's network. wallet: with the hotkey that signs (only
+    `join_embedded` needs a coldkey). timeout_seconds: of a read; a write, which waits for its
+    block, has twice as long. Writes are sent one after the other. In a forked child, calls raise
+    `ChainError` at once.
 
-    In a forked child, calls raise `ChainError` at once, and the parent's chain goes on as
-    before.
-
-    Raises `ChainError` if the network cannot be reached in time, unless `must_connect` is
-    off, and then each later call tries to connect first; and `OperatorError` if the
-    embedded network's file cannot be used.
+    Raises `ChainError` if the network cannot be reached in time, unless `must_connect` is off:
+    then each later call tries to connect. Raises `OperatorError` if the embedded network's file
+    cannot be used.
     """
 
     def __init__(
@@ -107,8 +103,8 @@ class Chain:
     def read(self, doing: str, ask: Callable[[bt.Client], Awaitable[T]]) -> T:
         """Any read of the SDK, with this chain's deadline, retries and errors.
 
-        `doing` names it in an error: `chain.read("reading the price", lambda client:
-        client.subnets.burn(netuid))`. Raises as the class says, and `NotRegistered`.
+        doing: names it in an error, such as "reading the price". Raises ChainError,
+        OperatorError or NotRegistered.
         """
         return self._call(
             doing, ask, seconds=self._timeout_seconds, attempts=retry.READ_ATTEMPTS, hint=""

@@ -1,19 +1,14 @@
-"""A validator's weights on the chain: when they are set, which, and whether they arrived.
+"""Sets a validator's weights on chain, and checks whether they arrived.
 
-The table of scores says what each hotkey has earned; this module brings that to the chain.
-
-- Uids are looked up at the last moment, because they are recycled. Read back afterwards, a
-  uid that changed hands on the way is noticed, and the weights are set again as soon as the
-  chain allows, so that nobody inherits a score for longer than that.
-- A half-filled table sets nothing: weights wait until every live miner was replayed once, or
-  until `FILL_SECONDS` have passed since the validator started.
-- When the table is filled and nobody has earned, all weight goes to the subnet owner's uid,
-  by which the chain burns it. An owner without a uid (the embedded network's has none by
-  itself) gets nothing, and nothing is set.
-- Weights older than the activity cutoff stop counting, so the last good ones are sent again
-  before it, also from a half-filled table.
-- A write without an answer may have arrived. The chain's own record (`last_update`) is asked,
-  and nothing is sent again before the first can no longer be included.
+- Uids are recycled, so they are looked up at the last moment. If one changed hands meanwhile, as
+  reading back shows, the weights are set again as soon as the chain allows.
+- Weights wait until every live miner was replayed once, or until `FILL_SECONDS` have passed since
+  the validator's start.
+- If nobody has earned any, all weight goes to the subnet owner's uid, and the chain burns it; if
+  the owner has no uid, nothing is set.
+- Weights older than the activity cutoff are ignored, so the last ones are sent again before it.
+- A write without an answer may have arrived: the chain's `last_update` is read, and nothing is
+  sent again before the first can no longer be included.
 
 The SDK fits weights to the subnet's limits and chooses between plain and commit-reveal.
 """
@@ -41,21 +36,21 @@ from hiveminer.runtime.files import write_atomically
 logger = logging.getLogger(__name__)
 
 FILL_SECONDS = 600.0
-"""So long weights wait for the first replay of every live miner."""
+"""How long weights wait for the first replay of every live miner."""
 
 EMBEDDED_FILL_SECONDS = 30.0
 
 VALID_BLOCKS = 16
-"""Blocks for which the signed call can be included; later it cannot arrive any more."""
+"""Blocks within which the signed call can be included."""
 
 CUTOFF_MARGIN = 0.1
-"""The last weights are sent again when this share of the activity cutoff is left."""
+"""The last weights are sent again when this share of the activity cutoff remains."""
 
 TOLERANCE = 0.01
-"""How far a share read back may lie from the one sent."""
+"""How much a share that is read back may differ from the one sent."""
 
 WHOLE = 65535
-"""What the chain counts shares in."""
+"""The chain's unit of a share is one of this many."""
 
 Choose = Callable[[bt.Metagraph], Mapping[str, float] | None]
 """The weights by hotkey that are earned now: empty if by nobody, None if it is too early."""
@@ -221,7 +216,7 @@ class WeightSetter:
     # Afterwards ----------------------------------------------------------------------
 
     def _look(self, sent: Sent) -> None:
-        """Read back what stands on the chain, and compare."""
+        """Read the weights back, and compare."""
         try:
             graph = self.chain.metagraph()
             ours = graph.by_hotkey(self.chain.hotkey)
