@@ -23,6 +23,7 @@ from hiveminer.validation.curves import (
     ramp,
     score,
 )
+from hiveminer.validation.judge import Judge
 from hiveminer.validation.scores import ScoreTable
 
 # As the built-in model shows them after its first few hundred rows: groups of rows differ
@@ -342,6 +343,50 @@ def test_a_converged_model_judges_by_the_rows_alone(seed: int) -> None:
     other_rows = replace(honest, answered=tuple(difficulty(seed + 1)))
     assert other_rows.tells
     assert score(other_rows) < 0.2
+
+
+REPLAYED = [
+    tuple([int(x) / 1000 for x in part.split()] for part in line.split("|"))
+    for line in (
+        "0 55 129 203 248 267 284 427 | 0 55 118 208 290 298 164 430",
+        "0 24 33 31 58 65 25 57 | 64 123 32 106 106 150 119 209",
+        "0 9 -12 42 60 71 100 146 | 78 26 137 56 104 59 121 87",
+        "0 10 68 14 19 81 79 86 | 33 13 60 -12 39 93 95 110",
+        "0 26 43 76 38 73 101 150 | 1 22 47 51 26 83 83 101",
+        "0 39 37 39 72 54 5 13 | -14 -30 -1 -19 -47 29 24 54",
+        "0 -5 27 48 96 91 63 117 | 0 32 37 42 44 55 28 -3",
+    )
+]
+"""What training gained in replays of an honest miner, alone in a swarm with a tiny Llama, and what
+its answers showed of it."""
+
+
+def replays(shown: list[list[float]]) -> list[float]:
+    """The scores of answers that show this much, one after another."""
+    nothing: Any = None
+    judge = Judge(nothing, task=nothing, stopped=lambda: False)
+    scores = []
+    for (gained, _), part in zip(REPLAYED, shown, strict=True):
+        untrained = difficulty(len(scores))[: len(gained)]
+        answered, trained = (
+            [loss - x for loss, x in zip(untrained, gains, strict=True)] for gains in (part, gained)
+        )
+        found = evidence_of(answered, trained=trained, untrained=untrained)
+        assert found.shows_learning
+        scores.append(score(judge._beside_the_last(found)))
+    return scores
+
+
+def test_one_answer_that_shows_nothing_by_chance_costs_an_honest_miner_nothing() -> None:
+    shown = [part for _, part in REPLAYED]
+    lowest = min(learning([-x for x in part], trained=[-x for x in gained], untrained=[0.0] * 8)
+                 for gained, part in REPLAYED)  # fmt: skip
+    assert lowest < LEAST_LEARNING
+    assert replays(shown) == [1.0] * len(REPLAYED)
+    idle = [[0.0] * 8] * len(REPLAYED)
+    assert replays(idle) == [0.0] * len(REPLAYED)
+    stopped = replays([shown[0], *idle[1:]])
+    assert stopped[-1] == 0.0, "who has stopped working is seen after six replays"
 
 
 def test_no_answer_can_make_the_curves_flat() -> None:

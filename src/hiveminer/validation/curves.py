@@ -9,7 +9,8 @@ per step: the miner's answer, `trained` and `untrained`. Two numbers compare the
   two honest copies of the model do, so an answer that was invented, or belongs to other rows, is
   below zero.
 - `learning`: where the answer lies between the untrained curve (0) and the trained one (1), by
-  least squares. A miner that only runs forward is at 0.
+  least squares. A miner that only runs forward is at 0. An honest answer may be there too, by
+  chance, if training gains little, so the miner's last few replays together count if better.
 
 If the curves are too flat for a number to mean anything, it is not used: rows that all have the
 same loss cannot be recognized, and a converged model learns nothing in a request. Flatness is
@@ -48,6 +49,9 @@ CLEAR_SPREAD, CLEAR_GAIN = 5.0, 1.2
 training anywhere. Noise: an honest miner has trained other rows since the epoch began, which moves
 each loss by one to two times the spread of a replay's gains."""
 
+CLEAREST = 4.0
+"""From this clarity on (the mean gain over its spread), replays count alike in `usual_learning`."""
+
 TREND = 2
 """Degree of the polynomial that is subtracted from a curve as its trend."""
 
@@ -72,6 +76,8 @@ class Evidence:
     claimed_samples: int
     given_samples: int
     tokens: int
+    usual_learning: float = -math.inf
+    """The mean learning of this miner's last replays, this one included; clear ones count most."""
 
     @property
     def explained_variance(self) -> float:
@@ -129,6 +135,19 @@ class Evidence:
         return sum(self._gains) / len(self._gains) >= CLEAR_GAIN * spread(self._gains)
 
     @property
+    def learning_weight(self) -> float:
+        """Its weight in a mean of several replays; 0 where its learning tells nothing."""
+        if self.problem is not None or not (self.tells and self.shows_learning):
+            return 0.0
+        noise = spread(self._gains)
+        mean = sum(self._gains) / len(self._gains)
+        return min(CLEAREST, mean / noise if noise else CLEAREST) ** 2
+
+    @property
+    def best_learning(self) -> float:
+        return max(self.learning, self.usual_learning)
+
+    @property
     def _gains(self) -> list[float]:
         return [u - t for u, t in zip(self.untrained, self.trained, strict=True)]
 
@@ -141,7 +160,7 @@ def score(evidence: Evidence) -> float:
         return 1.0
     value = ramp(evidence.explained_variance, LEAST_VARIANCE, FULL_VARIANCE)
     if evidence.shows_learning:
-        value *= ramp(evidence.learning, LEAST_LEARNING, FULL_LEARNING)
+        value *= ramp(evidence.best_learning, LEAST_LEARNING, FULL_LEARNING)
     return value
 
 
@@ -158,9 +177,9 @@ def shortfalls(evidence: Evidence) -> list[str]:
             "fall with these rows, so they are other rows', or the weights are far from the "
             "swarm's: see the miner's log for diverged and catch_up"
         )
-    if evidence.shows_learning and evidence.learning < FULL_LEARNING:
+    if evidence.shows_learning and evidence.best_learning < FULL_LEARNING:
         reasons.append(
-            f"learning {evidence.learning:.2f} of {FULL_LEARNING}: the losses hardly fall as "
+            f"learning {evidence.best_learning:.2f} of {FULL_LEARNING}: the losses hardly fall as "
             "training makes them: steps were skipped or discarded, or begun from other weights"
         )
     return reasons

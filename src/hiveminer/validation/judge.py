@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hiveminer.errors import HiveminerError, TrainingError
 from hiveminer.protocol import Train
@@ -25,6 +26,9 @@ MAX_SAMPLES = 16
 
 STALE_EPOCHS = 3
 """An answer from an older epoch is not counted as work."""
+
+USUAL_REPLAYS = 6
+"""How many of a miner's last replays are its usual ones."""
 
 EVASIONS = 3
 """This many answers in a row that are too short to replay are judged as one worth nothing."""
@@ -134,6 +138,9 @@ class Judge:
         self.task = task
         self.stopped = stopped
         self._evasions: dict[str, int] = {}
+        self._learnings: dict[str, deque[tuple[float, float]]] = defaultdict(
+            lambda: deque(maxlen=USUAL_REPLAYS)
+        )
 
     def judge(self, sample: Sample, state: GlobalState) -> Evidence | None:
         """The evidence on one answer; None without any, or when stopped. Raises TrainingError."""
@@ -147,7 +154,17 @@ class Judge:
             gradient_accumulation_steps=sample.request.gradient_accumulation_steps,
             stopped=self.stopped,
         )
-        return evidence(sample, curves) if curves is not None else None
+        return self._beside_the_last(evidence(sample, curves)) if curves is not None else None
+
+    def _beside_the_last(self, found: Evidence) -> Evidence:
+        """The same, with the mean of what the miner's last replays say of its learning."""
+        weight = found.learning_weight
+        if not weight:
+            return found
+        last = self._learnings[found.hotkey]
+        last.append((found.learning, weight))
+        total = sum(weight for _, weight in last)
+        return replace(found, usual_learning=sum(x * weight for x, weight in last) / total)
 
     def _evades(self, hotkey: str) -> bool:
         """The swarm's averaging may cut a curve short; but not every time."""
