@@ -22,7 +22,8 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
     """How often a step was discarded because this peer had fallen behind."""
 
     def _make_state_averager(self, **kwargs: Any) -> SwarmAverager:
-        self.dht.add_validators([Shapes(self.run_id)])
+        if self.tracker.reports.signed:  # else no entry is its peer's own
+            self.dht.add_validators([Shapes(self.run_id)])
         try:
             return self._make_averager(**kwargs)
         except BaseException:

@@ -219,12 +219,8 @@ class HivemindStrategy(Strategy):
         self.membership.close()
 
     def _step(self, batch_size: int) -> bool:
-        rows = self.optimizer.local_progress.samples_accumulated + batch_size
-        tracker = self.optimizer.tracker
-        if rows >= tracker.target_batch_size and tracker.reports.others and not tracker.companions:
-            # Peers whose epochs last no longer than a report takes would pass each other by.
-            tracker.refresh(timeout_seconds=1.0)
         self._follow_live_peers()
+        rows = self.optimizer.local_progress.samples_accumulated + batch_size
         self.optimizer.state_averager.set_weight(float(rows), self.optimizer.scheduled_state)
         epoch, reloads = self.epoch, self.optimizer.reloads
         began = time.monotonic()

@@ -59,7 +59,7 @@ class Reports:
         self.seconds: dict[str, float] = {}
         self.epochs: dict[str, int] = {}
         self._own = own
-        self._signed = signed
+        self.signed = signed
         self._clock = clock
         self._gone: dict[str, float] = {}
         self._shunned_until: dict[str, float] = {}
@@ -131,7 +131,7 @@ class Reports:
         }
 
     def _counts(self, key: Any, report: Report) -> bool:
-        if self._signed and signer_of(key) != report.peer:
+        if self.signed and signer_of(key) != report.peer:
             return False
         if report.time <= self._gone.get(report.peer, float("-inf")):
             return False
