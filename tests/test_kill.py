@@ -240,6 +240,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_programs_of_a_killed_test_run_end_with_it(tmp_path: Path) -> None:
     tests = str(Path(__file__).parent)
     with started(KILLED_TESTS, tests, folder=tmp_path / "tests") as run:

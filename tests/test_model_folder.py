@@ -21,14 +21,19 @@ from hiveminer.training.model_folder import Origin, read_facts, save_model, set_
 ALONE = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-ids = tokenizer("def main", add_special_tokens=False, return_tensors="pt").input_ids
-with torch.no_grad():
-    loss = model(input_ids=ids, labels=ids).loss
-text = tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)[0])
-loaded = [name for name in sys.modules if name.startswith(("hiveminer", "hivemind", "bittensor"))]
-print(json.dumps([float(loss), text, str(model.dtype), loaded]))
+
+def loaded(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("def main", add_special_tokens=False, return_tensors="pt").input_ids
+    with torch.no_grad():
+        loss = model(input_ids=ids, labels=ids).loss
+    text = tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)[0])
+    return float(loss), text, str(model.dtype)
+
+print(json.dumps([loaded(folder) for folder in sys.argv[1:]]))
+others = [name for name in sys.modules if name.startswith(("hiveminer", "hivemind", "bittensor"))]
+sys.exit(" ".join(others) or 0)
 """
 
 
@@ -48,23 +53,21 @@ def origin(run: Run | None = None) -> Origin:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_transformers_alone_loads_the_folder_and_gets_the_same_loss(
-    tmp_path: Path, dtype: str
-) -> None:
+def test_transformers_alone_loads_the_folder_and_gets_the_same_loss(tmp_path: Path) -> None:
     model, tokenizer = shaken(builtin_model()), builtin_tokenizer()
     ids = tokenizer("def main", add_special_tokens=False, return_tensors="pt").input_ids
     with torch.no_grad():
         expected = float(model(input_ids=ids, labels=ids).loss)
-    folder = tmp_path / "out"
-    save_model(folder, model=model, tokenizer=tokenizer, origin=origin(), dtype=dtype)
-    words = [sys.executable, "-c", ALONE, str(folder)]
+    folders = {dtype: tmp_path / dtype for dtype in ("float32", "bfloat16", "float16")}
+    for dtype, folder in folders.items():
+        save_model(folder, model=model, tokenizer=tokenizer, origin=origin(), dtype=dtype)
+    words = [sys.executable, "-c", ALONE, *map(str, folders.values())]
     result = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
-    loss, text, loaded_as, others = json.loads(result.stdout.splitlines()[-1])
-    assert loss == pytest.approx(expected, abs=1e-4 if dtype == "float32" else 0.05)
-    assert text.startswith("def main")
-    assert loaded_as == f"torch.{dtype}"
-    assert not others
+    told = json.loads(result.stdout.splitlines()[-1])
+    for dtype, (loss, text, loaded_as) in zip(folders, told, strict=True):
+        assert loss == pytest.approx(expected, abs=1e-4 if dtype == "float32" else 0.05)
+        assert text.startswith("def main")
+        assert loaded_as == f"torch.{dtype}"
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])

@@ -92,6 +92,7 @@ def test_a_member_that_says_nothing_costs_little_and_is_shunned(tmp_path: Path) 
             assert [ended["size"] for ended in each.events("round")[-2:]] == [2, 2], swarm.told()
 
 
+@slow
 @pytest.mark.timeout(240)
 def test_a_peer_that_says_it_is_ahead_does_not_make_the_others_throw_rows_away(
     tmp_path: Path,
@@ -111,6 +112,7 @@ def test_a_peer_that_says_it_is_ahead_does_not_make_the_others_throw_rows_away(
             assert each.events("round")[-1]["size"] == 2, swarm.told()
 
 
+@slow
 @pytest.mark.timeout(240)
 def test_rows_that_nobody_trained_do_not_end_epochs(tmp_path: Path) -> None:
     with Workers(tmp_path, size=3) as swarm:

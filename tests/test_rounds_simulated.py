@@ -7,8 +7,10 @@ from collections import Counter
 import pytest
 from round_simulator import EVENTS, World
 
-SCHEDULES = 2000
+SCHEDULES = 4000
 CHUNK = 200
+ALWAYS = 600
+"""The schedules that also run without --all."""
 
 ACTIONS = {"Apply", "VoidAndApply", "Repair", "Empty"}
 """What peers had to do."""
@@ -17,7 +19,13 @@ OUTCOMES = {"returned", "differs"}
 """A blob given back to its author by a void, and a state that differed by rounding."""
 
 
-@pytest.mark.parametrize("first", range(0, SCHEDULES, CHUNK))
+@pytest.mark.parametrize(
+    "first",
+    [
+        first if first < ALWAYS else pytest.param(first, marks=pytest.mark.slow)
+        for first in range(0, SCHEDULES, CHUNK)
+    ],
+)
 def test_peers_agree_and_lose_nothing_whatever_happens(first: int) -> None:
     seen: Counter[str] = Counter()
     for seed in range(first, first + CHUNK):

@@ -173,6 +173,7 @@ def decide(
     return rounds.decide(RULES, facts)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # a minute of one core, which may be shared
 def test_four_replicas_learn_more_than_one_and_hold_the_same_state() -> None:
     train, held_out = text()

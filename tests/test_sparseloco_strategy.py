@@ -117,13 +117,16 @@ class Peers:
             return float(model(input_ids=tokens, labels=tokens).loss)
 
 
+slow = pytest.mark.slow
+
+
 def counted(peers: Peers) -> list[tuple[int, ...]]:
     """By round, the uids that count, as the validator's log has it."""
     report = verify(peers.validator.follower.log, peers.validator.replica.plan)
     return [tuple(c.uid for c in each.decision.contributions) for each in report.rounds]
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=slow)])
 def test_all_hold_the_same_states_and_learn(tmp_path: Path, name: str) -> None:
     section = OptimizerSection.model_validate({"name": name, "learning_rate": 0.01})
     peers = Peers(tmp_path, optimizer=section)
@@ -186,7 +189,7 @@ def test_a_joiner_takes_the_state_and_counts(tmp_path: Path) -> None:
     assert counted(peers)[-1] == (0, 1, 2, 3)
 
 
-@pytest.mark.parametrize("block", range(1, 15, 4))
+@pytest.mark.parametrize("block", [5, *(pytest.param(at, marks=slow) for at in (1, 9, 13))])
 def test_a_restart_loses_no_round_and_publishes_once(tmp_path: Path, block: int) -> None:
     peers = Peers(tmp_path)
     peers.round(3)
@@ -210,7 +213,7 @@ def test_a_restart_loses_no_round_and_publishes_once(tmp_path: Path, block: int)
     assert report.verified, report.problems
 
 
-@pytest.mark.parametrize("block", range(5, 15, 4))
+@pytest.mark.parametrize("block", [9, *(pytest.param(at, marks=slow) for at in (5, 13))])
 def test_a_crash_after_a_cut_without_a_checkpoint_publishes_once(
     tmp_path: Path, block: int
 ) -> None:

@@ -211,6 +211,7 @@ def test_the_first_peer_is_killed_and_a_late_one_equals_the_others(tmp_path: Pat
         assert np.ptp(weights[0]) > 0
 
 
+@slow
 @pytest.mark.timeout(240)
 def test_who_comes_back_is_averaged_with_again(tmp_path: Path) -> None:
     """Under its old peer id, which the others have just left out."""

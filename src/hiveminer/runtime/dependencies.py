@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from dataclasses import dataclass
 
@@ -45,6 +46,7 @@ def explained(error: ImportError) -> str | None:
     return f"{error}; {wrong}" if wrong else None
 
 
+@functools.cache
 def _check(line: str) -> Unmet | None:
     try:
         wanted = Requirement(line)
