@@ -464,7 +464,7 @@ def test_no_request_however_malformed_brings_a_500() -> None:
         return signed(body, path=target)
 
     @settings(
-        max_examples=1000,
+        max_examples=500,
         deadline=None,
         derandomize=True,
         database=None,
@@ -476,12 +476,12 @@ def test_no_request_however_malformed_brings_a_500() -> None:
             statuses[status_of(connection)] += 1
 
     # With room for all that is signed: none of it is to end at the caller's budget.
-    with serving(header_seconds=0.05, body_seconds=0.05, burst=5000) as fuzzed:
+    with serving(header_seconds=0.15, body_seconds=0.15, burst=5000) as fuzzed:
         fuzz()
         assert {400, 401, 404, 405, 422} <= set(statuses)
         assert max(statuses) < 500
         assert fuzzed.axon.counts["failed"] == 0
-        assert fuzzed.axon.counts["fields"] > 10
+        assert fuzzed.axon.counts["fields"] > 5
         until(lambda: fuzzed.alive().status_code == 200)
         until(lambda: not fuzzed.axon._gate.open)
         assert fuzzed.axon._bodies.size == 0
