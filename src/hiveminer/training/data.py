@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import sysconfig
 import tempfile
 import threading
@@ -252,7 +253,7 @@ def cut_rows(text: str) -> Iterator[str]:
     block: list[str] = []
     size = 0
     for line in text.splitlines(keepends=True):
-        length = len(line.encode("utf-8"))
+        length = len(line) if line.isascii() else len(line.encode("utf-8"))
         if block and size + length > ROW_BYTES:
             yield from _block(block)
             block, size = [], 0
@@ -268,12 +269,13 @@ def _block(lines: list[str]) -> Iterator[str]:
 
 
 def _library_texts(root: Path) -> Iterator[tuple[Path, str]]:
-    files = (
-        path
-        for path in root.rglob("*.py")
-        if not NOT_LIBRARY.intersection(path.relative_to(root).parts) and path.is_file()
-    )
-    for path in sorted(files, key=lambda path: path.relative_to(root).as_posix().encode()):
+    names: list[str] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in NOT_LIBRARY]
+        paths = (os.path.join(folder, name) for name in files if name.endswith(".py"))
+        names += (os.path.relpath(path, root) for path in paths)
+    for name in sorted(names, key=os.fsencode):
+        path = root / name
         try:
             yield path, path.read_bytes().decode("utf-8")
         except (OSError, UnicodeDecodeError) as error:
