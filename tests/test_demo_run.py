@@ -15,6 +15,7 @@ from hiveminer.config.run import Run
 from hiveminer.config.run_file import to_toml
 from hiveminer.config.settings import DemoSettings
 from hiveminer.errors import OperatorError
+from hiveminer.strategies.sparseloco.schedule import EMBEDDED_LATENCY, Schedule, schedule_problems
 from hiveminer.training.data import load_rows, split_held_out
 from hiveminer.training.model import builtin_tokenizer
 from hiveminer.validation.models import name_of
@@ -35,6 +36,22 @@ def settings(**values: Any) -> DemoSettings:
 
 def test_without_flags_the_demo_trains_the_built_in_run() -> None:
     assert demo_run(DemoSettings()).run is None
+
+
+def test_the_strategy_is_a_flag_and_its_rounds_fit_the_embedded_network(tmp_path: Path) -> None:
+    assert demo_run(DemoSettings(strategy="hivemind")).run is None
+    made = demo_run(DemoSettings(strategy="sparseloco"))
+    assert made.run is not None
+    assert made.has_rounds
+    section = made.run.sparseloco
+    assert section.density == 1
+    schedule = Schedule(section.round_blocks, section.mark_blocks, section.cut_blocks)
+    assert schedule_problems(schedule, tempo=360, roles=1, latency=EMBEDDED_LATENCY) == []
+    own = tmp_path / "run.toml"
+    own.write_text('strategy = "sparseloco"\n[sparseloco]\nround_blocks = 40\n')
+    made = demo_run(settings(run=own, data=notes(tmp_path / "notes", 8)))
+    assert made.run is not None
+    assert (made.run.strategy, made.run.sparseloco.round_blocks) == ("sparseloco", 40)
 
 
 @pytest.mark.parametrize(("count", "requested", "held_out"), [(4, 3, 1), (40, 32, 8), (900, 64, 9)])

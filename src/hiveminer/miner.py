@@ -295,7 +295,8 @@ class Miner(BaseMinerNeuron):
         rows = min(rows, len(synapse.dataset_indices))
         epoch = self.run_file.swarm.epoch_samples
         asked = (synapse.dendrite.hotkey, rows)
-        if rows <= epoch or asked in self._large_steps:
+        has_rounds = self.run_file.strategy == "sparseloco"
+        if rows <= epoch or has_rounds or asked in self._large_steps:
             return
         if len(self._large_steps) < MAX_LARGE_STEPS:
             self._large_steps.add(asked)
@@ -368,11 +369,19 @@ class _WatchedStep:
 
 def explain(run: Run) -> None:
     """Explain what a batch, an epoch and the learning rate mean here."""
+    epoch = (
+        f"an epoch ends, and weights are averaged, after {run.swarm.epoch_samples} rows of all "
+        "peers together"
+    )
+    if run.strategy == "sparseloco":
+        epoch = (
+            f"an epoch is a round of {run.sparseloco.round_blocks} blocks, after which the updates "
+            "that count are applied"
+        )
     tell(
         logger, "batch_meaning",
-        "a step trains batch_size x gradient_accumulation_steps rows of a request; an "
-        f"epoch ends, and weights are averaged, after {run.swarm.epoch_samples} rows of all "
-        f"peers together; the learning rate of {run.optimizer.learning_rate:g} is that of each "
+        "a step trains batch_size x gradient_accumulation_steps rows of a request; "
+        f"{epoch}; the learning rate of {run.optimizer.learning_rate:g} is that of each "
         "peer's own steps, and does not grow with the number of peers",
         level=logging.INFO,
     )  # fmt: skip

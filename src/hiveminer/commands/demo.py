@@ -411,7 +411,8 @@ def main(settings: DemoSettings) -> int:
         _print_sample(console, summary["sample"], settings.out / "model")
     if demo.interrupted:
         return 130
-    return 0 if summary["exit_clean"] and summary["train_requests"] else 1
+    checked = all(summary.get(key, True) for key in ("hashes_equal", "log_verified"))
+    return 0 if summary["exit_clean"] and summary["train_requests"] and checked else 1
 
 
 def printable(text: str) -> str:

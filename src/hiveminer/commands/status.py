@@ -127,13 +127,14 @@ def _row(
     hotkey = neuron.hotkey
     answer = alive.get(hotkey)
     said = commitments.get(hotkey, b"").decode(errors="replace")
+    place = (answer.peer if isinstance(answer, IsAlive) else "") or said
     calls = local.last_calls.get(hotkey, {})
     return Row(
         uid=neuron.uid,
         hotkey=hotkey,
         axon=neuron.axon,
         alive=None if answer is None else isinstance(answer, IsAlive) and answer.completion,
-        peer=said.split()[0].rpartition("/p2p/")[2] if said.startswith("/") else None,
+        peer=place.split()[0].rpartition("/p2p/")[2] if place.startswith("/") else None,
         run=answer.run_id if isinstance(answer, IsAlive) else said.partition("run ")[2] or None,
         epoch=answer.epoch if isinstance(answer, IsAlive) else None,
         stake=float(neuron.total_stake.amount),
