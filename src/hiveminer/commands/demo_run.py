@@ -21,17 +21,18 @@ TRAINED_SHARE = 0.1
 
 
 SPARSELOCO: dict[str, Any] = {
-    "round_blocks": 15,
+    "round_blocks": 18,
     "mark_blocks": 7,
-    "cut_blocks": 3,
+    "cut_blocks": 7,
     "density": 1.0,
     "bits": 2,
     "rho": 0.95,
     "contributor_power": 1.0,
 }
-"""[sparseloco] for one machine: bytes between its processes are free, so updates are dense."""
+"""[sparseloco] for one machine: bytes between its processes are free, so updates are dense, and a
+slow step has time for its cut."""
 
-BLOCK_SECONDS = 0.75
+BLOCK_SECONDS = 0.6
 """Of the embedded network under strategy `sparseloco`, so that rounds are short."""
 
 
