@@ -118,9 +118,12 @@ def miner_alone(
 class SmallMiner(BaseMinerNeuron):
     """Answers, and trains nothing."""
 
+    peer = ""
+
     def is_alive(self, synapse: IsAlive) -> IsAlive:
         synapse.completion = not self.neuron.stopping.is_set()
         synapse.epoch = 7
+        synapse.peer = self.peer
         return synapse
 
     def forward(self, synapse: Train) -> Train:

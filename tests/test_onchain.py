@@ -5,14 +5,18 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from chain_worker import new_keys
+from small_neurons import miner_settings, running
 
 from hiveminer.chain import Chain, join_embedded, open_chain
 from hiveminer.chain.turns import Turns
 from hiveminer.errors import ChainError
+from hiveminer.protocol import IsAlive
 from hiveminer.strategies.sparseloco.onchain import SubnetRounds
+from hiveminer.swarm.axons import AxonAddresses
 from programs import wait_for
 
 
@@ -44,6 +48,26 @@ def test_final_blocks_say_who_was_there_and_what_was_committed(chain: Chain) -> 
     assert rounds.snapshot(0)[1] == ()
     assert rounds.snapshot(0)[0].hash != block.hash
     assert rounds.block_seconds == 0.05
+
+
+def test_axons_say_where_their_peers_are(tmp_path: Path) -> None:
+    place = "/ip4/127.0.0.1/tcp/1/p2p/QmfDcxsjEXMbNy9iV6qy5ZKA5Qu2iCx2UFVnipsEmru1Q2"
+    assert "peer" not in IsAlive().model_dump_json()  # earlier versions do not know it
+    with running(miner_settings(tmp_path)) as program:
+        endpoint, wallet = program.endpoint(), program.miner.neuron.chain.wallet
+        served = SimpleNamespace(hotkey=endpoint.hotkey, axon=f"{endpoint.ip}:{endpoint.port}")
+        now = [0.0]
+        ask = AxonAddresses(wallet, hotkey="", neurons=lambda: [served], clock=lambda: now[0])
+        assert ask() == frozenset()
+        program.miner.peer = place
+        assert ask() == frozenset()  # it is not asked again so soon
+        now[0] += 1
+        assert ask() == {place}
+        program.miner.peer = "no address"
+        now[0] += 60
+        assert ask() == {place}
+        served.axon = None
+        assert ask() == frozenset()
 
 
 def test_writes_take_turns_and_the_urgent_one_comes_first() -> None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from hiveminer.protocol import IsAlive
 from hiveminer.rpc.dendrite import Endpoint, endpoints_of, probe
 from hiveminer.swarm.peer import addresses_in
-
-logger = logging.getLogger(__name__)
 
 AGAIN_SECONDS = 60.0
 """An axon that has answered is asked again after this."""
@@ -63,9 +61,16 @@ class AxonAddresses:
                 self._known[hotkey] = _Known(endpoint)
         now = self._clock()
         due = [known.endpoint for known in self._known.values() if known.next_at <= now]
-        for hotkey, answer in asyncio.run(probe(self._wallet, due)).items():
+        for hotkey, answer in self._ask(due).items():
             self._take(self._known[hotkey], answer)
         return frozenset(each for known in self._known.values() for each in known.addresses)
+
+    def _ask(self, due: Sequence[Endpoint]) -> dict[str, IsAlive | str]:
+        if not due:
+            return {}
+        # In a thread of its own: this one may have a running event loop already.
+        with ThreadPoolExecutor(1, thread_name_prefix="axons") as pool:
+            return pool.submit(lambda: asyncio.run(probe(self._wallet, due))).result()
 
     def _take(self, known: _Known, answer: IsAlive | str) -> None:
         addresses = () if isinstance(answer, str) else tuple(addresses_in(answer.peer))
