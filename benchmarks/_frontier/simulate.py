@@ -58,7 +58,7 @@ class Simulation:
             self.exchange.cut(self.cuts[self.at], last=last)
             if last or not cell.delay:
                 self._settle()
-        if last or self.at % max(1, cell.steps // 4) == 0:
+        if last or self.at % max(1, -(-cell.steps // 4)) == 0:
             here = evaluate(self.exchange.result(), self.rows, cell.shape)
             self.curve.append((self.at, round(here, 5)))
 
