@@ -92,6 +92,8 @@ class Swarm:
             data = source.get(digest)
             if data is not None and digest not in self.withheld:
                 self.bytes += len(data)
+                if hashlib.sha256(data).digest() != digest:
+                    continue
                 return bytes(data)
         return None
 

@@ -16,7 +16,7 @@ from small_neurons import miner_settings
 from hiveminer import cli
 from hiveminer.chain import Chain, EmbeddedSubstrate, embedded_wallet, join_embedded, open_chain
 from hiveminer.commands.checks import chain as chain_checks
-from hiveminer.commands.checks import machine, training
+from hiveminer.commands.checks import machine, rounds, training
 from hiveminer.commands.checks.base import Check, Examination, passed
 from hiveminer.commands.checks.machine import PYTHONS
 from hiveminer.commands.doctor import examine, exit_code, within
@@ -69,7 +69,7 @@ def test_a_fresh_machine_passes_offline_and_nothing_is_made(
     verdicts = {check["name"]: check["verdict"] for check in said["checks"]}
     assert code == said["failed"] == 0, said
     assert set(verdicts.values()) == {"passed"}, said
-    assert len(verdicts) == 18
+    assert len(verdicts) == 19
     assert list(tmp_path.iterdir()) == []
 
 
@@ -97,6 +97,48 @@ def test_a_registered_miner_is_found_without_claiming_its_key(registered: MinerS
     assert checks["clock"].verdict == "passed"
     assert "127.0.0.1:8091 is published" in checks["axon on the chain"].found
     assert {check.verdict for check in checks.values()} == {"passed"}
+
+
+def rounds_check(folder: Path, settings: MinerSettings, **section: int) -> Check:
+    """The check of a run with this [sparseloco] section."""
+    run = folder / "run.toml"
+    lines = ['strategy = "sparseloco"', "[sparseloco]", *(f"{k} = {v}" for k, v in section.items())]
+    run.write_text("\n".join(lines))
+    neuron = settings.neuron.model_copy(update={"run": run})
+    exam = Examination(settings.model_copy(update={"neuron": neuron}))
+    for check in (training.run_file, chain_checks.chain):
+        check(exam)
+    return rounds.rounds(exam)
+
+
+@pytest.mark.parametrize(
+    ("section", "verdict", "found"),
+    [
+        ({"round_blocks": 24, "mark_blocks": 7, "cut_blocks": 2}, "passed", "tempo 360"),
+        ({"round_blocks": 15, "mark_blocks": 7, "cut_blocks": 2}, "warned", "at least 24"),
+        ({"round_blocks": 10, "mark_blocks": 5, "cut_blocks": 2}, "failed", "is too short"),
+        ({"round_blocks": 13, "mark_blocks": 7, "cut_blocks": 2}, "failed", "is too short"),
+        ({"round_blocks": 30, "mark_blocks": 3, "cut_blocks": 2}, "failed", "mark_blocks 3"),
+    ],
+)
+def test_a_schedule_is_checked(
+    tmp_path: Path, section: dict[str, int], verdict: str, found: str
+) -> None:
+    check = rounds_check(tmp_path, miner_settings(tmp_path), **section)
+    assert check.verdict == verdict
+    assert found in check.found
+
+
+def test_a_schedule_is_checked_against_the_chains_tempo(
+    registered: MinerSettings, tmp_path: Path
+) -> None:
+    network = EmbeddedSubstrate(registered.subtensor.path / "chain.sqlite")
+    network.set_hyperparameters(1, tempo=1000)
+    check = rounds_check(tmp_path, registered, round_blocks=20, mark_blocks=7, cut_blocks=2)
+    assert check.verdict == "failed"
+    assert "at least 33 with 1 commitments" in check.found
+    network.set_hyperparameters(1, tempo=0)
+    assert "tempo is 0" in rounds_check(tmp_path, registered, round_blocks=50).found
 
 
 def test_the_clock_is_compared_with_the_chains(registered: MinerSettings) -> None:

@@ -2,119 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from memory_network import MemoryExchange, Network, NetworkView, Swarm
-from tiny import VOCABULARY, tiny_model
+from memory_peers import SECTION, Peers, key
+from tiny import save_tiny
+from transformers import PreTrainedModel
 
-from hiveminer.config.run import OptimizerSection, SparselocoSection
-from hiveminer.strategies.base import RoundResult
-from hiveminer.strategies.sparseloco.log import Log
-from hiveminer.strategies.sparseloco.observer import SparselocoObserver
-from hiveminer.strategies.sparseloco.parts import Parts
-from hiveminer.strategies.sparseloco.plan import Plan
+from hiveminer.config.run import OptimizerSection
 from hiveminer.strategies.sparseloco.records import decode_record
 from hiveminer.strategies.sparseloco.replay import verify
-from hiveminer.strategies.sparseloco.rounds import Neuron
-from hiveminer.strategies.sparseloco.shelf import Shelf
-from hiveminer.strategies.sparseloco.strategy import SparselocoStrategy
-
-SECTION = SparselocoSection(
-    round_blocks=15, mark_blocks=7, cut_blocks=2, density=0.25, bits=2, contributor_power=0.5
-)
-OPTIMIZER = OptimizerSection(learning_rate=0.01)
-RUN_ID = "memory-a-b-c"
-
-
-def key(uid: int) -> bytes:
-    return bytes([uid + 1]) * 32
-
-
-class Peers:
-    """Three miners and a validator. A block is one look of everybody, and a step of each miner."""
-
-    def __init__(self, folder: Path, *, miners: int = 3, optimizer: OptimizerSection = OPTIMIZER):
-        self.folder = folder
-        self.optimizer = optimizer
-        self.validator_uid, self.is_validating = 9, True
-        neurons = [Neuron(uid, key(uid), False, 0, 0) for uid in range(6)]
-        neurons.append(Neuron(self.validator_uid, key(self.validator_uid), True, 100, 0))
-        self.network, self.swarm = Network(tuple(neurons)), Swarm()
-        self.rounds: list[tuple[int, RoundResult]] = []
-        self.views: dict[int, NetworkView] = {}
-        self.miners: dict[int, SparselocoStrategy] = {}
-        self.rows = torch.Generator().manual_seed(0)
-        for uid in range(miners):
-            self.start(uid)
-        self.validator = SparselocoObserver(tiny_model("llama"), self.parts(self.validator_uid))
-
-    def parts(self, uid: int) -> Parts:
-        model = tiny_model("llama")
-        plan = Plan.of(SECTION, run_id=RUN_ID, model=model)
-        log = Log(self.folder / str(uid))
-        log.begin(plan, run_id=RUN_ID)
-        shelf = self.swarm.sources[key(uid)] = Shelf(log)
-        view = self.views[uid] = NetworkView(self.network, key(uid))
-        return Parts(
-            section=self.optimizer, plan=plan, hotkey=key(uid), chain=view,
-            exchange=MemoryExchange(self.swarm), log=log, shelf=shelf,
-        )  # fmt: skip
-
-    def start(self, uid: int) -> SparselocoStrategy:
-        def on_round(ended: RoundResult) -> None:
-            self.rounds.append((uid, ended))
-
-        strategy = SparselocoStrategy(tiny_model("llama"), self.parts(uid), on_round=on_round)
-        self.miners[uid] = strategy
-        return strategy
-
-    def stop(self, uid: int) -> SparselocoStrategy:
-        """As kill -9: nothing is saved, and nothing is served any more."""
-        del self.swarm.sources[key(uid)]
-        return self.miners.pop(uid)
-
-    def look(self) -> None:
-        validators = [self.validator] if self.is_validating else []
-        for peer in (*self.miners.values(), *validators):
-            if not self.network.down:
-                peer.follower.follow()
-
-    def block(self, count: int = 1, *, training: bool = True) -> None:
-        for _ in range(count):
-            self.network.advance()
-            self.look()
-            for miner in self.miners.values():
-                if training:
-                    self.train(miner)
-                else:
-                    miner.idle()
-
-    def train(self, miner: SparselocoStrategy) -> bool:
-        miner.zero_grad()
-        first = torch.randint(2, VOCABULARY - 4, (4, 1), generator=self.rows)
-        tokens = first + torch.arange(4)  # each token follows from the one before
-        torch.autograd.backward(miner.model(input_ids=tokens, labels=tokens).loss)
-        return miner.step(batch_size=4)
-
-    def round(self, count: int = 1) -> None:
-        self.block(count * SECTION.round_blocks)
-
-    def states(self) -> set[bytes | None]:
-        peers = (*self.miners.values(), self.validator)
-        return {peer.replica.position.newest for peer in peers}
-
-    def loss(self) -> float:
-        """Of the global state."""
-        model = tiny_model("llama")
-        weights = self.validator.replica.state.weights
-        with torch.no_grad():
-            for name, value in model.named_parameters():
-                value.copy_(weights[name])
-            tokens = torch.arange(2, VOCABULARY - 4).unsqueeze(1) + torch.arange(4)
-            return float(model(input_ids=tokens, labels=tokens).loss)
+from hiveminer.training.model import load_model
 
 
 slow = pytest.mark.slow
@@ -299,35 +198,29 @@ def test_a_chain_that_does_not_answer_is_waited_for(tmp_path: Path) -> None:
     assert counted(peers)[-1] == (0, 1, 2)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda folder: next(iter(sorted((folder / "states").iterdir()))),
-        lambda folder: next(iter(sorted((folder / "blobs").iterdir()))),
-    ],
-    ids=["state", "blob"],
-)
-def test_verify_sees_damage(tmp_path: Path, damage: Callable[[Path], Path]) -> None:
-    peers = Peers(tmp_path)
-    peers.round(4)
-    folder = tmp_path / "0"
-    path = damage(folder)
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    run_id, plan = Log(folder).plan()
-    assert run_id == RUN_ID
-    assert plan == peers.miners[0].plan
-    report = verify(Log(folder), plan)
-    assert not all(each.verified for each in report.rounds)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_local_folder_trains_and_what_is_frozen_stays_at_home(
+    tmp_path: Path, architecture: str
+) -> None:
+    save_tiny(architecture, tmp_path / "model")
 
+    def model() -> PreTrainedModel:
+        loaded = load_model(str(tmp_path / "model"))
+        loaded.model.embed_tokens.requires_grad_(requires_grad=False)
+        return loaded
 
-def test_verify_sees_a_changed_record(tmp_path: Path) -> None:
-    peers = Peers(tmp_path)
+    peers = Peers(tmp_path, miners=2, model=model)
+    frozen = "model.embed_tokens.weight"
+    before = peers.loss()
+    start = {name: value.clone() for name, value in peers.miners[0].model.named_parameters()}
     peers.round(4)
-    path = sorted((tmp_path / "0" / "rounds").iterdir())[1]
-    text = path.read_text()
-    at = text.index('":"21', text.index('"marks":')) + 40  # in the hash of a mark's state
-    path.write_text(text[:at] + ("0" if text[at] != "0" else "1") + text[at + 1 :])
-    report = verify(Log(tmp_path / "0"), peers.miners[0].plan)
-    assert report.problems
+    peers.block(4)
+    assert len(peers.states()) == 1
+    assert counted(peers)[-1] == (0, 1)
+    assert peers.loss() < before
+    state = peers.validator.replica.state
+    assert state.weights.keys() == start.keys() - {frozen}
+    for uid in peers.miners:
+        now = dict(peers.miners[uid].model.named_parameters())
+        assert torch.equal(now[frozen], start[frozen])
+        assert not any(torch.equal(now[name], start[name]) for name in state.weights)

@@ -73,6 +73,13 @@ COMMANDS = {
         "Measure the trained model on held-out rows, and what the run began with (--json).",
         has_json=True,
     ),
+    "log": Command(
+        "hiveminer.commands.log",
+        "LogSettings",
+        "List the rounds of strategy sparseloco, and --verify them (--json for machines).",
+        has_json=True,
+        word="folder",
+    ),
     "run new": Command(
         "hiveminer.commands.run_new",
         "RunNewSettings",

@@ -17,7 +17,7 @@ from functools import partial
 
 from rich.table import Table
 
-from hiveminer.commands.checks import chain, machine, training
+from hiveminer.commands.checks import chain, machine, rounds, training
 from hiveminer.commands.checks.base import Check, Examination, failed
 from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import ChainError, OperatorError
@@ -49,6 +49,7 @@ CHECKS: tuple[tuple[str, Callable[[Examination], Check]], ...] = (
     ("stake and permit", chain.stake),
     ("address", chain.address),
     ("axon on the chain", chain.axon),
+    ("rounds", rounds.rounds),
     ("model and data", training.task),
     ("bootstrap peers", training.peers),
     ("wandb", machine.wandb),

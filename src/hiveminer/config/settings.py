@@ -420,6 +420,22 @@ class EvaluateSettings(UseSettings):
     rows: int = number(32, 1, 10**9, "held-out rows to evaluate on; validators use the first 32")
 
 
+class LogSettings(Settings):
+    """Which log of rounds is shown."""
+
+    folder: Folder | None = Field(
+        None,
+        description="the log; if not given: the newest one on this machine; also the first word "
+        "of the command",
+    )
+    round: int | None = number(None, 0, 2**32 - 1, "show this round alone")
+    verify: bool = Field(
+        False,
+        description="make the states again offline, and check every hash; with "
+        "--subtensor.network, compare with the chain too",
+    )
+
+
 class RunNewSettings(ProgramSettings):
     """A new run.toml."""
 
@@ -442,6 +458,7 @@ PROGRAMS: tuple[type[ProgramSettings], ...] = (
     ExportSettings,
     GenerateSettings,
     EvaluateSettings,
+    LogSettings,
     RunNewSettings,
     RunCheckSettings,
 )

@@ -257,10 +257,11 @@ class Follower(ABC):
             self.replica.settle(decision)
             if decision.parent is not None and not isinstance(action, Repair):
                 self.problem = ""
-        self.log.add_round(facts, made=self.replica.position.newest if decision.parent else None)
+        taken = decision.parent is not None and decision.parent == self.replica.position.confirmed
+        self.log.add_round(facts, made=self.replica.position.newest if taken else None)
         self.decided = facts.round
-        if decision.parent is not None:
-            self._remember(decision)
+        self._remember(decision)
+        if taken:
             self._save_state(facts.round)
         self._report(decision)
         self.after_settling(facts)

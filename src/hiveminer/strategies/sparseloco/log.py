@@ -9,7 +9,8 @@
 From a state and the blobs since, each later state can be made again (`replay`), so that a
 restarted peer finds its own, and anyone can check all hashes against each other. It is bounded:
 blobs are kept since the last but one state on disk, and the rounds themselves up to a number.
-Nothing read from here is trusted: what does not have its hash counts as absent.
+Nothing read from here is trusted: what does not have its hash counts as absent. The JSON files
+hold the SHA-256 of their own content, so that one changed digit shows.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -35,7 +37,7 @@ from hiveminer.strategies.sparseloco.pieces import (
     read_manifest,
 )
 from hiveminer.strategies.sparseloco.plan import Plan
-from hiveminer.strategies.sparseloco.records import decode_record
+from hiveminer.strategies.sparseloco.records import decode_record, run_prefix
 from hiveminer.strategies.sparseloco.rounds import Block, Facts, Neuron, Rules
 from hiveminer.strategies.sparseloco.schedule import Schedule
 from hiveminer.strategies.sparseloco.tensor import Compression
@@ -43,6 +45,10 @@ from hiveminer.strategies.sparseloco.tensor import Compression
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+PLAN = "plan.json"
+
+_UNREADABLE = (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError)
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 EVERY_ROUNDS = 8
 """The parent state of every eighth round is kept on disk: a slow download of it may take longer
@@ -92,7 +98,7 @@ class Log:
         for folder in (self._rounds, self._blobs, self._states):
             folder.mkdir(parents=True, exist_ok=True)
         content = {"format": FORMAT, "run_id": run_id} | _plan_to_json(plan)
-        _write_json(self.folder / "plan.json", content)
+        _write_json(self.folder / PLAN, content)
 
     def add_blob(self, blob: bytes) -> bytes:
         """Keep a blob; its hash."""
@@ -139,31 +145,53 @@ class Log:
     # Reading ----------------------------------------------------------------------
 
     def plan(self) -> tuple[str, Plan]:
-        """The run id and the plan. Raises ValueError if the log has none."""
+        """The run id and the plan. Raises ValueError if the log has none that can be used."""
         try:
-            content = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
+            content = _read_json(self.folder / PLAN)
             if content["format"] != FORMAT:
-                raise ValueError(f"format {content['format']}")
-            return str(content["run_id"]), _plan_from_json(content)
-        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{self.folder} is not a log of rounds: {error}") from None
+                raise ValueError(f"it is of format {content['format']}, not {FORMAT}")
+            run_id, plan = str(content["run_id"]), _plan_from_json(content)
+            if plan.rules.run != run_prefix(run_id):
+                raise ValueError("its records are of another run id")
+            return run_id, plan
+        except _UNREADABLE as error:
+            raise ValueError(f"{self.folder / PLAN} cannot be used: {_words(error)}") from None
 
     def rounds(self) -> list[int]:
         """The numbers of the rounds that are kept, ascending."""
         return sorted(int(path.stem) for path in self._rounds.glob("*.json") if path.stem.isdigit())
 
+    def read(self, number: int) -> Entry:
+        """A round. Raises FileNotFoundError, and ValueError if the file is damaged."""
+        try:
+            content = _read_json(self._rounds / f"{number:010d}.json")
+            entry = Entry(_facts_from_json(content), _hash_or_none(content["made"]))
+            if entry.facts.round != number:
+                raise ValueError(f"it is that of round {entry.facts.round}")
+            return entry
+        except FileNotFoundError:
+            raise
+        except _UNREADABLE as error:
+            raise ValueError(f"the file is damaged: {_words(error)}") from None
+
     def entry(self, number: int) -> Entry | None:
         """A round; None if there is none, or the file is damaged."""
-        path = self._rounds / f"{number:010d}.json"
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            made = content["made"]
-            return Entry(_facts_from_json(content), bytes.fromhex(made) if made else None)
+            return self.read(number)
         except FileNotFoundError:
             return None
-        except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-            logger.warning("%s is damaged: %s", path, error)
+        except ValueError as error:
+            logger.warning("round %d: %s", number, error)
             return None
+
+    def blobs(self) -> list[bytes]:
+        """The hashes that the blobs on disk should have."""
+        names = sorted(path.name for path in self._blobs.glob("[0-9a-f]*"))
+        return [bytes.fromhex(name) for name in names if _HASH.fullmatch(name)]
+
+    def has_blob(self, digest: bytes) -> bool:
+        """Whether there is a file for this blob, damaged or not."""
+        return (self._blobs / digest.hex()).exists()
 
     def blob(self, digest: bytes) -> bytes | None:
         """A blob by its hash."""
@@ -178,7 +206,7 @@ class Log:
         found = []
         for path in self._states.iterdir() if self._states.is_dir() else ():
             number, _, digest = path.name.partition("-")
-            if number.isdigit() and len(digest) == 64:
+            if number.isdigit() and _HASH.fullmatch(digest):
                 found.append((int(number), bytes.fromhex(digest)))
         return sorted(found)
 
@@ -193,6 +221,8 @@ class Log:
                 builder = StateBuilder(read_manifest(raw, shapes), shapes)
                 for piece in builder.manifest.pieces:
                     builder.add(piece, stream.read(piece.length))
+                if stream.read(1):
+                    raise StateError("the file is longer than the state")
                 return builder.build()
         except (OSError, StateError) as error:
             logger.warning("%s cannot be used: %s", path, error)
@@ -213,7 +243,31 @@ def _blob_names(facts: Facts) -> set[str]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(content, separators=(",", ":")).encode())
+    text = json.dumps(dict(content) | {"sha256": _sha256(content)}, separators=(",", ":"))
+    write_atomically(path, text.encode())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if content.pop("sha256") != _sha256(content):
+        raise ValueError("its content does not have its hash")
+    return content
+
+
+def _sha256(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, separators=(",", ":"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _words(error: Exception) -> str:
+    """What is wrong, for people; a KeyError's own text is only the key."""
+    if isinstance(error, OSError):
+        return error.strerror or type(error).__name__
+    return str(error) if type(error) is ValueError else "it is not what a log has"
+
+
+def _hash_or_none(text: str | None) -> bytes | None:
+    return None if text is None else bytes.fromhex(text)
 
 
 def _facts_to_json(facts: Facts) -> dict[str, Any]:

@@ -116,6 +116,9 @@ class MarkingFollower(Follower):
         return good
 
     def _is_sound(self, blob: bytes, header: Header, which: Contribution) -> bool:
+        if len(blob) != which.blob_bytes:
+            logger.info("the blob of uid %d is not marked: its length is another", which.uid)
+            return False
         try:
             update = decode(blob, shapes=self.plan.shapes, compression=self.plan.compression)
         except BlobError as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from hiveminer.strategies.sparseloco.apply import CountedBlob, State, apply_blobs
 from hiveminer.strategies.sparseloco.codec import Header
@@ -25,12 +25,17 @@ class Replayed:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """One round of the log, for people. verified: whether its state was made again, and has
-    the hash that was logged."""
+    """One round of the log, for people.
+
+    made: hash of the state that this peer made. left_out: (uid, why) for each record that does
+    not count, and for blobs that proved malformed when they were applied. verified: whether the
+    state was made again, and has the hash that was logged.
+    """
 
     decision: Decision
     made: bytes | None
-    verified: bool
+    left_out: tuple[tuple[int, str], ...] = ()
+    verified: bool = False
 
     @property
     def bytes(self) -> int:
@@ -40,7 +45,7 @@ class RoundReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found; problems are one line each."""
+    """What `summarize` or `verify` found; problems are one line each."""
 
     rounds: tuple[RoundReport, ...]
     problems: tuple[str, ...]
@@ -72,14 +77,15 @@ def contributions_apply(
 def replay(log: Log, plan: Plan, *, number: int, state: State) -> Iterator[Replayed]:
     """Decide and apply the logged rounds again, from round `number` on, whose parent is `state`.
 
-    Ends at the first round whose parent was not made: after a gap, or where a blob is missing.
+    Ends at the first round whose parent was not made: after a gap, where a blob is missing, or
+    at a file that is damaged.
     """
     states = {state.hash(): state}
     for each in (kept for kept in log.rounds() if kept >= number):
-        entry = log.entry(each)
-        if entry is None:
+        try:
+            decision = decide(plan.rules, log.read(each).facts)
+        except (FileNotFoundError, ValueError):
             return
-        decision = decide(plan.rules, entry.facts)
         if decision.parent is None:
             yield Replayed(decision)
             continue
@@ -123,53 +129,130 @@ def rebuild(log: Log, plan: Plan, digest: bytes) -> State | None:
     return None
 
 
-def verify(log: Log, plan: Plan) -> Report:
-    """Decide each logged round again, make each state again that can be, and compare."""
+def summarize(log: Log, plan: Plan) -> Report:
+    """Decide each logged round again; nothing else is checked."""
     problems: list[str] = []
-    hashes = _replayed_hashes(log, plan, problems)
-    reports = []
-    known: set[bytes] = set()
-    before = None
+    rounds = []
     for number in log.rounds():
-        entry = log.entry(number)
-        if entry is None:
-            problems.append(f"round {number}: the file is damaged")
-            known = set()
+        try:
+            entry = log.read(number)
+            decision = decide(plan.rules, entry.facts)
+        except FileNotFoundError:
+            continue  # a running peer has dropped it
+        except ValueError as error:
+            problems.append(f"round {number}: {error}")
             continue
-        if entry.facts.round != number:
-            problems.append(f"round {number}: the file is that of round {entry.facts.round}")
-            continue
-        decision = decide(plan.rules, entry.facts)
-        made = entry.made
-        if before != number - 1:
-            known = set()  # what happened in between is not known
-        before = number
-        if decision.parent is not None:
-            if known and decision.parent not in known:
-                problems.append(f"round {number}: its parent is neither of the states before it")
-            known = {decision.parent} | ({made} if made else set())
-            if not made:
-                known = set()  # this peer did not make the state, so it cannot tell the next
-        again = hashes.get(number)
+        rounds.append(RoundReport(decision, entry.made, decision.left_out))
+    return Report(tuple(rounds), tuple(problems))
+
+
+def verify(log: Log, plan: Plan, *, on_file: Callable[[], object] = lambda: None) -> Report:
+    """Decide each logged round again, make each state again that can be, and compare.
+
+    on_file: called once for each blob and each state on disk. The log may be written meanwhile.
+    """
+    report = summarize(log, plan)
+    problems = [*report.problems, *_parent_problems(report.rounds)]
+    for digest in log.blobs():
+        if log.blob(digest) is None and log.has_blob(digest):
+            problems.append(f"blob {digest.hex()[:16]}: the file is damaged")
+        on_file()
+    replayed: dict[int, Replayed] = {}
+    for number, digest in log.states():
+        _replay_from(log, plan, number, digest, replayed, problems)
+        on_file()
+    rounds = []
+    for each in report.rounds:
+        number, made = each.decision.round, each.made
+        done = replayed.get(number)
+        again = done.hash if done else None
         if again and made and again != made:
             problems.append(
                 f"round {number}: its state has hash {again.hex()[:16]}, logged was "
                 f"{made.hex()[:16]}"
             )
-        reports.append(RoundReport(decision, made, verified=again is not None and again == made))
-    return Report(tuple(reports), tuple(problems))
+        left_out = tuple(sorted({*each.left_out, *(done.left_out if done else ())}))
+        is_verified = again is not None and again == made
+        rounds.append(replace(each, left_out=left_out, verified=is_verified))
+    return Report(tuple(rounds), tuple(problems))
 
 
-def _replayed_hashes(log: Log, plan: Plan, problems: list[str]) -> dict[int, bytes]:
-    hashes: dict[int, bytes] = {}
-    for number, digest in log.states():
-        if number in hashes:
-            continue  # made on the way from the state before
-        state = log.state(number, digest, plan.shapes)
-        if state is None:
-            problems.append(f"round {number}: the state {digest.hex()[:16]} is damaged")
+def _parent_problems(reports: Iterable[RoundReport]) -> Iterator[str]:
+    """Each round's parent is one of the two states of the round before, as far as known."""
+    known: set[bytes] = set()
+    before = None
+    for each in reports:
+        number, parent, made = each.decision.round, each.decision.parent, each.made
+        if before != number - 1:
+            known = set()  # what happened in between is not known
+        before = number
+        if parent is None:
             continue
-        for done in replay(log, plan, number=number, state=state):
-            if done.hash is not None:
-                hashes[done.decision.round] = done.hash
-    return hashes
+        if known and parent not in known:
+            yield f"round {number}: its parent is neither of the states before it"
+        # A peer that did not make the state cannot tell the next one.
+        known = {parent, made} if made else set()
+
+
+def _replay_from(
+    log: Log,
+    plan: Plan,
+    number: int,
+    digest: bytes,
+    replayed: dict[int, Replayed],
+    problems: list[str],
+) -> None:
+    """Load the parent state of a round, and make the states after it that are not made yet."""
+
+    def is_kept() -> bool:
+        """Whether it is there still: a running peer drops a state, and the blobs after it."""
+        return (number, digest) in log.states()
+
+    state = log.state(number, digest, plan.shapes)
+    if state is None:
+        if is_kept():
+            problems.append(f"state {digest.hex()[:16]} of round {number}: the file is damaged")
+        return
+    if number in replayed:
+        if replayed[number].decision.parent not in (digest, None):
+            problems.append(f"round {number}: the state on disk is not its parent")
+        return
+    for done in replay(log, plan, number=number, state=state):
+        replayed[done.decision.round] = done
+        missing = [
+            each.uid
+            for each in done.decision.contributions
+            if done.hash is None and not log.has_blob(each.blob_hash)
+        ]
+        entry = log.entry(done.decision.round) if missing else None
+        if entry is not None and entry.made and is_kept():
+            problems.append(f"round {done.decision.round}: the blobs of uids {missing} are missing")
+
+
+def disagreement(log: Log, plan: Plan) -> str:
+    """Which state the chain has named that this peer does not accept: none of those that it
+    held when it last made one. Empty if there is no such thing."""
+    refused: Decision | None = None
+    after = None
+    for number in reversed(log.rounds()):
+        try:
+            entry = log.read(number)
+            decision = decide(plan.rules, entry.facts)
+        except (FileNotFoundError, ValueError):
+            break
+        if after is not None and after != number + 1:
+            break  # what happened in between is not known
+        after = number
+        if decision.parent is None:
+            continue
+        if entry.made is None:
+            refused = decision
+            continue
+        if refused is None or refused.parent in (decision.parent, entry.made):
+            break
+        assert refused.parent is not None
+        return (
+            f"round {refused.round}: the chain names state {refused.parent.hex()[:16]}, which does "
+            "not follow from the log: nothing is committed until it names one that does"
+        )
+    return ""

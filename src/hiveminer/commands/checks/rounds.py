@@ -1,0 +1,66 @@
+"""Checks of the rounds of strategy `sparseloco`: their schedule, and what this machine logged."""
+
+from __future__ import annotations
+
+from hiveminer.chain.embedded.schema import HYPERPARAMETERS
+from hiveminer.commands.checks.base import Check, Examination, failed, passed, warned
+from hiveminer.neuron import subnet_folder
+
+
+def rounds(exam: Examination) -> Check:
+    """The run's schedule against the chain's tempo and space for commitments, and whether a log
+    on this machine contradicts the chain."""
+    if exam.run is None:
+        return failed("not known without the run", "put the run right first")
+    if exam.run.strategy != "sparseloco":
+        return passed(f"none: the run's strategy is {exam.run.strategy}")
+    if exam.chain is None and not exam.settings.embedded:
+        return failed("not known without the chain", "put the chain right first")
+    from hiveminer.strategies.sparseloco.schedule import (
+        CHAIN_LATENCY,
+        EMBEDDED_LATENCY,
+        Schedule,
+        schedule_problems,
+    )
+
+    section = exam.run.sparseloco
+    schedule = Schedule(section.round_blocks, section.mark_blocks, section.cut_blocks)
+    tempo = HYPERPARAMETERS["tempo"].default
+    if exam.chain is not None:
+        tempo = int(exam.chain.hyperparameters()["tempo"])
+    latency = EMBEDDED_LATENCY if exam.settings.embedded else CHAIN_LATENCY
+    problems = schedule_problems(schedule, tempo=tempo, roles=1, latency=latency)
+    if problems:
+        return failed("; ".join(problems), "set them in [sparseloco] of run.toml")
+    disagreement = _disagreement(exam)
+    if disagreement:
+        return failed(disagreement, "compare with others: hiveminer log --verify")
+    found = (
+        f"{section.round_blocks} blocks a round, {latency.blocks} from a cut to its settling; "
+        f"tempo {tempo}"
+    )
+    if problems := schedule_problems(schedule, tempo=tempo, roles=2, latency=latency):
+        return warned(
+            f"{found}; with a miner and a validator on one hotkey, {problems[0]}",
+            "give the validator a hotkey of its own",
+        )
+    return passed(found)
+
+
+def _disagreement(exam: Examination) -> str:
+    """How a log on this machine contradicts the chain, if it is of this run and one does."""
+    from hiveminer.strategies.sparseloco.log import PLAN, Log
+    from hiveminer.strategies.sparseloco.replay import disagreement
+
+    assert exam.run is not None
+    paths = sorted(subnet_folder(exam.settings).glob(f"*/*/*/{PLAN}"))
+    for log in (Log(path.parent) for path in paths):
+        try:
+            run_id, plan = log.plan()
+        except ValueError as error:
+            return str(error)
+        if run_id.startswith(f"{exam.run.name}-{exam.run.hash[:12]}-"):
+            found = disagreement(log, plan)
+            if found:
+                return f"{log.folder.parent.parent.name[:8]}: {found}"
+    return ""

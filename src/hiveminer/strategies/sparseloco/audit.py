@@ -1,0 +1,79 @@
+"""Compares the log of rounds with the chain, as far back as the node remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from hiveminer.errors import ChainError
+from hiveminer.strategies.sparseloco.follower import RoundChain
+from hiveminer.strategies.sparseloco.log import Log
+from hiveminer.strategies.sparseloco.rounds import Block, Facts, Neuron
+from hiveminer.strategies.sparseloco.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The log beside the chain. equal: rounds whose raw data are the chain's. unread: why the
+    first round that the node no longer has could not be read, and how many there are."""
+
+    equal: int
+    unread: int
+    problems: tuple[str, ...]
+    why_unread: str = ""
+
+
+def compare(
+    log: Log,
+    schedule: Schedule,
+    chain: RoundChain,
+    *,
+    on_round: Callable[[], object] = lambda: None,
+) -> Comparison:
+    """Read the three blocks of each logged round from a chain again, and compare what decides."""
+    equal, unread, why, problems = 0, 0, "", []
+    for number in log.rounds():
+        entry = log.entry(number)
+        if entry is None:
+            continue
+        try:
+            differing = _differing(entry.facts, read_facts(chain, schedule, number))
+        except ChainError as error:
+            unread, why = unread + 1, why or str(error)
+            continue
+        finally:
+            on_round()
+        equal += not differing
+        if differing:
+            problems.append(f"round {number}: the chain has other {', '.join(differing)}")
+    return Comparison(equal, unread, tuple(problems), why)
+
+
+def read_facts(chain: RoundChain, schedule: Schedule, number: int) -> Facts:
+    """What decides a round, read from three final blocks. Raises ChainError."""
+    first, neurons = chain.snapshot(schedule.first_block(number))
+    records_block, records = chain.commitments(schedule.records_block(number))
+    marks_block, marks = chain.commitments(schedule.marks_block(number))
+    return Facts(number, first, records_block, marks_block, neurons, records, marks)
+
+
+def _differing(ours: Facts, theirs: Facts) -> list[str]:
+    registered = {neuron.hotkey for neuron in theirs.neurons}
+
+    def blocks(facts: Facts) -> list[Block]:
+        return [facts.first_block, facts.records_block, facts.marks_block]
+
+    def of_registered(commitments: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+        return {key: data for key, data in commitments.items() if key in registered}
+
+    pairs = {
+        "block hashes": (blocks(ours), blocks(theirs)),
+        "neurons": (sorted(ours.neurons, key=_uid), sorted(theirs.neurons, key=_uid)),
+        "records": (of_registered(ours.records), of_registered(theirs.records)),
+        "marks": (of_registered(ours.marks), of_registered(theirs.marks)),
+    }
+    return [name for name, (one, other) in pairs.items() if one != other]
+
+
+def _uid(neuron: Neuron) -> int:
+    return neuron.uid
