@@ -11,11 +11,11 @@ def rounds(exam: Examination) -> Check:
     """The run's schedule against the chain's tempo and space for commitments, and whether a log
     on this machine contradicts the chain."""
     if exam.run is None:
-        return failed("not known without the run", "put the run right first")
+        return failed("unknown without the run", "fix the run first")
     if exam.run.strategy != "sparseloco":
         return passed(f"none: the run's strategy is {exam.run.strategy}")
     if exam.chain is None and not exam.settings.embedded:
-        return failed("not known without the chain", "put the chain right first")
+        return failed("unknown without the chain", "fix the chain first")
     from hiveminer.strategies.sparseloco.schedule import (
         CHAIN_LATENCY,
         EMBEDDED_LATENCY,

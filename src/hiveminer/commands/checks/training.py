@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import socket
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import bittensor as bt
 
 from hiveminer.commands.checks.base import Check, Examination, failed, gigabytes, passed, warned
 from hiveminer.config.run import load_run
+from hiveminer.protocol import IsAlive
+from hiveminer.rpc.dendrite import endpoints_of, probe
+from hiveminer.strategies.sparseloco.records import decode_mark, run_prefix
 
 if TYPE_CHECKING:
     import torch
@@ -94,8 +100,11 @@ def peers(exam: Examination) -> Check:
     if exam.chain is not None and exam.metagraph is not None:
         commitments = exam.chain.commitments(exam.metagraph)
         own = exam.chain.hotkey
-        said = (text.decode(errors="replace") for who, text in commitments.items() if who != own)
-        known = known or [text.split()[0] for text in said if text.startswith("/")]
+        said = {who: text.decode(errors="replace") for who, text in commitments.items()}
+        if exam.run is not None and exam.run.strategy == "sparseloco":  # records have the slot
+            said |= _stated(exam.chain.wallet, exam.metagraph)
+        others = (text for who, text in said.items() if who != own)
+        known = known or [text.split()[0] for text in others if text.startswith("/")]
     other = _other_run(exam, commitments)
     if other:
         return failed(other, "get the subnet's run.toml and data: --neuron.run")
@@ -109,6 +118,12 @@ def peers(exam: Examination) -> Check:
     return (failed if exam.settings.dht.initial_peers else warned)(said_so, cure)
 
 
+def _stated(wallet: Any, metagraph: bt.Metagraph) -> dict[str, str]:
+    """By hotkey, the address in the swarm that an axon states in its signed `IsAlive`."""
+    answers = asyncio.run(probe(wallet, endpoints_of(metagraph)))
+    return {who: each.peer for who, each in answers.items() if isinstance(each, IsAlive)}
+
+
 def _other_run(exam: Examination, commitments: Mapping[str, bytes]) -> str | None:
     """How our run differs from the committed runs of all validators, if it does."""
     if exam.run_id is None or exam.metagraph is None:
@@ -119,6 +134,9 @@ def _other_run(exam: Examination, commitments: Mapping[str, bytes]) -> str | Non
         for who, text in commitments.items()
         if who in permitted and text.startswith(b"run ")
     ]
+    marks = [m for who, raw in commitments.items() if who in permitted and (m := decode_mark(raw))]
+    if marks and run_prefix(str(exam.run_id)) not in {mark.run for mark in marks}:
+        return f"validators mark the rounds of another run than {exam.run_id}"
     differences = [exam.run_id.difference(run) for run in runs]
     return differences[0] if differences and None not in differences else None
 
