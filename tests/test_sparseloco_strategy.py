@@ -15,7 +15,6 @@ from hiveminer.strategies.sparseloco.records import decode_record
 from hiveminer.strategies.sparseloco.replay import verify
 from hiveminer.training.model import load_model
 
-
 slow = pytest.mark.slow
 
 
