@@ -103,6 +103,11 @@ class WorkQueue:
         """Number of waiting jobs, without the running one."""
         return len(self._waiting)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a job is running."""
+        return self._running is not None
+
     def submit(
         self,
         call: Callable[[], Any],
