@@ -80,7 +80,7 @@ def test_one_line_a_check_for_people(
     missing = tmp_path / "run.toml"
     code = cli.main(["doctor", *flags(tmp_path), "--neuron.run", str(missing)])
     out = capsys.readouterr().out
-    assert code == 3  # the run, and what needs it: memory and data
+    assert code == 4  # the run, and what needs it: memory, data and rounds
     assert f"{missing}: no such file" in out
     assert "-> --neuron.run wants a run.toml" in out
     assert "3 failed" in out
