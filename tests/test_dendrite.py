@@ -228,11 +228,11 @@ def on_socket(serve: Callable[[socket.socket], None], *, timeout_seconds: float 
     """Call a neuron that speaks as `serve` does, until it or the call has ended."""
 
     def accept() -> None:
-        while True:
+        while not ended.is_set():
             try:
                 connection, _ = listening.accept()
             except TimeoutError:
-                return
+                continue
             with connection, contextlib.suppress(OSError):
                 connection.settimeout(5)
                 serve(connection)
@@ -243,12 +243,14 @@ def on_socket(serve: Callable[[socket.socket], None], *, timeout_seconds: float 
             await dendrite.call(endpoint, IsAlive(), timeout_seconds=timeout_seconds)
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        listening.settimeout(0.3)
+        listening.settimeout(0.1)
+        ended = threading.Event()
         server = threading.Thread(target=accept)
         server.start()
         try:
             asyncio.run(one())
         finally:
+            ended.set()
             server.join()
 
 

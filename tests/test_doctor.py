@@ -83,7 +83,7 @@ def test_one_line_a_check_for_people(
     assert code == 4  # the run, and what needs it: memory, data and rounds
     assert f"{missing}: no such file" in out
     assert "-> --neuron.run wants a run.toml" in out
-    assert "3 failed" in out
+    assert "4 failed" in out
 
 
 def test_a_registered_miner_is_found_without_claiming_its_key(registered: MinerSettings) -> None:

@@ -14,7 +14,6 @@ from programs import Program
 
 POISONER = Path(__file__).resolve().with_name("poison_worker.py")
 
-pytestmark = pytest.mark.xdist_group("processes")
 slow = pytest.mark.slow
 
 
