@@ -48,6 +48,7 @@ class OneSwarm(LoadScopeScheduling):
         return "programs" if STARTS.search(_source(path)) else nodeid
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneSwarm:
     return OneSwarm(config, log)
 
