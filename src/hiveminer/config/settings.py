@@ -431,7 +431,7 @@ class LogSettings(Settings):
     round: int | None = number(None, 0, 2**32 - 1, "show this round alone")
     verify: bool = Field(
         False,
-        description="make the states again offline, and check every hash; with "
+        description="rebuild the states offline, and check every hash; with "
         "--subtensor.network, compare with the chain too",
     )
 
