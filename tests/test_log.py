@@ -20,7 +20,7 @@ from hiveminer.commands.checks.base import Examination
 from hiveminer.config.settings import LogSettings, SubtensorSettings
 from hiveminer.strategies.sparseloco.audit import compare
 from hiveminer.strategies.sparseloco.follower import RoundChain
-from hiveminer.strategies.sparseloco.log import Log
+from hiveminer.strategies.sparseloco.log import LOG_FOLDER, Log
 from hiveminer.strategies.sparseloco.records import decode_mark
 from hiveminer.strategies.sparseloco.replay import rebuild, verify
 
@@ -187,9 +187,20 @@ def test_forged_rounds_do_not_fit(folder: Path, peers: Peers) -> None:
     assert problems(folder) == ()
 
 
+def test_without_a_folder_the_newest_log_of_this_machine_is_listed(
+    peers: Peers, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = tmp_path / "state"
+    place = state / "embedded" / "1" / "hotkey" / LOG_FOLDER / RUN_ID
+    shutil.copytree(peers.folder / "0", place)
+    code, text = run("--neuron.path", str(state), "--json", capsys=capsys)
+    assert code == 0, text
+    assert json.loads(text)["folder"] == str(place)
+
+
 def test_doctor_fails_while_the_chain_names_another_state(peers: Peers, tmp_path: Path) -> None:
     settings = miner_settings(tmp_path)
-    place = tmp_path / "state" / "embedded" / "1" / "hotkey" / "rounds" / RUN_ID
+    place = tmp_path / "state" / "embedded" / "1" / "hotkey" / LOG_FOLDER / RUN_ID
     shutil.copytree(peers.folder / "0", place)
     file = tmp_path / "run.toml"
     section = SECTION.model_dump(exclude_defaults=True)

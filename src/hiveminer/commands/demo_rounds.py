@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hiveminer.strategies.sparseloco.log import Log
-from hiveminer.strategies.sparseloco.opening import LOG_FOLDER
+from hiveminer.strategies.sparseloco.log import logs_below
 from hiveminer.strategies.sparseloco.replay import verify
 
 
@@ -17,8 +16,7 @@ def rounds_summary(state: Path) -> dict[str, Any]:
     round made the same. bytes_per_round: of the updates that counted. log_verified: whether each
     log was decided and computed again with the same result.
     """
-    logs = [Log(plan.parent) for plan in sorted(state.glob(f"**/{LOG_FOLDER}/*/plan.json"))]
-    reports = [verify(log, log.plan()[1]) for log in logs]
+    reports = [verify(log, log.plan()[1]) for log in logs_below(state)]
     made: dict[int, set[bytes]] = {}
     size: dict[int, int] = {}
     for each in (each for report in reports for each in report.rounds):

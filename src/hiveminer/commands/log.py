@@ -26,7 +26,7 @@ from hiveminer.runtime.metrics import progress_bar
 from hiveminer.runtime.program import rendered
 from hiveminer.strategies.sparseloco.audit import Comparison, compare
 from hiveminer.strategies.sparseloco.follower import RoundChain
-from hiveminer.strategies.sparseloco.log import PLAN, Log
+from hiveminer.strategies.sparseloco.log import PLAN, Log, logs_below
 from hiveminer.strategies.sparseloco.onchain import SubnetRounds
 from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.replay import Report, RoundReport, summarize, verify
@@ -57,7 +57,7 @@ def find_log(settings: LogSettings) -> Path:
             )
         return settings.folder
     place = subnet_folder(settings)
-    found = [path.parent for path in place.glob(f"*/*/{PLAN}")]
+    found = [log.folder for log in logs_below(place)]
     if not found:
         raise OperatorError(
             f"there is no log of rounds in {place}: only a run with strategy 'sparseloco' keeps "

@@ -49,12 +49,11 @@ def rounds(exam: Examination) -> Check:
 
 def _disagreement(exam: Examination) -> str:
     """How a log on this machine contradicts the chain, if it is of this run and one does."""
-    from hiveminer.strategies.sparseloco.log import PLAN, Log
+    from hiveminer.strategies.sparseloco.log import logs_below
     from hiveminer.strategies.sparseloco.replay import disagreement
 
     assert exam.run is not None
-    paths = sorted(subnet_folder(exam.settings).glob(f"*/*/*/{PLAN}"))
-    for log in (Log(path.parent) for path in paths):
+    for log in logs_below(subnet_folder(exam.settings)):
         try:
             run_id, plan = log.plan()
         except ValueError as error:

@@ -47,6 +47,9 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 PLAN = "plan.json"
 
+LOG_FOLDER = "rounds"
+"""In a neuron's folder; holds the log of each run, by run id."""
+
 _UNREADABLE = (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError)
 _HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -234,6 +237,11 @@ class Log:
     def _size(self) -> int:
         paths: Iterator[Path] = (p for f in (self._blobs, self._states) for p in f.iterdir())
         return sum(path.stat().st_size for path in paths)
+
+
+def logs_below(folder: Path) -> list[Log]:
+    """The logs of all neurons whose folders lie in this one, at any depth."""
+    return [Log(plan.parent) for plan in sorted(folder.glob(f"**/{LOG_FOLDER}/*/{PLAN}"))]
 
 
 def _blob_names(facts: Facts) -> set[str]:

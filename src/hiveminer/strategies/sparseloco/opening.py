@@ -10,7 +10,7 @@ from hiveminer.errors import ChainError, OperatorError
 from hiveminer.strategies.base import Context, Observer, Strategy
 from hiveminer.strategies.sparseloco.exchange import Exchange
 from hiveminer.strategies.sparseloco.link import SwarmLink
-from hiveminer.strategies.sparseloco.log import Log
+from hiveminer.strategies.sparseloco.log import LOG_FOLDER, Log
 from hiveminer.strategies.sparseloco.observer import SparselocoObserver
 from hiveminer.strategies.sparseloco.onchain import SubnetRounds, public_key
 from hiveminer.strategies.sparseloco.parts import Parts
@@ -27,9 +27,6 @@ from hiveminer.swarm.axons import AxonAddresses
 from hiveminer.swarm.membership import Membership, announced_ip, start_peer
 
 logger = logging.getLogger(__name__)
-
-LOG_FOLDER = "rounds"
-"""In a neuron's folder; holds the log of each run, by run id."""
 
 
 def open_sparseloco(context: Context) -> Strategy:
