@@ -18,11 +18,11 @@ from typing import Protocol
 
 import torch
 
-from hiveminer.errors import ChainError, HiveminerError
+from hiveminer.errors import ChainError, HiveminerError, SwarmError
 from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.log import EVERY_ROUNDS, Log
 from hiveminer.strategies.sparseloco.plan import Plan
-from hiveminer.strategies.sparseloco.replay import load_blobs, rebuild
+from hiveminer.strategies.sparseloco.replay import does_not_follow, load_blobs, rebuild
 from hiveminer.strategies.sparseloco.replica import Replica
 from hiveminer.strategies.sparseloco.rounds import (
     Block,
@@ -172,6 +172,11 @@ class Follower(ABC):
         """Ask the thread to end; it does once its last fetch has."""
         self._stopping.set()
 
+    def check(self) -> None:
+        """Raise SwarmError if the thread has ended by itself."""
+        if self.thread.ident is not None and not self.thread.is_alive():
+            raise SwarmError("the thread that follows the rounds has ended")
+
     def close(self, *, timeout_seconds: float = 5.0) -> None:
         """Stop the thread. May be called again."""
         self._stopping.set()
@@ -292,10 +297,7 @@ class Follower(ABC):
             )
             self.problem = ""
             return False
-        self.problem = (
-            f"round {decision.round}: the chain names state {decision.parent.hex()[:16]}, which "
-            "does not follow from the log: nothing is committed until it names one that does"
-        )
+        self.problem = does_not_follow(decision)
         logger.error("%s", self.problem)
         return True
 

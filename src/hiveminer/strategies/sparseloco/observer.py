@@ -8,7 +8,6 @@ from collections import Counter
 import bittensor as bt
 from torch import nn
 
-from hiveminer.errors import SwarmError
 from hiveminer.strategies.base import GlobalState, Observer
 from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.marking import MarkingFollower
@@ -80,8 +79,7 @@ class SparselocoObserver(Observer):
 
     def check(self) -> None:
         self.link.check()
-        if self.follower.thread.ident is not None and not self.follower.thread.is_alive():
-            raise SwarmError("the thread that follows the rounds has ended")
+        self.follower.check()
 
     def close(self) -> None:
         if self._closed:

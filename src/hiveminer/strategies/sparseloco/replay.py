@@ -250,9 +250,14 @@ def disagreement(log: Log, plan: Plan) -> str:
             continue
         if refused is None or refused.parent in (decision.parent, entry.made):
             break
-        assert refused.parent is not None
-        return (
-            f"round {refused.round}: the chain names state {refused.parent.hex()[:16]}, which does "
-            "not follow from the log: nothing is committed until it names one that does"
-        )
+        return does_not_follow(refused)
     return ""
+
+
+def does_not_follow(decision: Decision) -> str:
+    """That the parent which the chain names for this round is none that the log leads to."""
+    assert decision.parent is not None
+    return (
+        f"round {decision.round}: the chain names state {decision.parent.hex()[:16]}, which does "
+        "not follow from the log: nothing is committed until it names one that does"
+    )

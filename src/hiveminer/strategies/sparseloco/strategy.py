@@ -181,8 +181,7 @@ class SparselocoStrategy(Strategy):
 
     def check(self) -> None:
         self.link.check()
-        if self.follower.thread.ident is not None and not self.follower.thread.is_alive():
-            raise SwarmError("the thread that follows the rounds has ended")
+        self.follower.check()
 
     def interrupt(self) -> None:
         """A step never waits for others."""
