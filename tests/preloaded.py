@@ -160,6 +160,8 @@ def run(job: dict[str, Any]) -> None:
     os.dup2(log, 2)
     os.close(log)
     gc.unfreeze()
+    # An interpreter reads this at its start, which was the server's.
+    sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     words = job["words"]
     if words[0] == "-m":
         sys.argv = words[1:]
