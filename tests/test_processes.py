@@ -54,20 +54,40 @@ while True:
     time.sleep(0.05)
 """
 
+# A DHT and a validator's averager that cannot read their daemon's answers any more.
 DEAF_PEER = """
+import torch
+from hiveminer.config.run import Run
+from hiveminer.strategies.hivemind.averager import SwarmAverager
+from hiveminer.strategies.hivemind.bounds import Bounds
 from hiveminer.swarm import Peer
 from hiveminer.swarm.processes import ChildProcesses
 from programs import wait_for
 
-async def deafen(_dht, node):
-    reading = node.p2p._client.control._read_task.get_coro()
+def deafen(p2p):
+    reading = p2p._client.control._read_task.get_coro()
     reading.cr_frame.f_locals["reader"].set_exception(ValueError("no message"))
 
+class Averager(SwarmAverager):
+    async def deafen(self):
+        deafen(self._p2p)
+
+async def deafen_dht(_dht, node):
+    deafen(node.p2p)
+
 peer = Peer()
-children = ChildProcesses()
-children.watch("the DHT's process", peer.process)
-peer.dht.run_coroutine(deafen, return_future=True)
-print("lost", wait_for(children.lost, seconds=20), flush=True)
+averager = Averager(
+    run_id="run-a-b-c", bounds=Bounds.of(Run()), dht=peer.dht, params=[torch.ones(2)],
+    optimizer=lambda groups: torch.optim.SGD(groups, 1.0), client_mode=True, start=True,
+)
+for name, pid, act in (
+    ("averager", averager.pid, lambda: averager._outer_pipe.send(("deafen", [], {}))),
+    ("DHT", peer.process, lambda: peer.dht.run_coroutine(deafen_dht, return_future=True)),
+):
+    children = ChildProcesses()
+    children.watch(name, pid)
+    act()
+    print("lost", name, wait_for(children.lost, seconds=20), flush=True)
 """
 
 SLOW_FORK = """
@@ -287,9 +307,10 @@ def test_a_tracker_leaves_no_task_behind(tmp_path: Path) -> None:
 def test_a_process_ends_with_a_lasting_task_and_says_which(tmp_path: Path) -> None:
     path = {"PYTHONPATH": str(Path(__file__).parent)}
     with started(DEAF_PEER, folder=tmp_path / "deaf", env=path) as program:
-        program.says("lost [", seconds=60)
-        assert "task that reads the libp2p daemon's answers has died" in program.words
-        assert "ValueError: no message" in program.words
+        for name in ("averager", "DHT"):
+            program.says(f"lost {name} [", seconds=60)
+        assert program.words.count("task that reads the libp2p daemon's answers has died") == 2
+        assert program.words.count("ValueError: no message") == 2
 
 
 def test_an_answer_to_a_call_that_was_cancelled_this_moment_harms_no_other() -> None:

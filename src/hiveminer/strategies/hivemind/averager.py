@@ -100,6 +100,7 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
             for thread in set(threading.enumerate()) - before
             if _background_thread_fetch_current_state.__name__ in thread.name
         ]
+        self._outer_pipe.send(("_guard_tasks", [], {}))
         self.vouch()
 
     def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:

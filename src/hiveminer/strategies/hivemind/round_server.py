@@ -80,10 +80,8 @@ class RoundServer(StateDownload):
         )
         super().run()
 
-    async def _declare_for_download_periodically(self) -> None:
-        """As in the base class, which begins this last of its lasting tasks."""
+    async def _guard_tasks(self) -> None:
         guard_tasks(self._p2p)
-        await super()._declare_for_download_periodically()
 
     def _report(self, *news: Any) -> None:
         self._news_there.send_bytes(MSGPackSerializer.dumps(news))
