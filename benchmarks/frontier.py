@@ -5,7 +5,8 @@ Each cell (`benchmarks/_frontier/grid.py`) is one contender with its settings; `
 go through the project's own codec, update and apply, and their bytes are the lengths of real
 blobs. Cells that have ended are in `--out`; a cell under way is saved in `--state` every 20
 seconds, and goes on from there when the command is given again. Cells are run in the grid's
-order; those whose settings are unchanged are not run again.
+order; those whose settings are unchanged are not run again. Each cell says what it ran on; on a
+GPU the exchange still works on the CPU, as in a miner.
 
 - `loss`: of the common weights on rows that nobody trained on, nats per byte.
 - `loss_ratio`, `loss_ratio_muon`: over the best data-parallel AdamW, or Muon, of the same seed,
@@ -21,8 +22,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ from benchmarks._frontier.model import Text
 from benchmarks._frontier.report import AIMS, plot, points, summary, table
 from benchmarks._frontier.simulate import run_cell
 from benchmarks.machine import RESULTS, describe, write
+from hiveminer.training.data import builtin_rows
 
 STATE = Path(__file__).resolve().parent / "frontier-state"
 
@@ -76,39 +80,67 @@ def write_result(
     plot(found, path.with_suffix(".png"))
 
 
+def run_one(cell: Cell, options: argparse.Namespace) -> dict[str, Any]:
+    """Run a cell, in a process of its own if there are several jobs."""
+    torch.set_num_threads(1)
+    text = Text(builtin_rows(options.text))
+    gpu = options.device.startswith("cuda")
+    return {
+        "name": cell.name,
+        "text": text.hash,
+        **run_cell(cell, text, folder=options.state, device=options.device),
+        "settings": cell.settings(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "ran_on": torch.cuda.get_device_name() if gpu else describe()["cpu"],
+        "torch": torch.__version__,
+    }
+
+
+def run_all(cells: Sequence[Cell], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Run the cells, `--jobs` at a time; results in the order in which they end."""
+    if options.jobs == 1:
+        yield from (run_one(cell, options) for cell in cells)
+        return
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=spawned) as pool:
+        for ended in as_completed([pool.submit(run_one, cell, options) for cell in cells]):
+            yield ended.result()
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/bench frontier", description=__doc__)
-    parser.add_argument("--only", metavar="CELL", help="one cell by name")
+    parser.add_argument("--only", metavar="CELL", nargs="+", help="these cells, by name")
     parser.add_argument("--report", action="store_true", help="run nothing: points and picture")
     parser.add_argument("--again", action="store_true", help="run cells that have ended, too")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at once, one core each")
+    parser.add_argument("--device", default="cpu", help="where the replicas train, e.g. cuda")
+    parser.add_argument("--text", type=Path, metavar="FOLDER", help="another Python's library")
     parser.add_argument("--state", type=Path, default=STATE, help="cells under way")
     parser.add_argument("--out", type=Path, default=RESULTS / "frontier.json")
     options = parser.parse_args(argv)
     names = [cell.name for cell in CELLS]
-    if options.only and options.only not in names:
-        parser.error(f"there is no cell {options.only}; there are: {', '.join(names)}")
-    torch.set_num_threads(1)
-    machine = describe()
+    for name in options.only or ():
+        if name not in names:
+            parser.error(f"there is no cell {name}; there are: {', '.join(names)}")
     done = load_done(options.out)
-    wanted = [cell for cell in CELLS if options.only in (None, cell.name)]
     if options.report:
         machine = json.loads(options.out.read_text(encoding="utf-8"))["machine"]
         write_result(options.out, done, machine)
         print(table(json.loads(options.out.read_text(encoding="utf-8"))["frontier"]))
         return 0
-    text = Text()
-    for cell in wanted:
-        if is_done(cell, done, text=text.hash) and not options.again:
-            continue
-        print(f"{cell.name}: {cell.why}", flush=True)
-        numbers = run_cell(cell, text, folder=options.state)
+    machine, text = describe(), Text(builtin_rows(options.text))
+    wanted = [
+        cell
+        for cell in CELLS
+        if cell.name in (options.only or names)
+        and (options.again or not is_done(cell, done, text=text.hash))
+    ]
+    for count, ended in enumerate(run_all(wanted, options), start=1):
         done = load_done(options.out)
-        done[cell.name] = {
-            "name": cell.name, "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "text": text.hash, **numbers, "settings": cell.settings(),
-        }  # fmt: skip
+        done[ended["name"]] = ended
         write_result(options.out, done, machine)
-        print(json.dumps(numbers), flush=True)
+        shown = {key: ended[key] for key in ("loss", "bytes_ratio", "seconds")}
+        print(f"{count}/{len(wanted)} {ended['name']}: {json.dumps(shown)}", flush=True)
     return 0
 
 

@@ -35,6 +35,9 @@ class Cell:
     embedding_density: density of the two embedding tables, if not 0.
     share: how far each settled round turns the matrices' momentum towards the move that all
         peers made together; needs no bytes.
+    share_tables: the same for the embeddings' first moment.
+    ahead: the local weights drift by this share of the last common move while a round runs,
+        as a guess of what the others learn in it; taken back before the cut.
     why: what the cell is for, or what was hoped from its one change.
     """
 
@@ -55,6 +58,8 @@ class Cell:
     last_bits: int = 0
     embedding_density: float = 0.0
     share: float = 0.0
+    share_tables: float = 0.0
+    ahead: float = 0.0
     momentum: float = 0.95
     weight_decay: float = 0.1
     embedding_rate: float = 1.0

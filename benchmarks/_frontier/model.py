@@ -71,7 +71,7 @@ def loss(weights: Weights, rows: Tensor, shape: Shape) -> Tensor:
     inputs, targets = rows[..., :-1], rows[..., 1:]
     length, width = inputs.shape[2], shape.width
     table = weights["bytes"]
-    offsets = torch.arange(replicas).mul_(BYTES)[:, None, None]
+    offsets = torch.arange(replicas, device=table.device).mul_(BYTES)[:, None, None]
     hidden = F.embedding((inputs + offsets).reshape(-1), table.reshape(-1, width))
     hidden = hidden.view(replicas, count, length, width) + weights["positions"][:, None, :length]
     hidden = hidden.view(replicas, count * length, width)

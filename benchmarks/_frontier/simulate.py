@@ -18,23 +18,29 @@ SAVE_SECONDS = 20.0
 
 
 class Simulation:
-    """The replicas of one cell, their optimizer and exchange, at a step."""
+    """The replicas of one cell, their optimizer and exchange, at a step.
 
-    def __init__(self, cell: Cell, text: Text):
-        self.cell, self.text = cell, text
+    The replicas train on `device`; the exchange works on the CPU, as it does in a miner.
+    """
+
+    def __init__(self, cell: Cell, text: Text, *, device: str = "cpu"):
+        self.cell, self.text, self.device = cell, text, device
         self.at = 0
         self.seconds = 0.0
         self.curve: list[tuple[int, float]] = []
         # Data-parallel training is one model with everybody's rows.
         self.models = cell.replicas if cell.method not in ("alone", "data_parallel") else 1
-        self.weights = initial_weights(cell.shape, replicas=self.models, seed=cell.seed)
+        start = initial_weights(cell.shape, replicas=self.models, seed=cell.seed)
+        self.weights = {name: weight.to(device) for name, weight in start.items()}
         self.inner = Inner(
             cell.optimizer, cell.momentum, weight_decay=cell.weight_decay,
             embedding_rate=cell.embedding_rate,
         )  # fmt: skip
-        self.exchange: Exchange = make_exchange(cell, self.weights)
+        self.exchange: Exchange = make_exchange(cell, start)
         self.cuts = {step: number for number, step in enumerate(cell.cuts())}
-        self.rows = text.evaluation(cell.length)
+        self.rows = text.evaluation(cell.length).to(device)
+        self.drift: Weights = {}
+        self.drifted = 0
 
     def step(self) -> None:
         cell = self.cell
@@ -42,33 +48,73 @@ class Simulation:
         batch = self.text.batch(
             seed=cell.seed, step=self.at, peers=peers, rows=cell.rows, length=cell.length
         )
-        batch = batch.view(self.models, -1, batch.shape[-1])
+        batch = batch.view(self.models, -1, batch.shape[-1]).to(self.device)
         leaves = {name: weight.requires_grad_() for name, weight in self.weights.items()}
         found = torch.autograd.grad(loss(leaves, batch, cell.shape), list(leaves.values()))
         for weight in self.weights.values():
             weight.requires_grad_(requires_grad=False)
         gradients = _clipped(dict(zip(leaves, found, strict=True)))
         self.inner.step(self.weights, gradients, rate=cell.learning_rate(self.at))
+        self._drift()
         self.at += 1
         last = self.at == cell.steps
         if cell.delay and self.at - cell.delay in self.cuts:
             self._settle()
         if self.at in self.cuts:
             self._settle()  # a delay ends with the round, at the latest
+            self._drift_back()
+            self._to_exchange()
             self.exchange.cut(self.cuts[self.at], last=last)
+            self._from_exchange()
             if last or not cell.delay:
                 self._settle()
         if last or self.at % max(1, -(-cell.steps // 4)) == 0:
-            here = evaluate(self.exchange.result(), self.rows, cell.shape)
-            self.curve.append((self.at, round(here, 5)))
+            self.curve.append((self.at, round(self._evaluate(), 5)))
+
+    def _evaluate(self) -> float:
+        self._to_exchange()
+        return evaluate(self._here(self.exchange.result()), self.rows, self.cell.shape)
+
+    def _here(self, tensors: Weights) -> Weights:
+        return {name: tensor.to(self.device) for name, tensor in tensors.items()}
 
     def _settle(self) -> None:
-        move = self.exchange.settle()
-        if move is None or not self.cell.share:
+        cell = self.cell
+        self._to_exchange()
+        found = self.exchange.settle()
+        if found is None:
             return
+        self._from_exchange()
+        move = self._here(found)
         for name, step in move.items():
-            if self.inner.uses_muon(name):
-                _turn(self.inner.first[name], step, self.cell.share)
+            if self.inner.uses_muon(name) and cell.share:
+                _turn(self.inner.first[name], step, cell.share)
+            elif not self.inner.uses_muon(name) and cell.share_tables:
+                root = self.inner.second[name].sqrt()  # from Adam's steps back to gradients
+                _turn(self.inner.first[name], step * root, cell.share_tables)
+        if cell.ahead:
+            self.drift = {name: step.mul(cell.ahead / cell.every) for name, step in move.items()}
+            self.drifted = 0
+
+    def _to_exchange(self) -> None:
+        if self.device != "cpu":
+            for name, weight in self.exchange.weights.items():
+                weight.copy_(self.weights[name])
+
+    def _from_exchange(self) -> None:
+        if self.device != "cpu":
+            for name, weight in self.exchange.weights.items():
+                self.weights[name].copy_(weight)
+
+    def _drift(self) -> None:
+        for name, step in self.drift.items():
+            self.weights[name].sub_(step)
+        self.drifted += 1
+
+    def _drift_back(self) -> None:
+        for name, step in self.drift.items():
+            self.weights[name].add_(step, alpha=self.drifted)
+        self.drift, self.drifted = {}, 0
 
     def numbers(self) -> dict[str, Any]:
         """The cell's result once it has ended."""
@@ -95,6 +141,7 @@ class Simulation:
             "curve": self.curve, "weights": self.weights, "steps": self.inner.steps,
             "first": self.inner.first, "second": self.inner.second,
             "exchange": self.exchange.state_dict(), "text": self.text.hash,
+            "drift": self.drift, "drifted": self.drifted,
         }  # fmt: skip
         half = path.with_suffix(".half")
         torch.save(state, half)
@@ -104,7 +151,7 @@ class Simulation:
         """Go on from a checkpoint; one of other settings or other text is ignored."""
         if not path.exists():
             return
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         if state["settings"] != self.cell.settings() or state["text"] != self.text.hash:
             return
         self.at, self.seconds = state["at"], state["seconds"]
@@ -112,15 +159,17 @@ class Simulation:
         for name, weight in self.weights.items():
             weight.copy_(state["weights"][name])
         self.inner.steps = state["steps"]
-        self.inner.first, self.inner.second = state["first"], state["second"]
+        self.inner.first = self._here(state["first"])
+        self.inner.second = self._here(state["second"])
+        self.drift, self.drifted = self._here(state["drift"]), state["drifted"]
         self.exchange.load_state_dict(state["exchange"])
 
 
-def run_cell(cell: Cell, text: Text, *, folder: Path) -> dict[str, Any]:
+def run_cell(cell: Cell, text: Text, *, folder: Path, device: str = "cpu") -> dict[str, Any]:
     """Run a cell to its end; what it has done is in `folder` while it runs."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{cell.name}.pt"
-    simulation = Simulation(cell, text)
+    simulation = Simulation(cell, text, device=device)
     simulation.load(path)
     saved = time.monotonic()
     while simulation.at < cell.steps:
