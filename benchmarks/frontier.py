@@ -103,8 +103,12 @@ def run_all(cells: Sequence[Cell], options: argparse.Namespace) -> Iterator[dict
         return
     spawned = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=spawned) as pool:
-        for ended in as_completed([pool.submit(run_one, cell, options) for cell in cells]):
-            yield ended.result()
+        running = {pool.submit(run_one, cell, options): cell for cell in cells}
+        for future in as_completed(running):
+            if error := future.exception():  # the others go on
+                print(f"{running[future].name} failed: {error!r}", file=sys.stderr, flush=True)
+            else:
+                yield future.result()
 
 
 def main(argv: Sequence[str]) -> int:
