@@ -43,9 +43,8 @@ def test_the_strategy_is_a_flag_and_its_rounds_fit_the_embedded_network(tmp_path
     made = demo_run(DemoSettings(strategy="sparseloco"))
     assert made.run is not None
     assert made.has_rounds
-    section = made.run.sparseloco
-    assert section.density == 1
-    schedule = Schedule(section.round_blocks, section.mark_blocks, section.cut_blocks)
+    assert made.run.sparseloco.density == 1
+    schedule = Schedule.of(made.run.sparseloco)
     assert schedule_problems(schedule, tempo=360, roles=1, latency=EMBEDDED_LATENCY) == []
     own = tmp_path / "run.toml"
     own.write_text('strategy = "sparseloco"\n[sparseloco]\nround_blocks = 40\n')

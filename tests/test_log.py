@@ -19,8 +19,8 @@ from hiveminer.commands.checks import rounds, training
 from hiveminer.commands.checks.base import Examination
 from hiveminer.config.settings import LogSettings, SubtensorSettings
 from hiveminer.strategies.sparseloco.audit import compare
-from hiveminer.strategies.sparseloco.follower import RoundChain
 from hiveminer.strategies.sparseloco.log import LOG_FOLDER, Log
+from hiveminer.strategies.sparseloco.parts import RoundChain
 from hiveminer.strategies.sparseloco.records import decode_mark
 from hiveminer.strategies.sparseloco.replay import rebuild, verify
 

@@ -20,7 +20,6 @@ from hiveminer.strategies.sparseloco.update import (
     rebase,
     settle,
     take_off,
-    void,
 )
 
 SHAPES = ((3, 4), (5,))
@@ -46,6 +45,15 @@ def close(actual: list[Tensor], *numbers: float) -> None:
     )
 
 
+def void(
+    local: list[Tensor], new: list[Tensor], old: list[Tensor], mine: Cut | None = None
+) -> None:
+    """Undo `settle`."""
+    settle(local, new, old)
+    if mine is not None:
+        give_back(local, mine.settled())
+
+
 def test_the_worked_example_when_the_blob_counts() -> None:
     state, local = values(0, 0), values(-3, -1)
     made = cut(state, local, compress=largest)
@@ -58,7 +66,7 @@ def test_the_worked_example_when_the_blob_counts() -> None:
     close(local, -3.5, -0.8)
     close(learned(new, local), 0.5, 0.8)  # the new step and 0.8 of e
 
-    void(local, state, new, counted=made.settled())
+    void(local, new, state, made)
     close(learned(state, local), 3.5, 0.8)  # all but the 0.2 that was forgotten
 
 
@@ -68,7 +76,7 @@ def test_the_worked_example_when_another_blob_counts() -> None:
     settle(local, state, new)
     close(local, -3.5, -1.4)
     close(learned(new, local), 3.5, 1)
-    void(local, state, new)
+    void(local, new, state)
     close(local, -3.5, -1)
 
 
@@ -106,25 +114,25 @@ class Peer:
         self._count(mine, keep)
 
     def void(self, old: list[Tensor], new: list[Tensor], mine: Cut | None) -> None:
-        void(self.local, old, new, counted=mine and mine.settled())
+        void(self.local, new, old, mine)
         add(self.counted, mine.sent if mine else [], factor=-1)
 
     def restart(self, old: list[Tensor], new: list[Tensor], mine: Cut | None, keep: float) -> None:
         """Come back in another process, with nothing but u and the cut."""
         update = learned(old, self.local)
         self.local = zeros(torch.float32)
-        if mine is not None:
-            take_off(update, mine, keep=keep)
         rebase(self.local, new, update=update)
+        if mine is not None:
+            take_off(self.local, mine, keep=keep)
         self._count(mine, keep)
 
     def return_void(self, old: list[Tensor], new: list[Tensor], mine: Cut | None) -> None:
         """The same as `void` for a peer that comes back in another process."""
         update = learned(new, self.local)
-        if mine is not None:
-            give_back(update, mine.settled())
         self.local = zeros(torch.float32)
         rebase(self.local, old, update=update)
+        if mine is not None:
+            give_back(self.local, mine.settled())
         add(self.counted, mine.sent if mine else [], factor=-1)
 
     def _count(self, mine: Cut | None, keep: float) -> None:

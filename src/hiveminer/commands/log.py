@@ -25,9 +25,9 @@ from hiveminer.neuron import subnet_folder
 from hiveminer.runtime.metrics import progress_bar
 from hiveminer.runtime.program import rendered
 from hiveminer.strategies.sparseloco.audit import Comparison, compare
-from hiveminer.strategies.sparseloco.follower import RoundChain
 from hiveminer.strategies.sparseloco.log import PLAN, Log, logs_below
 from hiveminer.strategies.sparseloco.onchain import SubnetRounds
+from hiveminer.strategies.sparseloco.parts import RoundChain
 from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.replay import Report, RoundReport, summarize, verify
 

@@ -16,19 +16,13 @@ def rounds(exam: Examination) -> Check:
         return passed(f"none: the run's strategy is {exam.run.strategy}")
     if exam.chain is None and not exam.settings.embedded:
         return failed("unknown without the chain", "fix the chain first")
-    from hiveminer.strategies.sparseloco.schedule import (
-        CHAIN_LATENCY,
-        EMBEDDED_LATENCY,
-        Schedule,
-        schedule_problems,
-    )
+    from hiveminer.strategies.sparseloco.schedule import Schedule, latency_of, schedule_problems
 
-    section = exam.run.sparseloco
-    schedule = Schedule(section.round_blocks, section.mark_blocks, section.cut_blocks)
+    schedule = Schedule.of(exam.run.sparseloco)
     tempo = HYPERPARAMETERS["tempo"].default
     if exam.chain is not None:
         tempo = int(exam.chain.hyperparameters()["tempo"])
-    latency = EMBEDDED_LATENCY if exam.settings.embedded else CHAIN_LATENCY
+    latency = latency_of(embedded=exam.settings.embedded)
     problems = schedule_problems(schedule, tempo=tempo, roles=1, latency=latency)
     if problems:
         return failed("; ".join(problems), "set them in [sparseloco] of run.toml")
@@ -36,7 +30,7 @@ def rounds(exam: Examination) -> Check:
     if disagreement:
         return failed(disagreement, "compare with others: hiveminer log --verify")
     found = (
-        f"{section.round_blocks} blocks a round, {latency.blocks} from a cut to its settling; "
+        f"{schedule.round_blocks} blocks per round, {latency.blocks} from a cut to its settling; "
         f"tempo {tempo}"
     )
     if problems := schedule_problems(schedule, tempo=tempo, roles=2, latency=latency):

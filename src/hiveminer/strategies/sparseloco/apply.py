@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -215,15 +215,21 @@ def _power(number: int, exponent: float) -> float:
     return root * math.sqrt(root) if exponent == 0.75 else powers[exponent]
 
 
-def _entry(name: str, tensor: Tensor, clip_norm: float) -> bytes:
+def manifest_head(name: str, shape: torch.Size) -> bytes:
+    """What a manifest says of a tensor before its clip norm."""
     encoded = name.encode()
-    head = struct.pack("<I", len(encoded)) + encoded + struct.pack("<I", tensor.dim())
-    shape = b"".join(struct.pack("<Q", size) for size in tensor.shape)
-    return head + shape + struct.pack("<f", clip_norm) + b"".join(_piece_hashes(tensor))
+    head = struct.pack("<I", len(encoded)) + encoded + struct.pack("<I", len(shape))
+    return head + b"".join(struct.pack("<Q", size) for size in shape)
 
 
-def _piece_hashes(tensor: Tensor) -> Iterator[bytes]:
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor as little-endian float32; a view of it where the machine is little-endian."""
     numbers = tensor.detach().contiguous().numpy().astype("<f4", copy=False)
-    data = numbers.reshape(-1).view(np.uint8).data
-    for start in range(0, len(data), PIECE_BYTES):
-        yield hashlib.sha256(data[start : start + PIECE_BYTES]).digest()
+    return numbers.reshape(-1).view(np.uint8).data
+
+
+def _entry(name: str, tensor: Tensor, clip_norm: float) -> bytes:
+    data = tensor_bytes(tensor)
+    pieces = (data[start : start + PIECE_BYTES] for start in range(0, len(data), PIECE_BYTES))
+    hashes = b"".join(hashlib.sha256(piece).digest() for piece in pieces)
+    return manifest_head(name, tensor.shape) + struct.pack("<f", clip_norm) + hashes

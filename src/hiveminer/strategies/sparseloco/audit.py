@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from hiveminer.errors import ChainError
-from hiveminer.strategies.sparseloco.follower import RoundChain
 from hiveminer.strategies.sparseloco.log import Log
-from hiveminer.strategies.sparseloco.rounds import Block, Facts, Neuron
+from hiveminer.strategies.sparseloco.parts import RoundChain
+from hiveminer.strategies.sparseloco.rounds import Block, Facts
 from hiveminer.strategies.sparseloco.schedule import Schedule
 
 
@@ -37,7 +37,8 @@ def compare(
         if entry is None:
             continue
         try:
-            differing = _differing(entry.facts, read_facts(chain, schedule, number))
+            theirs = read_facts(chain, schedule, number)
+            differing = _differing(entry.facts.of_registered(), theirs.of_registered())
         except ChainError as error:
             unread, why = unread + 1, why or str(error)
             continue
@@ -58,22 +59,14 @@ def read_facts(chain: RoundChain, schedule: Schedule, number: int) -> Facts:
 
 
 def _differing(ours: Facts, theirs: Facts) -> list[str]:
-    registered = {neuron.hotkey for neuron in theirs.neurons}
-
-    def blocks(facts: Facts) -> list[Block]:
-        return [facts.first_block, facts.records_block, facts.marks_block]
-
-    def of_registered(commitments: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
-        return {key: data for key, data in commitments.items() if key in registered}
-
     pairs = {
-        "block hashes": (blocks(ours), blocks(theirs)),
-        "neurons": (sorted(ours.neurons, key=_uid), sorted(theirs.neurons, key=_uid)),
-        "records": (of_registered(ours.records), of_registered(theirs.records)),
-        "marks": (of_registered(ours.marks), of_registered(theirs.marks)),
+        "block hashes": (_blocks(ours), _blocks(theirs)),
+        "neurons": (set(ours.neurons), set(theirs.neurons)),
+        "records": (ours.records, theirs.records),
+        "marks": (ours.marks, theirs.marks),
     }
     return [name for name, (one, other) in pairs.items() if one != other]
 
 
-def _uid(neuron: Neuron) -> int:
-    return neuron.uid
+def _blocks(facts: Facts) -> list[Block]:
+    return [facts.first_block, facts.records_block, facts.marks_block]

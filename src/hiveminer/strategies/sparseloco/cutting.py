@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 from hiveminer.errors import ChainError
+from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.follower import Follower, Reading
+from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.replica import Replica
 
 logger = logging.getLogger(__name__)
@@ -25,16 +27,17 @@ class CuttingFollower(Follower):
     def __init__(
         self,
         replica: Replica,
+        parts: Parts,
         *,
+        start_state: State,
         weights: Callable[[int], tuple[int, list[torch.Tensor]] | None],
-        has_trained: Callable[[], bool] = lambda: True,
-        saved: Callable[[], None] = lambda: None,
-        **options: object,
+        has_trained: Callable[[], bool],
+        save_cut: Callable[[], None],
     ):
-        super().__init__(replica, **options)  # type: ignore[arg-type]
+        super().__init__(replica, parts, start_state=start_state)
         self._weights = weights
         self._has_trained = has_trained
-        self._saved = saved
+        self._save_cut = save_cut
         self._committed = -1
         self._looked_back = -1
         self._why = (-1, "")
@@ -51,7 +54,7 @@ class CuttingFollower(Follower):
                 self._why = number, late if self._has_trained() else ""
                 return
             self.log.add_blob(self.replica.cut(number, copied[1]).blob)
-            self._saved()
+            self._save_cut()
         if self._committed == number:
             return
         record = self.replica.record

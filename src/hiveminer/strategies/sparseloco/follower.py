@@ -12,16 +12,13 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
 
 from hiveminer.errors import ChainError, HiveminerError, SwarmError
 from hiveminer.strategies.sparseloco.apply import State
-from hiveminer.strategies.sparseloco.log import EVERY_ROUNDS, Log
-from hiveminer.strategies.sparseloco.plan import Plan
+from hiveminer.strategies.sparseloco.log import EVERY_ROUNDS
+from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.replay import does_not_follow, load_blobs, rebuild
 from hiveminer.strategies.sparseloco.replica import Replica
 from hiveminer.strategies.sparseloco.rounds import (
@@ -34,7 +31,6 @@ from hiveminer.strategies.sparseloco.rounds import (
     decide,
     next_action,
 )
-from hiveminer.strategies.sparseloco.shelf import Shelf
 
 logger = logging.getLogger(__name__)
 
@@ -56,48 +52,6 @@ KEPT_BLOCKS = 256
 """Blocks whose state a pruned node keeps."""
 
 
-class RoundChain(Protocol):
-    """What the rounds need of a chain. Each method raises ChainError.
-
-    Blocks that are read must be final, and what is read is the state after the block.
-    Hotkeys are 32 bytes.
-    """
-
-    block_seconds: float
-
-    def head(self) -> int:
-        """The newest block."""
-
-    def final_head(self) -> int:
-        """The newest final block."""
-
-    def snapshot(self, number: int) -> tuple[Block, tuple[Neuron, ...]]:
-        """The subnet's neurons at a block."""
-
-    def commitments(self, number: int) -> tuple[Block, Mapping[bytes, bytes]]:
-        """The raw commitments at a block, by hotkey."""
-
-    def commit(self, data: bytes) -> None:
-        """Replace this hotkey's commitment, in one of the next blocks or never."""
-
-
-class Fetcher(Protocol):
-    """What the rounds need of the swarm; see `exchange.Exchange`."""
-
-    def fetch_blobs(
-        self,
-        number: int,
-        wanted: Iterable[Contribution],
-        *,
-        keep: Callable[[Contribution, bytes], None],
-        timeout_seconds: float,
-    ) -> frozenset[int]: ...
-
-    def fetch_state(
-        self, digest: bytes, shapes: Mapping[str, torch.Size], *, timeout_seconds: float
-    ) -> State | None: ...
-
-
 @dataclass
 class Reading:
     """What was read of the round that is under way."""
@@ -112,27 +66,14 @@ class Reading:
 class Follower(ABC):
     """Follows the rounds with a `Replica`. A subclass does what its role does in a round.
 
-    replica: with a checkpoint's position, or as it is made, to join. start_state: the one from
-    which the run starts. poll_seconds: how often the chain is looked at.
+    replica: with a checkpoint's position, or new, to join. start_state: the one that the run
+    starts from.
     """
 
-    def __init__(
-        self,
-        replica: Replica,
-        *,
-        chain: RoundChain,
-        exchange: Fetcher,
-        log: Log,
-        shelf: Shelf,
-        start_state: State,
-        poll_seconds: float | None = None,
-    ):
+    def __init__(self, replica: Replica, parts: Parts, *, start_state: State):
         self.replica = replica
-        self.plan: Plan = replica.plan
-        self.chain = chain
-        self.exchange = exchange
-        self.log = log
-        self.shelf = shelf
+        self.plan, self.log, self.shelf = parts.plan, parts.log, parts.shelf
+        self.chain, self.exchange = parts.chain, parts.exchange
         self.problem = ""
         """Why this peer does not take part, for as long as it does not."""
         self.decided = -1
@@ -142,7 +83,7 @@ class Follower(ABC):
         self.counted: deque[frozenset[bytes]] = deque(maxlen=COUNTED_ROUNDS)
         """The hotkeys whose blobs counted, by round that was not empty; oldest first."""
         self._start_state = start_state
-        self._poll_seconds = poll_seconds or max(0.1, chain.block_seconds / 2)
+        self._poll_seconds = parts.poll_seconds or max(0.1, parts.chain.block_seconds / 2)
         self._reading = Reading(-1)
         self._stopping = threading.Event()
         self._told = ""

@@ -33,6 +33,7 @@ from hiveminer.strategies.sparseloco.pieces import (
     StateBuilder,
     StateError,
     manifest_length,
+    manifest_of,
     piece_bytes,
     read_manifest,
 )
@@ -113,17 +114,15 @@ class Log:
 
     def add_state(self, number: int, state: State) -> None:
         """Keep the parent state of a round."""
-        raw = state.manifest()
-        path = self._states / f"{number:010d}-{hashlib.sha256(raw).hexdigest()}"
-        if path.exists():
-            return
-        shapes = {name: value.shape for name, value in state.weights.items()}
-        pieces = (piece_bytes(state, piece) for piece in read_manifest(raw, shapes).pieces)
-        write_atomically(path, b"".join([raw, *pieces]))
+        manifest = manifest_of(state)
+        path = self._state_path(number, manifest.hash)
+        if not path.exists():
+            pieces = (piece_bytes(state, piece) for piece in manifest.pieces)
+            write_atomically(path, b"".join([manifest.raw, *pieces]))
 
     def add_round(self, facts: Facts, *, made: bytes | None = None) -> None:
         """Keep what decides a round; again with `made` once there is a state after it."""
-        content = _facts_to_json(facts) | {"made": made.hex() if made else None}
+        content = _facts_to_json(facts.of_registered()) | {"made": made.hex() if made else None}
         _write_json(self._rounds / f"{facts.round:010d}.json", content)
 
     def prune(self, *, keep_blobs: Collection[bytes] = ()) -> None:
@@ -279,10 +278,8 @@ def _hash_or_none(text: str | None) -> bytes | None:
 
 
 def _facts_to_json(facts: Facts) -> dict[str, Any]:
-    registered = {neuron.hotkey for neuron in facts.neurons}
-
     def raw(commitments: Mapping[bytes, bytes]) -> dict[str, str]:
-        return {key.hex(): data.hex() for key, data in commitments.items() if key in registered}
+        return {key.hex(): data.hex() for key, data in commitments.items()}
 
     return {
         "round": facts.round,

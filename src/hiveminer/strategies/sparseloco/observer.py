@@ -12,6 +12,7 @@ from hiveminer.strategies.base import GlobalState, Observer
 from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.marking import MarkingFollower
 from hiveminer.strategies.sparseloco.parts import Parts
+from hiveminer.strategies.sparseloco.replica import Replica
 from hiveminer.training.optimizer import inner_optimizer
 from hiveminer.training.trainer import LocalStep, Step
 
@@ -26,8 +27,8 @@ class SparselocoObserver(Observer):
         self._start = State.of(model)
         named = model.named_parameters()
         self._frozen = {n: each.detach().clone() for n, each in named if not each.requires_grad}
-        self.replica = parts.replica(self._start)
-        self.follower = MarkingFollower(self.replica, **parts.for_follower(self._start))
+        self.replica = Replica(parts.plan, hotkey=parts.hotkey, start=self._start)
+        self.follower = MarkingFollower(self.replica, parts, start_state=self._start)
         self.follower.remember_logged()
         self._closed = False
 

@@ -15,12 +15,7 @@ from hiveminer.strategies.sparseloco.observer import SparselocoObserver
 from hiveminer.strategies.sparseloco.onchain import SubnetRounds, public_key
 from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.plan import Plan
-from hiveminer.strategies.sparseloco.schedule import (
-    CHAIN_LATENCY,
-    EMBEDDED_LATENCY,
-    Schedule,
-    schedule_problems,
-)
+from hiveminer.strategies.sparseloco.schedule import Schedule, latency_of, schedule_problems
 from hiveminer.strategies.sparseloco.shelf import Shelf
 from hiveminer.strategies.sparseloco.strategy import SparselocoStrategy
 from hiveminer.swarm.axons import AxonAddresses
@@ -101,7 +96,7 @@ def check_schedule(schedule: Schedule, context: Context) -> None:
     except ChainError as error:
         logger.warning("whether [sparseloco] of run.toml fits the subnet is not known: %s", error)
         return
-    latency = EMBEDDED_LATENCY if chain.embedded else CHAIN_LATENCY
+    latency = latency_of(embedded=chain.embedded)
     problems = schedule_problems(schedule, tempo=tempo, roles=1, latency=latency)
     if problems:
         raise OperatorError(f"[sparseloco] of run.toml: {problems[0]}")

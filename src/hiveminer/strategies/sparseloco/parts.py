@@ -1,23 +1,68 @@
-"""What both the strategy and the observer are built from."""
+"""What strategy and observer are built from, and what they need of the chain and the swarm."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
+
+import torch
 
 from hiveminer.config.run import OptimizerSection
 from hiveminer.strategies.sparseloco.apply import State
-from hiveminer.strategies.sparseloco.follower import Fetcher, RoundChain
 from hiveminer.strategies.sparseloco.link import Link
 from hiveminer.strategies.sparseloco.log import Log
 from hiveminer.strategies.sparseloco.plan import Plan
-from hiveminer.strategies.sparseloco.replica import Replica
+from hiveminer.strategies.sparseloco.rounds import Block, Contribution, Neuron
 from hiveminer.strategies.sparseloco.shelf import Shelf
+
+
+class RoundChain(Protocol):
+    """What the rounds need of a chain. Each method raises ChainError.
+
+    Blocks that are read must be final, and what is read is the state after the block.
+    Hotkeys are 32 bytes.
+    """
+
+    block_seconds: float
+
+    def head(self) -> int:
+        """The newest block."""
+
+    def final_head(self) -> int:
+        """The newest final block."""
+
+    def snapshot(self, number: int) -> tuple[Block, tuple[Neuron, ...]]:
+        """The subnet's neurons at a block."""
+
+    def commitments(self, number: int) -> tuple[Block, Mapping[bytes, bytes]]:
+        """The raw commitments at a block, by hotkey."""
+
+    def commit(self, data: bytes) -> None:
+        """Replace this hotkey's commitment, in one of the next blocks or never."""
+
+
+class Fetcher(Protocol):
+    """What the rounds need of the swarm; see `exchange.Exchange`."""
+
+    def fetch_blobs(
+        self,
+        number: int,
+        wanted: Iterable[Contribution],
+        *,
+        keep: Callable[[Contribution, bytes], None],
+        timeout_seconds: float,
+    ) -> frozenset[int]: ...
+
+    def fetch_state(
+        self, digest: bytes, shapes: Mapping[str, torch.Size], *, timeout_seconds: float
+    ) -> State | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """See `Follower`. section: the inner optimizer's. hotkey: 32 bytes. link: to the peer."""
+    """section: the inner optimizer's. hotkey: 32 bytes. link: to the peer. poll_seconds: how often
+    the chain is read; by default twice per block."""
 
     section: OptimizerSection
     plan: Plan
@@ -28,17 +73,3 @@ class Parts:
     shelf: Shelf
     link: Link = field(default_factory=Link)
     poll_seconds: float | None = None
-
-    def replica(self, start: State) -> Replica:
-        return Replica(self.plan, hotkey=self.hotkey, start=start)
-
-    def for_follower(self, start: State) -> dict[str, Any]:
-        """A follower's arguments besides its replica."""
-        return {
-            "chain": self.chain,
-            "exchange": self.exchange,
-            "log": self.log,
-            "shelf": self.shelf,
-            "start_state": start,
-            "poll_seconds": self.poll_seconds,
-        }

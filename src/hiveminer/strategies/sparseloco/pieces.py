@@ -16,9 +16,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hiveminer.strategies.sparseloco.apply import MANIFEST, PIECE_BYTES, State
-
-HASH_BYTES = 32
+from hiveminer.strategies.sparseloco.apply import (
+    MANIFEST,
+    PIECE_BYTES,
+    State,
+    manifest_head,
+    tensor_bytes,
+)
+from hiveminer.strategies.sparseloco.records import HASH_BYTES
 
 Bytes = bytes | memoryview
 
@@ -53,7 +58,7 @@ class Manifest:
 def manifest_length(shapes: Mapping[str, torch.Size]) -> int:
     """Bytes of the manifest of any state with these shapes."""
     return len(MANIFEST) + sum(
-        len(_head(name, shape)) + 4 + HASH_BYTES * _piece_count(shape)
+        len(manifest_head(name, shape)) + 4 + HASH_BYTES * _piece_count(shape)
         for name, shape in shapes.items()
     )
 
@@ -66,7 +71,7 @@ def read_manifest(raw: bytes, shapes: Mapping[str, torch.Size]) -> Manifest:
     clip_norms: dict[str, float] = {}
     pieces: list[Piece] = []
     for name in sorted(shapes):
-        head = _head(name, shapes[name])
+        head = manifest_head(name, shapes[name])
         if raw[at : at + len(head)] != head:
             raise StateError(f"the manifest has another tensor in place of {name}")
         at += len(head)
@@ -82,9 +87,14 @@ def read_manifest(raw: bytes, shapes: Mapping[str, torch.Size]) -> Manifest:
     return Manifest(raw, clip_norms, tuple(pieces))
 
 
+def manifest_of(state: State) -> Manifest:
+    """The manifest of a state that this machine holds."""
+    shapes = {name: value.shape for name, value in state.weights.items()}
+    return read_manifest(state.manifest(), shapes)
+
+
 def piece_bytes(state: State, piece: Piece) -> memoryview:
-    """The bytes of a piece; a view of the tensor where the machine is little-endian."""
-    return _bytes_of(state.weights[piece.name])[piece.start : piece.start + piece.length].data
+    return tensor_bytes(state.weights[piece.name])[piece.start : piece.start + piece.length]
 
 
 class StateBuilder:
@@ -117,16 +127,5 @@ class StateBuilder:
         return State(weights, self.manifest.clip_norms)
 
 
-def _bytes_of(tensor: torch.Tensor) -> NDArray[np.uint8]:
-    numbers = tensor.detach().contiguous().numpy().astype("<f4", copy=False)
-    return numbers.reshape(-1).view(np.uint8)
-
-
 def _piece_count(shape: torch.Size) -> int:
     return -(-4 * math.prod(shape) // PIECE_BYTES)
-
-
-def _head(name: str, shape: torch.Size) -> bytes:
-    encoded = name.encode()
-    head = struct.pack("<I", len(encoded)) + encoded + struct.pack("<I", len(shape))
-    return head + b"".join(struct.pack("<Q", size) for size in shape)

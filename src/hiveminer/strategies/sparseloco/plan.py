@@ -51,7 +51,7 @@ class Plan:
         compression = Compression(section.density, section.bits)
         rules = Rules(
             run_prefix(run_id),
-            Schedule(section.round_blocks, section.mark_blocks, section.cut_blocks),
+            Schedule.of(section),
             max_blob_bytes=max_blob_bytes(shapes, compression),
             # `repr` gives the shortest decimal text of a float, which is what run.toml says.
             quorum=Fraction(repr(section.quorum)),

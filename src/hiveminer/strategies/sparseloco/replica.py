@@ -22,7 +22,7 @@ from hiveminer.strategies.sparseloco.codec import Header, decode, encode
 from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.records import Record
 from hiveminer.strategies.sparseloco.replay import Replayed, contributions_apply
-from hiveminer.strategies.sparseloco.rounds import Action, Decision, OwnBlob, Position
+from hiveminer.strategies.sparseloco.rounds import Action, Decision, Position, Transfer
 
 TOLERANCE = 1e-5
 """Two states are equal within rounding if no weight differs by more than this share of the
@@ -156,25 +156,11 @@ class Replica:
         with self.lock:
             before = self.position
             position, action = rounds.settle(before, decision)
-            back = (
-                isinstance(action, rounds.VoidAndApply)
-                and not isinstance(action, rounds.Repair)
-                and before.held != position.held
-            )
-            if back:
-                assert isinstance(action, rounds.VoidAndApply)
-                returned = self.cuts[action.returned.blob_hash].cut if action.returned else None
-                older = self.states[decision.parent or b""]
-                update.void(
-                    self._pending(),
-                    self._weights(older),
-                    self._weights(self._stand),
-                    counted=returned,
-                )
-                self._stand = older
-            elif isinstance(action, rounds.Repair) and action.returned:
-                returned = self.cuts[action.returned.blob_hash].cut
-                update.take_off(self._pending(), returned.settled())
+            if isinstance(action, rounds.VoidAndApply):
+                if before.held != position.held:
+                    self._go_to(self.states[action.parent])
+                if action.returned is not None:
+                    update.give_back(self._pending(), self.cuts[action.returned.blob_hash].cut)
             if decision.parent is not None:
                 self.decision = decision
             self.position = position
@@ -187,12 +173,9 @@ class Replica:
             position, transfer = rounds.take_state(self.position)
             self.states[state.hash()] = state
             self._go_to(state)
-            move = self._pending()
-            for blob in transfer.off:
-                for own, taken in zip(move, self._taken(blob), strict=True):
-                    own.add_(taken)
+            self._take_off(transfer)
             for blob in transfer.back:
-                update.take_off(move, self.cuts[blob.blob_hash].cut.settled())
+                update.give_back(self._pending(), self.cuts[blob.blob_hash].cut)
             self.position = position
             self._forget()
 
@@ -207,12 +190,9 @@ class Replica:
         assert done.hash is not None
         with self.lock:
             position, transfer = rounds.make_newest(self.position, done.hash)
-            update.settle(self._pending(), self._weights(older), self._weights(done.state))
-            for blob in transfer.off:
-                for own, taken in zip(self._pending(), self._taken(blob), strict=True):
-                    own.add_(taken)
             self.states[done.hash] = done.state
-            self._stand = done.state
+            self._go_to(done.state)
+            self._take_off(transfer)
             self.position = position
             self._forget()
         return done
@@ -256,11 +236,11 @@ class Replica:
         update.settle(self._pending(), self._weights(self._stand), self._weights(state))
         self._stand = state
 
-    def _taken(self, blob: OwnBlob) -> list[Tensor]:
-        """q of an own blob, and (1 - rho) e with it unless that was forgotten before."""
-        cut = self.cuts[blob.blob_hash].cut
-        keep = 1.0 if blob.forgotten else self.plan.keep
-        return [cut.taken(index, keep=keep) for index in range(len(self.names))]
+    def _take_off(self, transfer: Transfer) -> None:
+        """Take q of own blobs off u, and (1 - rho) e unless that was forgotten before."""
+        for blob in transfer.off:
+            keep = 1.0 if blob.forgotten else self.plan.keep
+            update.take_off(self._pending(), self.cuts[blob.blob_hash].cut, keep=keep)
 
     def _forget(self) -> None:
         """Drop the states and blobs that the position no longer needs."""

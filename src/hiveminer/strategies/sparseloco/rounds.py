@@ -89,6 +89,13 @@ class Facts:
             if len(set(values)) < len(values):
                 raise ValueError(f"round {self.round}: the snapshot has a uid or hotkey twice")
 
+    def of_registered(self) -> Facts:
+        """Without the commitments of hotkeys that are not in the snapshot: they decide nothing."""
+        hotkeys = {neuron.hotkey for neuron in self.neurons}
+        records = {key: data for key, data in self.records.items() if key in hotkeys}
+        marks = {key: data for key, data in self.marks.items() if key in hotkeys}
+        return replace(self, records=records, marks=marks)
+
 
 @dataclass(frozen=True)
 class Contribution:

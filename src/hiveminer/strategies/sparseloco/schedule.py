@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
+
+from hiveminer.config.run import SparselocoSection
 
 CALL_BYTES = 100
 """What the chain charges for a commitment of up to this many bytes; ours are shorter."""
@@ -38,6 +41,10 @@ EMBEDDED_LATENCY = Latency(inclusion=1, finality=2)
 """Blocks of 1 second, final two blocks behind the head."""
 
 
+def latency_of(*, embedded: bool) -> Latency:
+    return EMBEDDED_LATENCY if embedded else CHAIN_LATENCY
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Deadlines in blocks. "At a block" means after all of its calls.
@@ -49,6 +56,10 @@ class Schedule:
     round_blocks: int = 50
     mark_blocks: int = 10
     cut_blocks: int = 4
+
+    @classmethod
+    def of(cls, section: SparselocoSection) -> Self:
+        return cls(section.round_blocks, section.mark_blocks, section.cut_blocks)
 
     def round_at(self, block: int) -> int:
         """The round that the block is part of."""

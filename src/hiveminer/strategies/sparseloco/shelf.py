@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.log import Log
-from hiveminer.strategies.sparseloco.pieces import Bytes, Piece, piece_bytes, read_manifest
+from hiveminer.strategies.sparseloco.pieces import Bytes, Manifest, Piece, manifest_of, piece_bytes
 
 SERVED_ROUNDS = 24
 """Blobs are served for as long as a state on disk may be older than they are, and some more."""
@@ -24,7 +24,7 @@ class Shelf:
         self._log = log
         self._lock = threading.Lock()
         self._rounds: dict[int, dict[int, bytes]] = {}
-        self._states: dict[bytes, tuple[State, bytes, tuple[Piece, ...]]] = {}
+        self._states: dict[bytes, tuple[State, Manifest]] = {}
         self._pieces: dict[bytes, tuple[State, Piece]] = {}
 
     def serve(self, number: int, uid: int, digest: bytes) -> None:
@@ -36,21 +36,14 @@ class Shelf:
 
     def serve_states(self, states: Iterable[State]) -> None:
         """From now on serve these states and no others."""
-        known = {id(state): digest for digest, (state, _, _) in self._states.items()}
-        new: dict[bytes, tuple[State, bytes, tuple[Piece, ...]]] = {}
-        for state in states:
-            digest = known.get(id(state))
-            if digest is not None:
-                new[digest] = self._states[digest]
-                continue
-            raw = state.manifest()
-            shapes = {name: value.shape for name, value in state.weights.items()}
-            manifest = read_manifest(raw, shapes)
-            new[manifest.hash] = (state, raw, manifest.pieces)
+        known = {id(state): manifest for state, manifest in self._states.values()}
+        served = [(state, known.get(id(state)) or manifest_of(state)) for state in states]
         with self._lock:
-            self._states = new
+            self._states = {manifest.hash: (state, manifest) for state, manifest in served}
             self._pieces = {
-                piece.hash: (state, piece) for state, _, pieces in new.values() for piece in pieces
+                piece.hash: (state, piece)
+                for state, manifest in served
+                for piece in manifest.pieces
             }
 
     def blobs(self) -> set[bytes]:
@@ -68,7 +61,7 @@ class Shelf:
             place = self._pieces.get(digest)
             is_blob = any(digest in blobs.values() for blobs in self._rounds.values())
         if held is not None:
-            return held[1]
+            return held[1].raw
         if place is not None:
             return piece_bytes(*place)
         return self._log.blob(digest) if is_blob else None

@@ -24,7 +24,7 @@ from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.cutting import CuttingFollower
 from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.replay import rebuild
-from hiveminer.strategies.sparseloco.replica import OwnCut
+from hiveminer.strategies.sparseloco.replica import OwnCut, Replica
 from hiveminer.strategies.sparseloco.rounds import Position
 from hiveminer.training.optimizer import inner_optimizer
 
@@ -56,13 +56,14 @@ class SparselocoStrategy(Strategy):
         self.optimizer = inner_optimizer(model, parts.section)
         start = State.of(model)
         self._start_hash = start.hash()
-        self.replica = parts.replica(start)
+        self.replica = Replica(self.plan, hotkey=parts.hotkey, start=start)
         self.follower = CuttingFollower(
             self.replica,
+            parts,
+            start_state=start,
             weights=self._copied_weights,
             has_trained=self._has_trained,
-            saved=self._save_cut,
-            **parts.for_follower(start),
+            save_cut=self._save_cut,
         )
         self._lock = threading.Lock()
         self._wanted: int | None = None

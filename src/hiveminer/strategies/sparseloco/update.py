@@ -36,7 +36,7 @@ class Cut:
     left: list[Tensor]
 
     def settled(self) -> Cut:
-        """Without e: all that a later `void` needs."""
+        """Without e, which `give_back` does not need."""
         return Cut(self.sent, [])
 
     def taken(self, index: int, *, keep: float) -> Tensor:
@@ -68,7 +68,8 @@ def cut(state: Tensors, local: Tensors, *, compress: Callable[[list[Tensor]], li
 def settle(
     local: Tensors, old: Tensors, new: Tensors, *, counted: Cut | None = None, keep: float = 1.0
 ) -> None:
-    """Move `local` in place from the global state `old` to `new`, when a round is decided.
+    """Move `local` in place from the global state `old` to `new`: when a round is decided, and
+    back again, with `give_back`, when it is void.
 
     counted: the peer's own cut if its blob counts in `new`. In every other case (no mark, no
         record, another parent, no cut) None: nothing is lost, since u does not change.
@@ -83,39 +84,25 @@ def settle(
 
 
 @torch.no_grad()
-def void(local: Tensors, old: Tensors, new: Tensors, *, counted: Cut | None = None) -> None:
-    """Undo a `settle` from `old` to `new` in place: later marks name `old` again.
-
-    counted: the cut that counted in `new`, if there was one; it need not hold e. What was
-    forgotten then stays forgotten.
-    """
-    for index, (own, before, after) in enumerate(zip(local, old, new, strict=True)):
-        move = after.sub(before)
-        if counted is not None:
-            move.add_(counted.sent[index])
-        own.sub_(move.to(own.device))
-
-
-@torch.no_grad()
 def rebase(local: Tensors, state: Tensors, *, update: Tensors) -> None:
     """Set `local` to state - u in place: after a repair, a restart or a late start.
 
-    update: u, as `learned` returned it for the state on which the peer stood, after
-    `take_off` and `give_back` for own blobs whose fate was decided meanwhile.
+    update: u, as `learned` returned it for the state on which the peer stood.
     """
     for own, theirs, u in zip(local, state, update, strict=True):
         own.copy_(theirs.sub(u))
 
 
 @torch.no_grad()
-def take_off(update: Tensors, counted: Cut, *, keep: float = 1.0) -> None:
-    """Take q + (1 - keep) e of a cut that counts off u, in place; see `settle`."""
-    for index, u in enumerate(update):
-        u.sub_(counted.taken(index, keep=keep))
+def take_off(local: Tensors, counted: Cut, *, keep: float) -> None:
+    """Take q + (1 - keep) e of a cut that counts off u, by moving `local` in place."""
+    for index, own in enumerate(local):
+        own.add_(counted.taken(index, keep=keep).to(own.device))
 
 
 @torch.no_grad()
-def give_back(update: Tensors, counted: Cut) -> None:
-    """Add q of a cut that no longer counts to u, in place; see `void`."""
-    for u, q in zip(update, counted.sent, strict=True):
-        u.add_(q)
+def give_back(local: Tensors, counted: Cut) -> None:
+    """Add q of a cut that no longer counts to u, by moving `local` in place. What was forgotten
+    stays forgotten, so the cut need not hold e."""
+    for own, sent in zip(local, counted.sent, strict=True):
+        own.sub_(sent.to(own.device))
