@@ -105,7 +105,9 @@ sources["alice"].files |= {sha(blob): blob for blob in many.values()}
 async def break_off(info, reader, writer):
     with contextlib.closing(writer):
         kind, digest, number = REQUEST.unpack(await reader.readexactly(REQUEST.size))
-        if kind == 1:
+        if number == 12:
+            await asyncio.sleep(60)
+        elif kind == 1:
             writer.write(ANSWER.pack(0, 32) + (bytes([255]) * 32 if number == 11 else bytes(32)))
         else:
             whole = sources["alice"].files[digest]
@@ -125,6 +127,10 @@ threading.Thread(target=loop.run_forever, daemon=True).start()
 broken = asyncio.run_coroutine_threadsafe(serve_broken(daemon), loop).result(10)
 told["resumed"] = fetch(11, [contribution(*each) for each in many.items()]) == sorted(many)
 told["resumed"] = told["resumed"] and got == many
+
+# A peer that does not answer delays nobody: it would take longer than this by itself.
+sources["alice"].rounds[12] = {3}
+told["beside one that hangs"] = fetch(12, wanted[:1], seconds=6) == [3]
 
 # Streams that ask for nothing, or for what no call is, leave the others served.
 async def nonsense(data, peer, *, times):

@@ -128,6 +128,41 @@ def test_a_crash_after_a_cut_without_a_checkpoint_publishes_once(
     assert_published_once(commits + peers.views[1].commits)
 
 
+def test_a_checkpoint_of_an_earlier_cut_does_not_hide_the_last_one(tmp_path: Path) -> None:
+    peers = Peers(tmp_path)
+    peers.round(3)
+    peers.block(7)
+    tensors, metadata = peers.miners[1].state_dict()
+    assert peers.miners[1].replica.position.cut
+    peers.round()
+    commits = peers.views[1].commits
+    peers.stop(1)
+    again = peers.start(1)
+    again.load_state_dict(tensors, metadata)
+    again._resume_cut()
+    again.follower.follow()  # the round's records are still due
+    peers.train(again)
+    again.follower.follow()
+    peers.round()
+    peers.block(4)
+    assert len(peers.states()) == 1
+    assert_published_once(commits + peers.views[1].commits)
+
+
+def test_weights_that_are_not_finite_are_not_cut(tmp_path: Path) -> None:
+    peers = Peers(tmp_path)
+    peers.round(2)
+    peers.miners[1].replica.apply_move(parameters(peers, 1))
+    parameters(peers, 1)[0].fill_(torch.nan)
+    peers.round()
+    assert not peers.miners[1].recover()
+    peers.round()
+    peers.block(4)
+    assert len(peers.states()) == 1
+    uids = counted(peers)
+    assert uids[-2:] == [(0, 2), (0, 1, 2)]
+
+
 def assert_published_once(commits: list[bytes]) -> None:
     blobs: dict[int, bytes] = {}
     for raw in commits:

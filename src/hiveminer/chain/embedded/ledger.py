@@ -146,7 +146,8 @@ class Ledger:
                     [(number, f"0x{secrets.token_hex(32)}") for number in new],
                 )
                 db.execute("DELETE FROM blocks WHERE number < ?", (oldest,))
-        return max(sealed, due, 0)
+                sealed = _sealed(db)
+        return max(sealed, 0)
 
     def hash_of(self, number: int) -> str:
         """A block's hash: drawn by chance when it becomes final, and only a name before."""

@@ -53,7 +53,12 @@ class CuttingFollower(Follower):
                 late = "no training step has ended since the cut was due"
                 self._why = number, late if self._has_trained() else ""
                 return
-            self.log.add_blob(self.replica.cut(number, copied[1]).blob)
+            try:
+                blob = self.replica.cut(number, copied[1]).blob
+            except ValueError as error:  # a weight is not finite: the trainer recovers from that
+                self._why = number, str(error)
+                return
+            self.log.add_blob(blob)
             self._save_cut()
         if self._committed == number:
             return

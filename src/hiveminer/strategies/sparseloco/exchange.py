@@ -77,8 +77,12 @@ MAX_STREAMS = 16
 
 MAX_STREAMS_PER_PEER = 6
 
-MAX_CALLS = 16
+MAX_CALLS = 64
 """Calls to other peers at the same time, when all of them are asked what they have."""
+
+ASK_SECONDS = 1.0
+"""Timeout for these calls, which doubles up to OPEN_SECONDS while a blob is missing: a peer that
+hangs does not delay what the others have."""
 
 MAX_DOWNLOADS = 4
 """Downloads at the same time; the machine's memory holds as many blobs or pieces of a state."""
@@ -253,12 +257,14 @@ class Exchange:
                 found.add(uid)
                 del missing[uid]
 
+        seconds = ASK_SECONDS
         while missing:
-            holders = await self._holders(number)
+            holders = await self._holders(number, timeout_seconds=seconds)
             work = [fetch(uid, holders[uid]) for uid in missing.keys() & holders.keys()]
             self._random.shuffle(work)
             await _at_most(MAX_DOWNLOADS, work)
             if missing:
+                seconds = min(2 * seconds, OPEN_SECONDS)
                 await asyncio.sleep(AGAIN_SECONDS)
 
     async def _fetch_state(self, digest: bytes, shapes: Mapping[str, torch.Size]) -> State:
@@ -298,16 +304,18 @@ class Exchange:
         self._random.shuffle(peers)
         return peers
 
-    async def _holders(self, number: int) -> dict[int, list[PeerID]]:
+    async def _holders(self, number: int, *, timeout_seconds: float) -> dict[int, list[PeerID]]:
         """By uid, who serves its blob of this round, in random order."""
         holders: defaultdict[int, list[PeerID]] = defaultdict(list)
 
         async def ask(peer: PeerID) -> None:
             mask = bytearray()
             try:
-                await self._call(peer, REQUEST.pack(HAVE, _NO_HASH, number), _MASK_BYTES, mask)
-            except _Failed as error:
-                logger.debug("peer %s did not say what it has: %s", peer, error)
+                async with asyncio.timeout(timeout_seconds):
+                    request = REQUEST.pack(HAVE, _NO_HASH, number)
+                    await self._call(peer, request, _MASK_BYTES, mask)
+            except (_Failed, TimeoutError) as error:
+                logger.debug("peer %s did not say what it has: %r", peer, error)
                 return
             for uid in unpack_uids(bytes(mask)):
                 holders[uid].append(peer)

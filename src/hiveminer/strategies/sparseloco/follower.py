@@ -34,13 +34,14 @@ from hiveminer.strategies.sparseloco.rounds import (
 
 logger = logging.getLogger(__name__)
 
-FETCH_SECONDS = 20.0
-"""Blobs that count are looked for this long before the chain is looked at again."""
+FETCH_SECONDS = 60.0
+FETCH_BYTES = 1_250_000.0
+"""A download is given up after FETCH_SECONDS, and a second more for each FETCH_BYTES. Blobs that
+count are given up when the next cut is due, and a state when another round is decided: it is then
+no longer served."""
 
-STATE_SECONDS = 60.0
-STATE_BYTES = 1_250_000.0
-"""A download of a state is given up after STATE_SECONDS, and a second more for each STATE_BYTES:
-it may by then be a round behind, and is asked for anew."""
+DECIDED_BLOCKS = 3
+"""From a round's last block to its decision."""
 
 COUNTED_ROUNDS = 24
 """A miner's pay is its share of this many rounds."""
@@ -88,6 +89,7 @@ class Follower(ABC):
         self._stopping = threading.Event()
         self._told = ""
         self._empty = 0
+        self._remembered = -1
         self.thread = threading.Thread(target=self._run, name="rounds", daemon=True)
 
     # The role -----------------------------------------------------------------------
@@ -141,8 +143,8 @@ class Follower(ABC):
         schedule = self.plan.rules.schedule
         newest = schedule.newest_final_round(final)
         self._settle_to(newest)
-        self._catch_up()
         number = newest + 1
+        self._catch_up(until=schedule.cut_block(number))
         self._read(number, final)
         head = self.chain.head()
         if self._reading.records is not None:
@@ -223,7 +225,8 @@ class Follower(ABC):
                 self._remember(decide(self.plan.rules, entry.facts))
 
     def _remember(self, decision: Decision) -> None:
-        if decision.parent is not None:
+        if decision.parent is not None and decision.round > self._remembered:
+            self._remembered = decision.round
             self.contributors = len(decision.contributions)
             self.counted.append(frozenset(each.hotkey for each in decision.contributions))
 
@@ -293,8 +296,10 @@ class Follower(ABC):
 
     # Fetching -----------------------------------------------------------------------
 
-    def _catch_up(self) -> None:
-        """Take the confirmed state, and make the newest one, as far as they are missing."""
+    def _catch_up(self, *, until: int) -> None:
+        """Take the confirmed state, and make the newest one, as far as they are missing.
+
+        until: the block by which this peer is needed elsewhere; later, a block at a time."""
         replica = self.replica
         wanted = replica.position.missing_state
         if wanted is not None:
@@ -310,7 +315,9 @@ class Follower(ABC):
             return
         decision = replica.decision
         assert decision is not None
-        self._fetch_blobs(decision.round, missing, seconds=FETCH_SECONDS)
+        size = sum(each.blob_bytes for each in missing)
+        seconds = self._seconds(size, blocks=until - 1 - self.chain.head())
+        self._fetch_blobs(decision.round, missing, seconds=seconds)
         blobs = load_blobs(self.log, missing)
         if blobs is None:
             logger.info("round %d: a blob that counts is missing still", decision.round)
@@ -348,5 +355,12 @@ class Follower(ABC):
 
     def _fetch_state(self, digest: bytes) -> State | None:
         size = 4 * sum(shape.numel() for shape in self.plan.shapes.values())
-        seconds = STATE_SECONDS + size / STATE_BYTES
+        schedule, head = self.plan.rules.schedule, self.chain.head()
+        decided = schedule.marks_block(schedule.round_at(head)) + DECIDED_BLOCKS
+        seconds = self._seconds(size, blocks=decided - head)
         return self.exchange.fetch_state(digest, self.plan.shapes, timeout_seconds=seconds)
+
+    def _seconds(self, size: int, *, blocks: int) -> float:
+        """How long to download so many bytes, if these blocks are left."""
+        left = max(1, blocks) * self.chain.block_seconds
+        return min(FETCH_SECONDS + size / FETCH_BYTES, left)

@@ -264,7 +264,8 @@ class SparselocoStrategy(Strategy):
         cut, known = position.cut, self.replica.position
         if cut is None or cut.blob_hash not in cuts or position.hotkey != known.hotkey:
             return
-        if known.round is not None and (known.round >= cut.round or known.cut is not None):
+        newest = known.round if known.cut is None else known.cut.round
+        if newest is not None and newest >= cut.round:
             return
         own = cuts[cut.blob_hash].cut
         if len(own.left) != len(own.sent):
