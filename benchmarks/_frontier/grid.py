@@ -140,18 +140,14 @@ SEARCH_100 = [
 ]  # fmt: skip
 SEARCH_160 = [
     AT_160,
-    *sweep(AT_160, rate=(0.02, 0.03), share=(0.0, 0.3, 0.6)),
-    *sweep(AT_160, rate=(0.02, 0.03), share=(0.3, 0.6), keep=(0.9,)),
-]
-SEARCH_250 = [
-    AT_250,
-    *sweep(AT_250, rate=(0.012, 0.02, 0.03), share=(0.0, 0.3, 0.6)),
-    *sweep(AT_250, rate=(0.012, 0.02, 0.03), share=(0.3, 0.6), power=(0.5,)),
+    *sweep(AT_160, rate=(0.02, 0.03), share=(0.0,)),
+    *sweep(AT_160, SHARE, rate=(0.02,), share=(0.3, 0.6)),
+    *sweep(AT_160, SHARE, rate=(0.03,), share=(0.3,)),
+    *sweep(AT_160, SHARE, rate=(0.02,), share=(0.3,), keep=(0.9,)),
 ]
 SEARCH_500 = [
     AT_500,
     *sweep(AT_500, rate=(0.012, 0.02, 0.03), share=(0.0, 0.3, 0.6)),
-    *sweep(AT_500, rate=(0.02,), share=(0.3, 0.6), power=(0.6, 0.9)),
     *sweep(AT_500, rate=(0.02,), share=(0.3, 0.6), keep=(0.8, 0.95)),
     *sweep(AT_500, "a guess of what the others learn meanwhile", rate=(0.02,), share=(0.3,),
            ahead=(0.3, 0.6)),
@@ -169,9 +165,110 @@ SEARCH_500 = [
     vary(AT_500, "tables16", "the embeddings sparser, the matrices denser",
          embedding_density=16 / 4096, density=67 / 4096),
 ]  # fmt: skip
-SEARCH_1000 = [AT_1000, *sweep(AT_1000, rate=(0.012, 0.02), share=(0.0, 0.3), keep=(0.7, 0.85))]
+# The second half of the search. The first said: a momentum of 0.95 is too long for 850 steps,
+# for everybody; `share`, `ahead` and `share_tables` do harm; sparser embeddings do, too.
+SHORTER = "a shorter mean of gradients"
+TABLES = "the embeddings denser, the matrices sparser"
+LATE = "short rounds while the rate is high, long ones later"
+OTHER_H = "other rounds at as many bytes"
 
-EXACT_MEAN = replace(AT_40, bits=EXACT, keep=1.0, late_every=0)
+
+def rounds(base: Cell, every: int, kept: int, bits: int = 2, **changes: Any) -> Cell:
+    """The base with other rounds; 4096 kept of 4096 is dense."""
+    name = f"h{every}-{kept}" if kept < 4096 else f"h{every}-{bits}bit"
+    changed = replace(
+        base, every=every, density=kept / 4096, bits=bits, momentum=0.9, late_every=0,
+        why=OTHER_H, **changes,
+    )  # fmt: skip
+    return replace(changed, name=f"{name}-m0.9-lr{changed.rate}")
+
+
+DP_MUON_9 = vary(DP_MUON, "lr0.03-m0.9", SHORTER, rate=0.03, momentum=0.9)
+BASELINES_9 = [
+    *sweep(DP_MUON, SHORTER, momentum=(0.8, 0.9), rate=(0.02, 0.04)),
+    *sweep(DP_MUON, SHORTER, momentum=(0.8,), rate=(0.03,)),
+    vary(DP_MUON_9, "wd0.03", "less weight decay", weight_decay=0.03),
+    vary(DP_MUON_9, "tables2", "a larger rate for the embeddings", embedding_rate=2.0),
+    vary(DP_MUON_9, "tables0.5", "a smaller rate for the embeddings", embedding_rate=0.5),
+    vary(DP_ADAMW, "lr0.015-wd0.03", "less weight decay", rate=0.015, weight_decay=0.03),
+]
+ALONE_9 = [
+    vary(alone(steps, rate), f"m{momentum}", SHORTER, momentum=momentum)
+    for momentum, rate, lengths in (
+        (0.9, 0.012, (850, 1700, 2550, 3400)),
+        (0.9, 0.02, (850, 1700, 2550, 3400)),
+        (0.8, 0.012, (850, 1700)),
+    )
+    for steps in lengths
+]
+
+AT_40_9 = vary(AT_40, "m0.9", SHORTER, momentum=0.9)
+SEARCH_40_9 = [
+    AT_40_9,
+    *sweep(AT_40_9, SHORTER, rate=(0.03, 0.04)),
+    *sweep(AT_40, SHORTER, momentum=(0.8,), rate=(0.02, 0.03, 0.04)),
+    *sweep(AT_40_9, "how much of what was not sent stays", keep=(0.9,)),
+    vary(AT_40_9, "late8", LATE, every=4, late_every=8, late_from=0.6),
+    vary(AT_40_9, "late16", LATE, every=3, late_every=16, late_from=0.5),
+    vary(AT_40_9, "wd0.03", "less weight decay", weight_decay=0.03),
+    vary(AT_40_9, "tables2", "a larger rate for the embeddings", embedding_rate=2.0),
+    vary(AT_40_9, "tables0.5", "a smaller rate for the embeddings", embedding_rate=0.5),
+    rounds(AT_40, 3, 4096, 1),
+    rounds(AT_40, 3, 4096, 1, rate=0.03),
+    rounds(AT_40, 8, 4096, 3),
+]
+AT_500_9 = vary(AT_500, "m0.9", SHORTER, momentum=0.9)
+SEARCH_500_9 = [
+    AT_500_9,
+    *sweep(AT_500_9, SHORTER, rate=(0.008, 0.02)),
+    *sweep(AT_500, SHORTER, momentum=(0.8,), rate=(0.012, 0.02)),
+    *sweep(AT_500_9, "how much of what was not sent stays", keep=(0.8, 0.95)),
+    *sweep(AT_500_9, "how the sum is divided", power=(0.5, 1.0)),
+    vary(AT_500_9, "late8", LATE, every=4, late_every=8, late_from=0.6),
+    vary(AT_500_9, "tables150", TABLES, embedding_density=150 / 4096, density=48 / 4096),
+    vary(AT_500_9, "tables300", TABLES, embedding_density=300 / 4096, density=31 / 4096),
+    *(rounds(AT_500, 10, 140, rate=rate) for rate in (0.008, 0.012, 0.02)),
+    rounds(replace(AT_500, keep=0.8), 20, 320, rate=0.012),
+    rounds(AT_500, 32, 4096, 1),
+]
+AT_100_9 = vary(AT_100, "m0.9", SHORTER, momentum=0.9)
+SEARCH_100_9 = [
+    AT_100_9,
+    *sweep(AT_100_9, SHORTER, rate=(0.02, 0.03)),
+    *sweep(AT_100, SHORTER, momentum=(0.8,), rate=(0.02, 0.03)),
+    vary(AT_100_9, "late8", LATE, rate=0.02, every=4, late_every=8, late_from=0.6),
+    vary(AT_100_9, "tables4096", TABLES, rate=0.02, embedding_density=1.0, density=336 / 4096),
+    *sweep(AT_100_9, "how the sum is divided", rate=(0.02,), power=(0.5,)),
+    *(rounds(AT_100, 8, 960, rate=rate) for rate in (0.012, 0.02)),
+    *(rounds(AT_100, 7, 4096, 1, rate=rate) for rate in (0.012, 0.02)),
+]
+AT_160_9 = vary(AT_160, "m0.9", SHORTER, momentum=0.9)
+SEARCH_160_9 = [
+    AT_160_9,
+    *sweep(AT_160, SHORTER, momentum=(0.8,), rate=(0.02,)),
+    *sweep(AT_160_9, "how the sum is divided", power=(0.25, 0.75)),
+    *sweep(AT_160_9, "how much of what was not sent stays", keep=(0.9,)),
+    *(rounds(AT_160, 10, 4096, 1, rate=rate) for rate in (0.012, 0.02)),
+]
+AT_250_9 = vary(AT_250, "m0.9", SHORTER, momentum=0.9)
+SEARCH_250_9 = [
+    AT_250_9,
+    *sweep(AT_250_9, SHORTER, rate=(0.02,)),
+    *sweep(AT_250, SHORTER, momentum=(0.8,), rate=(0.016,)),
+    *sweep(AT_250_9, "how the sum is divided", power=(0.5,)),
+    vary(AT_250_9, "tables512", TABLES, embedding_density=512 / 4096, density=103 / 4096),
+    *(rounds(AT_250, 10, 360, rate=rate) for rate in (0.012, 0.02)),
+    rounds(AT_250, 16, 4096, 1),
+]
+AT_1000_9 = vary(AT_1000, "m0.9", SHORTER, momentum=0.9)
+SEARCH_1000_9 = [
+    AT_1000_9,
+    *sweep(AT_1000_9, "how much of what was not sent stays", keep=(0.85,)),
+    *sweep(AT_1000_9, SHORTER, rate=(0.008,)),
+    rounds(AT_1000, 20, 150),
+]
+
+EXACT_MEAN = replace(AT_40_9, bits=EXACT, keep=1.0, late_every=0)
 ONE_FACTOR = [
     cell
     for base in (
@@ -180,59 +277,56 @@ ONE_FACTOR = [
                 why="each peer's own Muon step, averaged every step"),
         replace(EXACT_MEAN, name="only-sparse", every=1, density=64 / 4096, keep=0.9,
                 why="sparsity alone: float32, every step, 64 of 4096"),
-        replace(AT_40, name="only-bits", every=1, bits=2, late_every=0,
+        replace(AT_40_9, name="only-bits", every=1, bits=2, late_every=0,
                 why="bits alone: dense, 2 bits, every step"),
         replace(EXACT_MEAN, name="only-delay", every=1, delay=1,
                 why="delay alone: float32, every step, applied one step late"),
     )
-    for cell in (base, *sweep(base, base.why, rate=(0.012, 0.03)))
+    for cell in (base, *sweep(base, base.why, rate=(0.03,)))
 ]  # fmt: skip
 
+MUON_9 = Cell("", "diloco", MUON, momentum=0.9)
 RIVALS = [
-    cell
-    for base in (
-        Cell("float16-h5", "float16", MUON, every=5, why="Float16 averaging every fifth step"),
-        Cell("float16-h60", "float16", MUON, every=60, why="Float16 averaging every 60 steps"),
-        Cell("diloco-h30", "diloco", ADAMW, optimizer="adamw", every=30, bits=EXACT,
-             outer_rate=0.7, outer_momentum=0.9, why="dense DiLoCo as published"),
-        Cell("diloco-h30-m0.6", "diloco", ADAMW, optimizer="adamw", every=30, bits=EXACT,
-             outer_rate=0.7, outer_momentum=0.6, why="dense DiLoCo, less outer momentum"),
-        Cell("muloco-h30-4bit", "diloco", MUON, every=30, bits=4, keep=0.9, outer_rate=0.7,
-             outer_momentum=0.6, why="MuLoCo: Muon inside, Nesterov outside, 4 bits"),
-        Cell("muloco-h30-2bit", "diloco", MUON, every=30, bits=2, keep=0.9, outer_rate=0.7,
-             outer_momentum=0.6, why="MuLoCo with 2 bits"),
-    )
-    for cell in (base, *sweep(base, base.why, rate=(base.rate / 2, base.rate * 1.5)))
+    replace(MUON_9, name="float16-h5", method="float16", every=5,
+            why="Float16 averaging every fifth step"),
+    *(replace(MUON_9, name=f"float16-h60-lr{rate}", method="float16", every=60, rate=rate,
+              why="Float16 averaging every 60 steps") for rate in (0.01, 0.02)),
+    *(Cell(f"diloco-h30-outer{momentum}-lr{rate}", "diloco", rate, optimizer="adamw", every=30,
+           bits=EXACT, outer_rate=0.7, outer_momentum=momentum, why="dense DiLoCo")
+      for momentum in (0.9, 0.6) for rate in (ADAMW, 0.012)),
+    *(replace(MUON_9, name=f"muloco-h30-{bits}bit-lr{rate}", rate=rate, every=30, bits=bits,
+              keep=0.9, outer_rate=0.7, outer_momentum=0.6,
+              why="MuLoCo: Muon inside, Nesterov outside, few bits")
+      for bits, rate in ((4, 0.01), (4, 0.02), (2, 0.01), (2, 0.02))),
 ]  # fmt: skip
 
 EIGHT = {"replicas": 8, "rows": 4}
 WIDE = {"rows": 32, "steps": 213}
 SHORT = {"length": 64, "rows": 16}
 ELSEWHERE = [
-    vary(DP_MUON, "eight", "eight peers, the same rows per step of all", **EIGHT),
-    vary(AT_500, "eight", "eight peers", **EIGHT),
-    vary(DP_MUON, "rows32", "four times the rows per step, a quarter of the steps", **WIDE),
-    vary(AT_500, "rows32", "larger batches: are rounds cheaper then?", **WIDE),
-    vary(AT_40, "rows32-h106", "two rounds of 106 steps with larger batches",
+    vary(DP_MUON_9, "eight", "eight peers, the same rows per step of all", **EIGHT),
+    vary(AT_500_9, "eight", "eight peers", **EIGHT),
+    vary(DP_MUON_9, "rows32", "four times the rows per step, a quarter of the steps", **WIDE),
+    vary(AT_500_9, "rows32", "larger batches: are rounds cheaper then?", **WIDE),
+    vary(AT_40_9, "rows32-h106", "two rounds of 106 steps with larger batches",
          every=106, late_every=0, **WIDE),
-    vary(DP_MUON, "length64", "shorter rows, as many tokens", **SHORT),
-    vary(AT_500, "length64", "shorter rows", **SHORT),
-    vary(AT_40, "h106", "rounds of 106 steps, dense, 2 bits", every=106, late_every=0),
-    vary(DP_MUON, "long", "three times as long", steps=2550),
-    vary(AT_500, "long", "three times as long", steps=2550),
+    vary(DP_MUON_9, "length64", "shorter rows, as many tokens", **SHORT),
+    vary(AT_500_9, "length64", "shorter rows", **SHORT),
+    vary(AT_40_9, "h106", "rounds of 106 steps, dense, 2 bits", every=106, late_every=0),
+    vary(DP_MUON_9, "long", "three times as long", steps=2550),
+    vary(AT_500_9, "long", "three times as long", steps=2550),
 ]  # fmt: skip
 
-MORE_SEEDS = [
-    cell for base in (DP_MUON, AT_40, AT_100, AT_250, AT_500) for cell in seeds(base, 1, 2)
-]
+LARGE = {"size": "1M", "rows": 32, "steps": 1260}
+"""Larger batches too: 1,260 steps of 32 rows are 20 tokens for each parameter."""
 
-LARGE = {"size": "1M", "steps": 5040}
-AT_1M = [
-    replace(cell, name=f"{cell.name}-1M", rate=cell.rate / 2, why=f"{cell.name} at 1M", **LARGE)
-    for cell in (DP_MUON, DP_ADAMW, AT_40, AT_100, AT_250, AT_500, AT_1000, RIVALS[-1])
-]
+
+def large(cell: Cell) -> Cell:
+    return vary(cell, "1M", f"{cell.name} at 1M, with larger batches", **LARGE)
+
 
 CELLS = [
-    *BASELINES, *SEARCH_40, *SEARCH_500, *SEARCH_100, *SEARCH_160, *SEARCH_250, *SEARCH_1000,
-    *ONE_FACTOR, *RIVALS, *ELSEWHERE, *MORE_SEEDS, *AT_1M,
+    *BASELINES, *BASELINES_9, *SEARCH_40, *SEARCH_40_9, *SEARCH_500, *SEARCH_500_9,
+    *SEARCH_100, *SEARCH_100_9, *SEARCH_160, *SEARCH_160_9, *SEARCH_250_9, *SEARCH_1000_9,
+    *ALONE_9, *ONE_FACTOR, *RIVALS, *ELSEWHERE,
 ]  # fmt: skip
