@@ -284,11 +284,8 @@ def test_no_room_for_the_rows_is_one_line() -> None:
     assert "TMPDIR" in one_line(caught)
 
 
-def test_a_huge_row_is_cut_to_what_can_be_trained(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(data, "ROW_CHARACTERS", 1000)
-    rows = load(write_lines(tmp_path / "a.jsonl", ["short", "é" * 5000]))
+def test_a_huge_row_is_cut_to_what_can_be_trained() -> None:
+    rows = StoredRows(["short", "é" * 5000], hashlib.sha256(), row_characters=1000)
     assert all_texts(rows) == ["short", "é" * 1000]
 
 

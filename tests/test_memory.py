@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +20,13 @@ from hiveminer import miner
 from hiveminer.config.run import Run
 from hiveminer.errors import OperatorError
 from hiveminer.strategies.base import Context
-from hiveminer.training import memory
-from hiveminer.training.memory import MemoryNeeded, check_device, check_machine, memory_needed
+from hiveminer.training.memory import (
+    MemoryNeeded,
+    check_device,
+    check_machine,
+    memory_left,
+    memory_needed,
+)
 from hiveminer.training.optimizer import build_optimizer
 from hiveminer.training.trainer import (
     LocalStep,
@@ -93,16 +97,17 @@ def test_a_model_that_cannot_fit_the_device_is_refused_with_the_figure() -> None
         check_device(SEVEN_BILLION, torch.device("cpu"), left=lambda _: 140 * 10**9)
 
 
-def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    free = memory.memory_left(torch.device("cpu"))
-    assert free > 2**20, "no limit there: what the machine has"
+def test_a_containers_limit_counts(tmp_path: Path) -> None:
+    def left() -> int:
+        return memory_left(torch.device("cpu"), cgroup=tmp_path)
+
+    assert left() > 2**20, "no limit there: what the machine has"
     (tmp_path / "memory.max").write_text("3000000\n")
     (tmp_path / "memory.current").write_text("2500000\n")
     (tmp_path / "memory.stat").write_text("anon 7\ninactive_file 100000\nfile 9\n")
-    assert memory.memory_left(torch.device("cpu")) == 600_000
+    assert left() == 600_000
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.memory_left(torch.device("cpu")) > 2**20
+    assert left() > 2**20
 
 
 # --- CUDA and forks -----------------------------------------------------------------------------
@@ -130,14 +135,10 @@ def test_no_device_is_touched_before_the_strategy_is_built(tmp_path: Path) -> No
         forbidden.undo()
 
 
-def test_a_miner_without_the_memory_says_so_before_its_strategy_is_built(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_miner_without_the_memory_says_so_before_its_strategy_is_built(tmp_path: Path) -> None:
     def started(_: Context) -> InProcessStrategy:
         raise AssertionError("the strategy was built")
 
-    left = SimpleNamespace(available=2**20)
-    monkeypatch.setattr(memory, "psutil", SimpleNamespace(virtual_memory=lambda: left))
     words = r"0\.9M parameters .* this machine has 0\.00 GiB left"
     with quiet(), pytest.raises(OperatorError, match=words):
-        miner.Miner(miner_settings(tmp_path), strategy=started)
+        miner.Miner(miner_settings(tmp_path), strategy=started, memory_left=lambda _: 2**20)

@@ -226,19 +226,18 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_bar_is_drawn_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_bar_is_drawn_on_a_terminal_if_wanted(
+    shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "stderr", screen := Terminal())
-    assert list(progress_bar([1, 2, 3], title="rows", keep=True)) == [1, 2, 3]
-    assert "rows: 100%" in screen.getvalue()
-
-
-def test_no_bar_if_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", screen := Terminal())
-    assert list(progress_bar([1, 2, 3], title="rows", shown=False)) == [1, 2, 3]
-    assert screen.getvalue() == ""
+    with progress_bar(title="rows", total=3, unit="row", shown=shown) as bar:
+        bar.update(3)
+        bar.refresh()
+    assert ("rows: 100%" in screen.getvalue()) == shown
 
 
 def test_no_bar_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress_bar(title="rows", total=3) as bar:
+    with progress_bar(title="rows", total=3, unit="row", shown=True) as bar:
         bar.update(2)
     assert capsys.readouterr().err == ""

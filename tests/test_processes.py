@@ -180,19 +180,16 @@ def test_a_sweep_takes_what_the_dead_left_and_nothing_else(short: Path) -> None:
 
 
 @linux
-def test_a_socket_that_is_made_during_a_sweep_stays(
-    short: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_socket_that_is_made_during_a_sweep_stays(short: Path) -> None:
     """Two peers start at once: the sweep of one must not take the other's."""
-    look, made = processes._open_sockets, []
+    made = []
 
-    def look_and_be_overtaken() -> set[str] | None:
-        table = look()
+    def overtaken() -> set[str] | None:
+        table = processes.open_sockets()
         made.append(bound(short / "hivemind-p2pd-new.sock"))
         return table
 
-    monkeypatch.setattr(processes, "_open_sockets", look_and_be_overtaken)
-    sweep(shared_memory=short, sockets=short)
+    sweep(shared_memory=short, sockets=short, open_sockets=overtaken)
     assert (short / "hivemind-p2pd-new.sock").exists()
     made[0].close()
 

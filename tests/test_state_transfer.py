@@ -37,8 +37,8 @@ def messages(tensors: list[torch.Tensor], *, metadata: Any = None) -> list[Any]:
     return found
 
 
-def taken(sent: list[Any]) -> IncomingState:
-    state = IncomingState(weights=len(WEIGHTS), all_bytes=ALL_BYTES)
+def taken(sent: list[Any], **limits: float) -> IncomingState:
+    state = IncomingState(weights=len(WEIGHTS), all_bytes=ALL_BYTES, **limits)
     for message in sent:
         state.add(message)
     state.end_tensor()
@@ -68,11 +68,9 @@ def test_a_state_ends_where_ours_would() -> None:
         taken([huge])
 
 
-def test_a_donor_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state_transfer, "OPEN_SECONDS", 0.0)
-    monkeypatch.setattr(state_transfer, "SLOWEST_BYTES", 1e12)
+def test_a_donor_that_trickles_is_given_up() -> None:
     with pytest.raises(AllreduceException, match="too slow"):
-        taken(messages(WEIGHTS))
+        taken(messages(WEIGHTS), open_seconds=-1.0)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +104,7 @@ class Donors:
     def inspector(self) -> StateInspector:
         return StateInspector(
             self, run_id="run", own_id=US, stub_of=self.stub_of,
-            weights=len(WEIGHTS), all_bytes=ALL_BYTES,
+            weights=len(WEIGHTS), all_bytes=ALL_BYTES, attempts=1,
         )  # fmt: skip
 
     def download(self, donor: PeerID, sent: list[Any]) -> int:
@@ -150,10 +148,7 @@ def test_a_state_is_taken_when_another_peer_vouches_for_it() -> None:
         {peer(9).to_bytes(): ValueWithExpiration(math.nan, 1e12)},
     ],
 )
-def test_junk_among_the_donors_is_skipped_and_no_reason_to_trust(
-    junk: dict[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(state_transfer, "VOUCH_ATTEMPTS", 1)
+def test_junk_among_the_donors_is_skipped_and_no_reason_to_trust(junk: dict[Any, Any]) -> None:
     vouches = {str(A): TRUE, str(B): TRUE, str(LIAR): FALSE}
     network = Donors({**donors(A, B, LIAR), **junk}, vouches=vouches)
     lie = messages([tensor + 1 for tensor in WEIGHTS] + MOMENTS)
@@ -163,10 +158,7 @@ def test_junk_among_the_donors_is_skipped_and_no_reason_to_trust(
 
 
 @pytest.mark.parametrize("record", ["x", 1, None, []])
-def test_peers_that_report_are_asked_when_the_donors_cannot_be_read(
-    record: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(state_transfer, "VOUCH_ATTEMPTS", 1)
+def test_peers_that_report_are_asked_when_the_donors_cannot_be_read(record: object) -> None:
     report = {
         "peer_id": A.to_bytes(), "epoch": 5, "time": 1.0, "samples_accumulated": 0,
         "samples_per_second": 1.0, "client_mode": False,
@@ -177,8 +169,7 @@ def test_peers_that_report_are_asked_when_the_donors_cannot_be_read(
         network.download(LIAR, messages([tensor + 1 for tensor in WEIGHTS] + MOMENTS))
 
 
-def test_a_donor_vouches_for_what_it_hands_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state_transfer, "VOUCH_ATTEMPTS", 1)
+def test_a_donor_vouches_for_what_it_hands_out() -> None:
     assert Donors(donors(A), vouches={str(A): TRUE}).download(A, STATE) == len(STATE)
     for other in ((6, TRUE[1]), FALSE, "x"):
         with pytest.raises(AllreduceException, match="does not vouch for it"):

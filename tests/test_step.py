@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
 from hiveminer.errors import TrainingError
-from hiveminer.training import trainer
 from hiveminer.training.model import builtin_model, encode, ready_to_train
 from hiveminer.training.trainer import (
     EncodedRows,
@@ -76,20 +75,17 @@ def row_by_row(model: nn.Module, encoded: dict[str, Tensor]) -> tuple[float, dic
 @pytest.mark.parametrize(("max_tokens", "pass_tokens"), [(2048, 32), (60, 4), (10**9, 10**9)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_loss_and_gradients_are_those_of_the_rows_alone_however_they_are_cut(
-    architecture: str,
-    max_tokens: int,
-    pass_tokens: int,
-    rows_first: str,
-    monkeypatch: pytest.MonkeyPatch,
+    architecture: str, max_tokens: int, pass_tokens: int, rows_first: str
 ) -> None:
-    monkeypatch.setattr(trainer, "CPU_TOKENS", max_tokens)
-    monkeypatch.setattr(trainer, "CPU_PASS_TOKENS", pass_tokens)
     encoder = tensors if rows_first == "tensors" else without_end
     texts = random.Random(5).sample(TEXTS, len(TEXTS))
     model = tiny_model(architecture)
     loss, expected = row_by_row(model, encoder(texts))
     optimizer = Kept(model)
-    one = Trainer(model, encode=encoder, optimizer=optimizer, max_grad_norm=0.0)
+    one = Trainer(
+        model, encode=encoder, optimizer=optimizer, max_grad_norm=0.0,
+        cpu_tokens=max_tokens, cpu_pass_tokens=pass_tokens,
+    )  # fmt: skip
     result = one.train(texts, batch_size=64)
     assert result.loss == pytest.approx(loss, rel=1e-5)
     assert result.tokens == sum(LENGTHS) - (encoder is without_end)
@@ -140,16 +136,13 @@ def test_what_costs_nothing_is_not_cut() -> None:
     assert micro_batches(of_lengths([1, 0]), 9) == []
 
 
-def test_a_cpu_is_never_asked_for_more_than_it_would_gain_by(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(trainer, "CPU_TOKENS", 100)
+def test_a_cpu_is_never_asked_for_more_than_it_would_gain_by() -> None:
     seen = []
     model = tiny_model("gpt2")
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    one = Trainer(model, encode=tensors, optimizer=Kept(model))
+    one = Trainer(model, encode=tensors, optimizer=Kept(model), cpu_tokens=100)
     one.train([text(20, seed=n) for n in range(10)], batch_size=1024)
     hook.remove()
     assert seen == [(4, 21), (4, 21), (2, 21)]

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import BatchEncoding
@@ -31,7 +31,7 @@ from hiveminer.strategies.checkpointer import LAST_SECONDS, Progress
 from hiveminer.strategies.registry import open_strategy
 from hiveminer.training import model
 from hiveminer.training.checkpoint import STATE_FOLDER
-from hiveminer.training.memory import check_device, check_machine, memory_needed
+from hiveminer.training.memory import check_device, check_machine, memory_left, memory_needed
 from hiveminer.training.task import load_task
 from hiveminer.training.trainer import Trainer, TrainResult, has_bfloat16
 
@@ -57,6 +57,7 @@ class Miner(BaseMinerNeuron):
         parsed, and an operator's mistake ends the program with one line.
     chain, metrics: used instead of those that the settings name.
     strategy: creates the strategy, instead of the one that the run names.
+    memory_left: bytes available on a device.
 
     Attributes: `run_file`, `run_id`, `model` (a causal language model), `tokenizer`, `dataset`
     (rows by number), `device`, `swarm` (the strategy), `trainer`, `progress`, `metrics`.
@@ -70,6 +71,7 @@ class Miner(BaseMinerNeuron):
         chain: Chain | None = None,
         metrics: Metrics | None = None,
         strategy: StrategyFactory = open_strategy,
+        memory_left: Callable[[torch.device], int] = memory_left,
     ):
         self._script = settings is None
         self._large_steps: set[tuple[str, int]] = set()
@@ -84,7 +86,7 @@ class Miner(BaseMinerNeuron):
                 unfinished.callback(self.abandon)
                 self.metrics = metrics or self.neuron.open_metrics(self.run_file)
                 unfinished.callback(self.metrics.close)
-                self._build(strategy, unfinished)
+                self._build(strategy, unfinished, memory_left)
                 unfinished.pop_all()
 
     def encode(self, examples: model.Examples) -> BatchEncoding:
@@ -219,14 +221,20 @@ class Miner(BaseMinerNeuron):
         self.progress.close()
         self.metrics.close()
 
-    def _build(self, strategy: StrategyFactory, unfinished: contextlib.ExitStack) -> None:
+    def _build(
+        self,
+        strategy: StrategyFactory,
+        unfinished: contextlib.ExitStack,
+        memory_left: Callable[[torch.device], int],
+    ) -> None:
         # The strategy before any device or thread: it may fork.
         settings, run = self.settings, self.run_file
         self.task = load_task(run, threads=self.neuron.threads)
         self.model, self.tokenizer = self.task.model, self.task.tokenizer
         self.dataset, self.run_id = self.task.dataset, self.task.run_id
         length = run.model.sequence_length
-        check_machine(memory_needed(self.model, sequence_length=length), settings.neuron.device)
+        needed = memory_needed(self.model, sequence_length=length)
+        check_machine(needed, settings.neuron.device, left=memory_left)
         self.neuron.go_on()
         self.swarm = strategy(
             Context(
@@ -241,7 +249,7 @@ class Miner(BaseMinerNeuron):
         self.device = model.choose_device(settings.neuron.device)
         bfloat16 = has_bfloat16(self.device)
         needed = memory_needed(self.model, sequence_length=length, bfloat16=bfloat16)
-        check_device(needed, self.device)
+        check_device(needed, self.device, left=memory_left)
         self.swarm.move_to(self.device)
         self.trainer = Trainer(
             self.model,

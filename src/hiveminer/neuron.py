@@ -21,7 +21,7 @@ from hiveminer.chain import (
     embedded_wallet,
     join_embedded,
     named_embedded_wallet,
-    open_chain,
+    open_subnet,
     open_wallet,
     snapshot,
 )
@@ -35,7 +35,7 @@ from hiveminer.errors import (
     NotYetRegistered,
     OperatorError,
 )
-from hiveminer.rpc.blacklist import Standing
+from hiveminer.rpc.blacklist import STRANGER, Standing
 from hiveminer.runtime import addresses, dependencies, machine
 from hiveminer.runtime.events import tell
 from hiveminer.runtime.locks import Held, hold
@@ -99,13 +99,8 @@ class Neuron:
             configure_logging(settings, self.name)
             self.folder = subnet_folder(settings) / self.hotkey
             parts.callback(self._lock_folder().release)
-            self.chain = chain or open_chain(
-                network=settings.subtensor.network,
-                netuid=settings.netuid,
-                wallet=wallet,
-                path=settings.subtensor.path / "chain.sqlite",
-                block_seconds=settings.subtensor.block_seconds,
-                must_connect=not self._snapshot.exists(),
+            self.chain = chain or open_subnet(
+                settings, wallet, must_connect=not self._snapshot.exists()
             )
             parts.callback(self.chain.close)
             self._take_place(stake)
@@ -182,7 +177,7 @@ class Neuron:
         """A hotkey's uid, permit and stake in the last metagraph."""
         neuron = self._by_hotkey.get(hotkey)
         if neuron is None:
-            return Standing(uid=None, registered=False, validator_permit=False, stake=0.0)
+            return STRANGER
         return Standing(
             uid=neuron.uid,
             registered=True,

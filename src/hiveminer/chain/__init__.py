@@ -1,11 +1,11 @@
-"""The chain: one `bittensor.Client`, real or embedded, behind a synchronous door.
+"""The chain: one `bittensor.Client`, real or embedded, with synchronous calls.
 
-`open_chain` gives a `Chain` for any value of `--subtensor.network`: "embedded" is a
-network in one SQLite file, shared by the processes of this machine, and anything else is
-the real SDK's. The calls are the same on both.
+`open_chain` returns a `Chain` for any value of `--subtensor.network`: "embedded" is a network in
+one SQLite file, shared by the processes of this machine; anything else goes to the SDK. The calls
+are the same on both.
 """
 
-from hiveminer.chain.client import EMBEDDED, Chain, join_embedded, open_chain
+from hiveminer.chain.client import EMBEDDED, Chain, join_embedded, open_chain, open_subnet
 from hiveminer.chain.embedded.substrate import EmbeddedSubstrate
 from hiveminer.chain.retry import across_outage
 from hiveminer.chain.wallets import Claimed, embedded_wallet, named_embedded_wallet, open_wallet
@@ -20,5 +20,6 @@ __all__ = [
     "join_embedded",
     "named_embedded_wallet",
     "open_chain",
+    "open_subnet",
     "open_wallet",
 ]

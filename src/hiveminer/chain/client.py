@@ -20,6 +20,7 @@ from hiveminer.chain import retry
 from hiveminer.chain.connection import Connection
 from hiveminer.chain.embedded.substrate import EmbeddedSubstrate
 from hiveminer.chain.turns import Turns
+from hiveminer.config.settings import Settings
 from hiveminer.errors import ChainError, HiveminerError, NotRegistered, OperatorError
 
 logger = logging.getLogger(__name__)
@@ -398,6 +399,21 @@ def open_chain(
         netuid=netuid,
         wallet=wallet,
         client=client,
+        timeout_seconds=timeout_seconds,
+        must_connect=must_connect,
+    )
+
+
+def open_subnet(
+    settings: Settings, wallet: Wallet, *, timeout_seconds: float = 30.0, must_connect: bool = True
+) -> Chain:
+    """The subnet that the settings name. Raises as `open_chain` does."""
+    return open_chain(
+        network=settings.subtensor.network,
+        netuid=settings.netuid,
+        wallet=wallet,
+        path=settings.subtensor.file,
+        block_seconds=settings.subtensor.block_seconds,
         timeout_seconds=timeout_seconds,
         must_connect=must_connect,
     )

@@ -61,7 +61,6 @@ def across_outage(
     *,
     stopping: Event,
     on_failure: Callable[[ChainError], None] = lambda error: None,
-    outage_seconds: float = OUTAGE_SECONDS,
     first_pause_seconds: float = FIRST_PAUSE_SECONDS,
 ) -> T:
     """Do it until the chain answers; the pauses grow to a minute, each a little by chance.
@@ -77,7 +76,7 @@ def across_outage(
 
     retrying = Retrying(
         sleep=sleep_using_event(stopping),
-        stop=stop_any(stop_when_event_set(stopping), stop_after_delay(outage_seconds)),
+        stop=stop_any(stop_when_event_set(stopping), stop_after_delay(OUTAGE_SECONDS)),
         wait=wait_exponential(multiplier=first_pause_seconds, max=LONGEST_PAUSE_SECONDS)
         + wait_random(0.0, first_pause_seconds),
         retry=retry_if_exception(_no_answer),

@@ -17,7 +17,7 @@ import bittensor as bt
 from rich.markup import escape
 from rich.table import Table
 
-from hiveminer.chain import open_chain
+from hiveminer.chain import open_subnet
 from hiveminer.chain.wallets import Reader
 from hiveminer.config.settings import LogSettings
 from hiveminer.errors import OperatorError
@@ -193,13 +193,7 @@ def _conclusion(shown: Shown) -> list[str]:
 @contextmanager
 def open_rounds(settings: LogSettings) -> Iterator[RoundChain]:
     """The subnet on the chain that is named; nothing is signed."""
-    with open_chain(
-        network=settings.subtensor.network,
-        netuid=settings.netuid,
-        wallet=Reader(),
-        path=settings.subtensor.path / "chain.sqlite",
-        block_seconds=settings.subtensor.block_seconds,
-    ) as chain:
+    with open_subnet(settings, Reader()) as chain:
         yield SubnetRounds(chain)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import bittensor as bt
 from rich.table import Table
 
-from hiveminer.chain import Chain, open_chain, open_wallet
+from hiveminer.chain import Chain, open_subnet, open_wallet
 from hiveminer.chain.wallets import Reader, embedded_key
 from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import OperatorError
@@ -92,7 +92,7 @@ def gather(settings: MinerSettings, *, clock: Callable[[], float] = time.time) -
 
 def open_reader(settings: MinerSettings) -> Chain:
     """The chain, with the operator's own hotkey if there is one; nothing is registered."""
-    file = settings.subtensor.path / "chain.sqlite"
+    file = settings.subtensor.file
     wallet: Any
     if settings.embedded:
         if not file.exists():
@@ -105,13 +105,7 @@ def open_reader(settings: MinerSettings) -> Chain:
     else:
         name, hotkey = settings.wallet.name, settings.wallet.hotkey or "default"
         wallet = open_wallet(name, hotkey, settings.wallet.path)
-    return open_chain(
-        network=settings.subtensor.network,
-        netuid=settings.netuid,
-        wallet=wallet,
-        path=file,
-        block_seconds=settings.subtensor.block_seconds,
-    )
+    return open_subnet(settings, wallet)
 
 
 def _row(

@@ -136,6 +136,11 @@ class SubtensorSettings(Group):
         1.0, 0.05, 60.0, "seconds per block, on the embedded network only"
     )
 
+    @property
+    def file(self) -> Path:
+        """The embedded network's."""
+        return self.path / "chain.sqlite"
+
 
 class AxonSettings(Group):
     """The server that validators call."""

@@ -12,7 +12,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -213,25 +213,13 @@ def open_metrics(
     return Tee(lines, Wandb(wandb, folder=path.parent, name=name, config=config or {}))
 
 
-def progress_bar(
-    items: Iterable[Any] | None = None,
-    *,
-    title: str,
-    total: float | None = None,
-    unit: str = "it",
-    shown: bool = True,
-    keep: bool = False,
-) -> tqdm[Any]:
-    """A progress bar on stderr over `items`, or one to `update`; none unless stderr is a terminal.
-
-    keep: leave the full bar at the end.
-    """
+def progress_bar(*, title: str, total: float, unit: str, shown: bool) -> tqdm[Any]:
+    """A progress bar on stderr to `update`; none unless it is `shown` and stderr is a terminal."""
     return tqdm(
-        items,
         desc=title,
         total=total,
         unit=unit,
-        leave=keep,
+        leave=False,
         disable=not (shown and sys.stderr is not None and sys.stderr.isatty()),
         dynamic_ncols=True,
     )

@@ -6,10 +6,11 @@ A miner holds a `Strategy`, a validator an `Observer`. `strategies/registry.py` 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from hiveminer.chain import Chain
 from hiveminer.config.run import OptimizerSection
 from hiveminer.config.settings import Settings
+from hiveminer.errors import SwarmError
 from hiveminer.swarm import Identity
 from hiveminer.training.optimizer import build_optimizer, parameter_groups
 from hiveminer.training.task import Task
@@ -222,6 +224,18 @@ class Observer(ABC):
     @abstractmethod
     def close(self) -> None:
         """End what was started. Idempotent."""
+
+
+@contextlib.contextmanager
+def between_steps(lock: threading.Lock, *, timeout_seconds: float) -> Iterator[None]:
+    """Hold the lock that each step holds. Raises SwarmError if a running step does not end in
+    time."""
+    if not lock.acquire(timeout=timeout_seconds):
+        raise SwarmError(f"the running step did not end in {timeout_seconds:.0f} s")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 StrategyFactory = Callable[[Context], Strategy]

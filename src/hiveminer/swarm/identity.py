@@ -125,6 +125,15 @@ class Proof:
         return (self.hotkey == other.hotkey) != (self.peer_id == other.peer_id)
 
 
+def is_signed(token: Any, hotkey: str) -> bool:
+    """Whether the hotkey has signed this token."""
+    try:
+        key = Keypair(ss58_address=hotkey, crypto_type=CRYPTO_SR25519)
+        return bool(key.verify(_statement(token), token.signature))
+    except ValueError:
+        return False
+
+
 class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
     """Accepts DHT messages of registered hotkeys in our run, and remembers who is who.
 
@@ -132,9 +141,20 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
     later is valid; the other's peer loses its access.
     """
 
-    def __init__(self, identity: Identity, *, admitted: Collection[str] = ()):
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        admitted: Collection[str] = (),
+        clock: Callable[[], float] = get_dht_time,
+        is_signed: Callable[[Any, str], bool] = is_signed,
+        remembered_tokens: int = REMEMBERED_TOKENS,
+    ):
         super().__init__(identity.private_key)
         self.identity = identity
+        self._clock = clock
+        self._is_signed = is_signed
+        self._remembered_tokens = remembered_tokens
         self._admitted = frozenset(admitted)
         self._proofs: OrderedDict[bytes, Proof] = OrderedDict()
         self._by_hotkey: dict[str, Proof] = {}
@@ -166,11 +186,11 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
         if peer_id == self.identity.peer_id:
             return self.identity.hotkey if self.identity.hotkey in self._admitted else None
         proof = self._by_peer.get(peer_id)
-        return proof.hotkey if proof is not None and proof.expires > get_dht_time() else None
+        return proof.hotkey if proof is not None and proof.expires > self._clock() else None
 
     def proved(self) -> dict[str, str]:
         """The admitted hotkeys of other peers, by the peer id that they have proved."""
-        now = get_dht_time()
+        now = self._clock()
         return {name: each.hotkey for name, each in self._by_peer.items() if each.expires > now}
 
     async def identify(
@@ -224,7 +244,7 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
         if run_id != self.identity.run_id:
             self._tell_other_run(proof)
             return f"it is in run {run_id}"
-        left = expires - get_dht_time()
+        left = expires - self._clock()
         if not 0 < left <= LIFETIME_SECONDS + SKEW_SECONDS:
             return f"the token counts for {left:.0f} s"
         for known in (self._by_hotkey.get(hotkey), self._by_peer.get(proof.peer_id)):
@@ -235,10 +255,10 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
     # What hivemind calls.
 
     async def get_token(self) -> Any:
-        return self.identity.endorse(expires=get_dht_time() + LIFETIME_SECONDS)
+        return self.identity.endorse(expires=self._clock() + LIFETIME_SECONDS)
 
     def does_token_need_refreshing(self, access_token: Any) -> bool:
-        left = float(access_token.expiration_time) - get_dht_time()
+        left = float(access_token.expiration_time) - self._clock()
         # Longer than any token lives: the clock was set back.
         return not LIFETIME_SECONDS / 2 < left < LIFETIME_SECONDS + SKEW_SECONDS / 2
 
@@ -275,10 +295,10 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
         proof = self._proofs.get(raw)
         if proof is None:
             peer_id = peer_id_of_key(token.public_key)
-            if peer_id is None or not _is_signed(token, hotkey=hotkey):
+            if peer_id is None or not self._is_signed(token, hotkey):
                 return None
             proof = self._proofs[raw] = Proof(hotkey, run_id, peer_id, expires)
-            if len(self._proofs) > REMEMBERED_TOKENS:
+            if len(self._proofs) > self._remembered_tokens:
                 self._proofs.popitem(last=False)
         self._proofs.move_to_end(raw)
         return proof
@@ -311,7 +331,7 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
     def _tell_clock(self, auth: Any) -> None:
         """Report that a registered peer is refused because of its clock."""
         proof = self._proofs.get(auth.client_access_token.SerializeToString())
-        ahead = auth.time - get_dht_time()
+        ahead = auth.time - self._clock()
         if proof is not None and abs(ahead) > SKEW_SECONDS and self._may_tell(proof.hotkey):
             logger.warning(
                 "a peer of hotkey %s is refused: its clock is %.0f s %s ours; set both by NTP",
@@ -421,11 +441,3 @@ def _claim(token: Any) -> tuple[str, str, float] | None:
     except ValueError:
         return None
     return (hotkey, run_id, expires) if math.isfinite(expires) else None
-
-
-def _is_signed(token: Any, *, hotkey: str) -> bool:
-    try:
-        key = Keypair(ss58_address=hotkey, crypto_type=CRYPTO_SR25519)
-        return bool(key.verify(_statement(token), token.signature))
-    except ValueError:
-        return False

@@ -227,7 +227,21 @@ class ChildProcesses:
                 process.kill()
 
 
-def sweep(*, shared_memory: Path = SHARED_MEMORY, sockets: Path = Path("/tmp")) -> int:
+def open_sockets(table: Path = Path("/proc/net/unix")) -> set[str] | None:
+    """Paths of the open Unix sockets on this machine; None if the system does not list them."""
+    try:
+        lines = table.read_text().splitlines()
+    except OSError:
+        return None
+    return {line.split()[-1] for line in lines if "/" in line}
+
+
+def sweep(
+    *,
+    shared_memory: Path = SHARED_MEMORY,
+    sockets: Path = Path("/tmp"),
+    open_sockets: Callable[[], set[str] | None] = open_sockets,
+) -> int:
     """Remove what dead processes of this user left, and return how much: torch's shared memory,
     p2p sockets, and multiprocessing's and torch's socket folders.
 
@@ -241,10 +255,10 @@ def sweep(*, shared_memory: Path = SHARED_MEMORY, sockets: Path = Path("/tmp")) 
             removed += is_dead(number) and _remove(folder)
     # First the files, then the table, so that a socket created in between is not removed.
     files = [*sockets.glob("hivemind-p2p*.sock"), *sockets.glob("torch-shm-dir-*/manager.sock")]
-    open_sockets = _open_sockets()
-    if open_sockets is not None:
+    in_use = open_sockets()
+    if in_use is not None:
         for file in files:
-            if str(file) not in open_sockets:
+            if str(file) not in in_use:
                 removed += _remove(file.parent if file.name == "manager.sock" else file)
     return removed
 
@@ -268,12 +282,3 @@ def _remove(path: Path) -> int:
     except OSError:  # gone already, or not ours to remove
         return 0
     return 1
-
-
-def _open_sockets(table: Path = Path("/proc/net/unix")) -> set[str] | None:
-    """Paths of the open Unix sockets on this machine; None if the system does not list them."""
-    try:
-        lines = table.read_text().splitlines()
-    except OSError:
-        return None
-    return {line.split()[-1] for line in lines if "/" in line}

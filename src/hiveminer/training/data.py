@@ -82,7 +82,14 @@ class StoredRows:
     is full.
     """
 
-    def __init__(self, texts: Iterable[str], digest: Any, *, memory_bytes: int = MEMORY_BYTES):
+    def __init__(
+        self,
+        texts: Iterable[str],
+        digest: Any,
+        *,
+        memory_bytes: int = MEMORY_BYTES,
+        row_characters: int = ROW_CHARACTERS,
+    ):
         self._file = tempfile.SpooledTemporaryFile(max_size=memory_bytes)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
         self._ends = array("Q", [0])
@@ -90,7 +97,7 @@ class StoredRows:
         self.empty = 0
         """Rows without text."""
         for text in texts:
-            data = text[:ROW_CHARACTERS].encode("utf-8")
+            data = text[:row_characters].encode("utf-8")
             try:
                 self._file.write(data)
             except OSError as error:

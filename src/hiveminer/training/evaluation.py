@@ -11,8 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hiveminer.training.model import CHARACTERS_PER_TOKEN, encode
-
-IGNORED = -100
+from hiveminer.training.trainer import IGNORED
 
 HELD_OUT_ROWS = 32
 """Held-out rows that validators evaluate each global state on, and exports their model."""

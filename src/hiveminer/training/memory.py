@@ -84,11 +84,11 @@ def memory_needed(
     )
 
 
-def memory_left(device: torch.device) -> int:
+def memory_left(device: torch.device, *, cgroup: Path = CGROUP) -> int:
     """Bytes available on the device; for a CPU and MPS, of host memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min(psutil.virtual_memory().available, _container_left())
+    return min(psutil.virtual_memory().available, _container_left(cgroup))
 
 
 def check_machine(
@@ -141,14 +141,14 @@ def _has_accelerator() -> bool:
     return compiled or torch.backends.mps.is_available()
 
 
-def _container_left() -> int:
+def _container_left(cgroup: Path) -> int:
     """Bytes left of a container's limit (cgroup v2); psutil sees the whole machine."""
     try:
-        limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
         if limit == "max":
             return 1 << 62
-        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
-        cache = (CGROUP / "memory.stat").read_text(encoding="ascii").split("\n")
+        used = int((cgroup / "memory.current").read_text(encoding="ascii"))
+        cache = (cgroup / "memory.stat").read_text(encoding="ascii").split("\n")
         files = sum(int(line.split()[1]) for line in cache if line.startswith("inactive_file "))
         return max(0, int(limit) - used + files)
     except (OSError, ValueError):

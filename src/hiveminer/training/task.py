@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,14 +30,12 @@ class Task:
     tokenizer: PreTrainedTokenizerBase
     dataset: Rows
     beyond: float
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def encode(self, examples: models.Examples) -> BatchEncoding:
         """`input_ids` and `attention_mask`, each [rows, longest row], truncated to the run's
         sequence length."""
         length = self.run.model.sequence_length
-        with self.lock:  # a fast tokenizer refuses ("Already borrowed") two threads at once
-            return models.encode(self.tokenizer, examples, max_length=length)
+        return models.encode(self.tokenizer, examples, max_length=length)
 
     def tensors(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """`encode` as a trainer wants it."""

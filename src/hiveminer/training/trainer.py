@@ -149,6 +149,7 @@ class Trainer:
     max_micro_batch_size: the largest to try; halved for good when memory runs out.
     bfloat16: use PyTorch's autocast; the weights and the loss keep their precision. None: on
         CUDA devices that support it.
+    cpu_tokens, cpu_pass_tokens: see CPU_TOKENS and CPU_PASS_TOKENS.
     """
 
     def __init__(
@@ -161,6 +162,8 @@ class Trainer:
         max_grad_norm: float = 1.0,
         max_micro_batch_size: int = 1024,
         bfloat16: bool | None = None,
+        cpu_tokens: int = CPU_TOKENS,
+        cpu_pass_tokens: int = CPU_PASS_TOKENS,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.model = model
@@ -172,6 +175,7 @@ class Trainer:
         self.bfloat16 = has_bfloat16(self.device) if bfloat16 is None else bfloat16
         self.checkpointing = False
         """Activations are recomputed in the backward pass: a single row did not fit without."""
+        self.cpu_tokens, self.cpu_pass_tokens = cpu_tokens, cpu_pass_tokens
         self.clock = clock
 
     def train(
@@ -307,8 +311,8 @@ class Trainer:
         cut = micro_batches(
             rows,
             micro_batch_size,
-            max_tokens=CPU_TOKENS if on_cpu else None,
-            pass_tokens=CPU_PASS_TOKENS if on_cpu else PASS_TOKENS,
+            max_tokens=self.cpu_tokens if on_cpu else None,
+            pass_tokens=self.cpu_pass_tokens if on_cpu else PASS_TOKENS,
         )
         parts = [collate(part) for part in cut]
         if self.device.type == "cuda":  # only pinned memory is copied asynchronously

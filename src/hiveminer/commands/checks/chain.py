@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from hiveminer.chain import open_chain, open_wallet
+from hiveminer.chain import open_subnet, open_wallet
 from hiveminer.chain.wallets import Reader, embedded_key
 from hiveminer.commands.checks.base import Check, Examination, failed, passed, warned
 from hiveminer.errors import HiveminerError
@@ -44,17 +44,10 @@ def wallet(exam: Examination) -> Check:
 
 def chain(exam: Examination) -> Check:
     settings = exam.settings
-    file = settings.subtensor.path / "chain.sqlite"
+    file = settings.subtensor.file
     if settings.embedded and not file.exists():
         return passed(f"embedded, not created yet: the first miner creates {file}")
-    exam.chain = open_chain(
-        network=settings.subtensor.network,
-        netuid=settings.netuid,
-        wallet=exam.wallet or Reader(),
-        path=file,
-        block_seconds=settings.subtensor.block_seconds,
-        timeout_seconds=CHAIN_SECONDS,
-    )
+    exam.chain = open_subnet(settings, exam.wallet or Reader(), timeout_seconds=CHAIN_SECONDS)
     exam.metagraph = exam.chain.metagraph()
     return passed(
         f"{settings.subtensor.network}, block {exam.metagraph.block}, subnet "

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from hiveminer.strategies.hivemind.records import MAX_COUNT
+
 NUMBERS = 32
 """Numbers in a sketch."""
 
@@ -26,8 +28,6 @@ WIDTH = 4096
 TOLERANCE = 0.02
 """States that differ by less than this share of their norm are the same: Float16 averaging
 leaves about a thousandth."""
-
-MAX_COUNT = 2**53
 
 Vouch = tuple[int, list[float]]
 """What a peer says of its state: the epoch, and the sketch of its weights."""

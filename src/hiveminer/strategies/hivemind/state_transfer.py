@@ -140,6 +140,7 @@ class StateInspector:
     dht, run_id: where the peers of the run declare themselves. own_id: is not asked.
     stub_of: how to call a peer's averager.
     weights: the number of weight tensors; all_bytes: the size of a whole state.
+    attempts: how often the peers are asked, once per second.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class StateInspector:
         stub_of: Callable[[PeerID], Any],
         weights: int,
         all_bytes: int,
+        attempts: int = VOUCH_ATTEMPTS,
     ):
         self._dht = dht
         self._run_id = run_id
@@ -158,6 +160,7 @@ class StateInspector:
         self._stub_of = stub_of
         self._weights = weights
         self._all_bytes = all_bytes
+        self._attempts = attempts
         self._vouches: dict[str, Vouch] = {}
         self._reporting: set[str] = set()
 
@@ -197,7 +200,7 @@ class StateInspector:
         may have begun, or ended, during the download.
         """
         problem: str | None = None
-        for attempt in range(VOUCH_ATTEMPTS):
+        for attempt in range(self._attempts):
             if attempt:
                 await asyncio.sleep(1.0)
                 await self.prepare()
@@ -253,11 +256,12 @@ class StateInspector:
 class IncomingState:
     """A state that is being received: its size, its speed, and what is in it."""
 
-    def __init__(self, *, weights: int, all_bytes: int):
+    def __init__(self, *, weights: int, all_bytes: int, open_seconds: float = OPEN_SECONDS):
         self.sketch = Sketch()
         self.epoch: int | None = None
         self._weights = weights
         self._all_bytes = all_bytes
+        self._open_seconds = open_seconds
         self._bytes = 0
         self._tensors = 0
         self._parts: list[Any] = []
@@ -273,7 +277,7 @@ class IncomingState:
         longest = METADATA_BYTES + METADATA_BYTES_PER_TENSOR * self._weights
         if self._bytes > self._all_bytes or len(message.metadata) > longest:
             raise AllreduceException("it is larger than a state can be")
-        allowed = OPEN_SECONDS + self._bytes / SLOWEST_BYTES
+        allowed = self._open_seconds + self._bytes / SLOWEST_BYTES
         if time.monotonic() - self._began > allowed:
             raise AllreduceException(f"it is too slow, {self._bytes} bytes in {allowed:.0f} s")
         if message.metadata:

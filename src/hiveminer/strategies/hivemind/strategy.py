@@ -18,9 +18,8 @@ from hivemind.averaging.control import AveragingStage
 from torch import Tensor, nn
 
 from hiveminer.config.run import Run
-from hiveminer.errors import SwarmError
 from hiveminer.runtime.events import tell
-from hiveminer.strategies.base import Context, RoundResult, Strategy
+from hiveminer.strategies.base import Context, RoundResult, Strategy, between_steps
 from hiveminer.strategies.hivemind import state
 from hiveminer.strategies.hivemind.averager import compression
 from hiveminer.strategies.hivemind.bounds import Bounds
@@ -166,12 +165,8 @@ class HivemindStrategy(Strategy):
     def state_dict(
         self, *, timeout_seconds: float = 60.0
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        if not self._lock.acquire(timeout=timeout_seconds):
-            raise SwarmError(f"the running step did not end in {timeout_seconds:.0f} s")
-        try:
+        with between_steps(self._lock, timeout_seconds=timeout_seconds):
             return state.state_dict(self.optimizer)
-        finally:
-            self._lock.release()
 
     def load_state_dict(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         with self._lock:

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hiveminer.errors import SwarmError
 from hiveminer.runtime.events import tell
-from hiveminer.strategies.base import RoundResult, Strategy
+from hiveminer.strategies.base import RoundResult, Strategy, between_steps
 from hiveminer.strategies.sparseloco import checkpoint, update
 from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.cutting import CuttingFollower
@@ -129,9 +128,7 @@ class SparselocoStrategy(Strategy):
     def state_dict(
         self, *, timeout_seconds: float = 60.0
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        if not self._lock.acquire(timeout=timeout_seconds):
-            raise SwarmError(f"the running step did not end in {timeout_seconds:.0f} s")
-        try:
+        with between_steps(self._lock, timeout_seconds=timeout_seconds):
             names = self.replica.names
             position, cuts, learned = self.replica.snapshot(self._parameters())
             tensors = {f"u.{name}": each for name, each in zip(names, learned, strict=True)}
@@ -142,8 +139,6 @@ class SparselocoStrategy(Strategy):
             tensors |= {f"weights.{name}": value for name, value in weights.items()}
             tensors |= checkpoint.cuts_to_tensors(cuts, names)
             tensors |= checkpoint.optimizer_to_tensors(self.optimizer)
-        finally:
-            self._lock.release()
         content = checkpoint.position_to_json(position)
         return tensors, {"epoch": self.epoch, "rows": 0, "counts": counts, "position": content}
 
