@@ -325,8 +325,42 @@ def large(cell: Cell) -> Cell:
     return vary(cell, "1M", f"{cell.name} at 1M, with larger batches", **LARGE)
 
 
+# The best of each number of bytes, repeated with two more seeds and at 1M.
+FINALISTS = [
+    *sweep(DP_MUON, SHORTER, momentum=(0.8,), rate=(0.04,)),
+    *sweep(DP_ADAMW, rate=(0.015,)),
+    rounds(AT_40, 3, 4096, 1, rate=0.03),
+    *sweep(AT_100, SHORTER, momentum=(0.8,), rate=(0.03,)),
+    *sweep(AT_160_9, power=(0.75,)),
+    *sweep(AT_250, SHORTER, momentum=(0.8,), rate=(0.016,)),
+    *sweep(AT_500_9, SHORTER, rate=(0.02,)),
+    *sweep(AT_1000_9, keep=(0.85,)),
+]
+AGAIN = [
+    *(cell for base in FINALISTS for cell in seeds(base, 1, 2)),
+    *(cell for base in sweep(DP_ADAMW, rate=(0.01,)) for cell in seeds(base, 1, 2)),
+]
+AT_1M = [large(cell) for cell in FINALISTS]
+
+# The third part: what helped at one number of bytes, together and at the others.
+TOGETHER = "what helped alone, together"
+AT_40_LATE = replace(
+    rounds(AT_40, 2, 4096, 1, rate=0.03), name="h2-1bit-late4", late_every=4, late_from=0.58,
+    why=LATE,
+)  # fmt: skip
+TABLES_2 = "a larger rate for the embeddings"
+AT_500_10 = replace(rounds(AT_500, 10, 150, rate=0.02), name="h10-150")
+AT_160_10 = vary(AT_160_9, "lr0.02-keep0.9-a0.75", TOGETHER, rate=0.02, keep=0.9, power=0.75)
+THIRD = [
+    AT_40_LATE,
+    vary(AT_500_10, "tables2", TABLES_2, embedding_rate=2.0),
+    vary(AT_40_LATE, "tables2", TABLES_2, embedding_rate=2.0),
+    vary(AT_160_10, "tables2", TABLES_2, embedding_rate=2.0),
+    vary(AT_500_9, "lr0.02-keep0.95-tables2", TOGETHER, rate=0.02, keep=0.95, embedding_rate=2.0),
+]
+
 CELLS = [
     *BASELINES, *BASELINES_9, *SEARCH_40, *SEARCH_40_9, *SEARCH_500, *SEARCH_500_9,
     *SEARCH_100, *SEARCH_100_9, *SEARCH_160, *SEARCH_160_9, *SEARCH_250_9, *SEARCH_1000_9,
-    *ALONE_9, *ONE_FACTOR, *RIVALS, *ELSEWHERE,
+    *ALONE_9, *ONE_FACTOR, *RIVALS, *ELSEWHERE, *THIRD, *AGAIN, *AT_1M,
 ]  # fmt: skip
