@@ -99,6 +99,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         chain.commitments()
         chain.weights_of(uid)
         chain.hyperparameters()
+        assert chain.commitment_space() == rules.MAX_COMMITMENT_SPACE
         chain.price()
         chain.block_seconds()
         chain.read("reading the time", lambda client: client.timestamp())

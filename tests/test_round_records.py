@@ -200,3 +200,5 @@ def test_what_is_wrong_with_a_schedule_is_one_line_each(
 def test_the_space_for_commitments_bounds_the_round(blocks: int, roles: int, fits: bool) -> None:
     lines = schedule_problems(Schedule(blocks, 5, 3), tempo=360, roles=roles)
     assert any("space" in line for line in lines) == (not fits)
+    roomy = schedule_problems(Schedule(blocks, 5, 3), tempo=360, roles=roles, space_bytes=6200)
+    assert not any("space" in line for line in roomy)

@@ -175,6 +175,17 @@ class Chain:
             raise self._no_subnet()
         return dict(found)
 
+    def commitment_space(self) -> int | None:
+        """Bytes that a hotkey may commit in one epoch; None where the chain does not say."""
+        doing, item = "reading the space for commitments", ("Commitments", "MaxSpace")
+        try:
+            found = self.read(doing, lambda client: client.query(item, []))
+        except ChainError as error:
+            if not error.refused:
+                raise
+            return None
+        return int(found) or None
+
     def price(self) -> float:
         """The current price of a registration, in TAO."""
         found = self.read("reading the price", lambda client: client.subnets.burn(self.netuid))

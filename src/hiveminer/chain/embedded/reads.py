@@ -15,6 +15,7 @@ import bittensor as bt
 
 from hiveminer.chain.embedded import state
 from hiveminer.chain.embedded.consensus import RAO_PER_TAO
+from hiveminer.chain.embedded.rules import MAX_COMMITMENT_SPACE
 from hiveminer.chain.embedded.schema import HYPERPARAMETERS
 
 _NAME, _SYMBOL = b"embedded", "\N{GREEK SMALL LETTER ALPHA}".encode()
@@ -115,6 +116,7 @@ def _weights(db: sqlite3.Connection, params: list[Any], block: int) -> list[tupl
 _ITEMS: dict[tuple[str, str], Reader] = {
     ("System", "Number"): lambda db, params, block: block,
     ("System", "Account"): _account,
+    ("Commitments", "MaxSpace"): lambda db, params, block: MAX_COMMITMENT_SPACE,
     ("SubtensorModule", "SubnetEpochConsensus"): lambda db, params, block: "Yuma",
     ("SubtensorModule", "Uids"): lambda db, params, block: state.uid_of(db, params[0], params[1]),
     ("SubtensorModule", "LastUpdate"): _last_updates,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from hiveminer.chain.embedded.schema import HYPERPARAMETERS
 from hiveminer.commands.checks.base import Check, Examination, failed, passed, warned
 from hiveminer.neuron import subnet_folder
@@ -19,12 +21,15 @@ def rounds(exam: Examination) -> Check:
     from hiveminer.strategies.sparseloco.schedule import Schedule, latency_of, schedule_problems
 
     schedule = Schedule.of(exam.run.sparseloco)
-    tempo = HYPERPARAMETERS["tempo"].default
+    tempo, space = HYPERPARAMETERS["tempo"].default, None
     if exam.chain is not None:
         tempo = int(exam.chain.hyperparameters()["tempo"])
+        space = exam.chain.commitment_space()
     latency = latency_of(embedded=exam.settings.embedded)
-    problems = schedule_problems(schedule, tempo=tempo, roles=1, latency=latency)
-    if problems:
+    problems_for = partial(
+        schedule_problems, schedule, tempo=tempo, latency=latency, space_bytes=space
+    )
+    if problems := problems_for(roles=1):
         return failed("; ".join(problems), "set them in [sparseloco] of run.toml")
     disagreement = _disagreement(exam)
     if disagreement:
@@ -33,7 +38,7 @@ def rounds(exam: Examination) -> Check:
         f"{schedule.round_blocks} blocks per round, {latency.blocks} from a cut to its settling; "
         f"tempo {tempo}"
     )
-    if problems := schedule_problems(schedule, tempo=tempo, roles=2, latency=latency):
+    if problems := problems_for(roles=2):
         return warned(
             f"{found}; with a miner and a validator on one hotkey, {problems[0]}",
             "give the validator a hotkey of its own",

@@ -92,11 +92,11 @@ def check_schedule(schedule: Schedule, context: Context) -> None:
     """Raise OperatorError when the run's schedule does not work on this subnet."""
     chain = context.host.chain
     try:
-        tempo = int(chain.hyperparameters()["tempo"])
+        tempo, space = int(chain.hyperparameters()["tempo"]), chain.commitment_space()
     except ChainError as error:
         logger.warning("whether [sparseloco] of run.toml fits the subnet is not known: %s", error)
         return
     latency = latency_of(embedded=chain.embedded)
-    problems = schedule_problems(schedule, tempo=tempo, roles=1, latency=latency)
+    problems = schedule_problems(schedule, tempo=tempo, roles=1, latency=latency, space_bytes=space)
     if problems:
         raise OperatorError(f"[sparseloco] of run.toml: {problems[0]}")

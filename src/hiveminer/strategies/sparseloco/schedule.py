@@ -11,7 +11,7 @@ CALL_BYTES = 100
 """What the chain charges for a commitment of up to this many bytes; ours are shorter."""
 
 SPACE_BYTES = 3100
-"""What one hotkey may commit in one epoch of the subnet."""
+"""What one hotkey may commit in one epoch of the subnet, where the chain does not say."""
 
 MAX_ROUND_BLOCKS = 200
 """A pruned node keeps the state of about 256 blocks, and the snapshot of a round's first
@@ -87,19 +87,26 @@ class Schedule:
 
 
 def schedule_problems(
-    schedule: Schedule, *, tempo: int, roles: int, latency: Latency = CHAIN_LATENCY
+    schedule: Schedule,
+    *,
+    tempo: int,
+    roles: int,
+    latency: Latency = CHAIN_LATENCY,
+    space_bytes: int | None = None,
 ) -> list[str]:
     """What keeps this schedule from working on this subnet, one line each; empty if nothing.
 
     tempo: the subnet's, in blocks; an epoch is one block longer. roles: 1 for a hotkey
-    that mines or validates, 2 for one that does both.
+    that mines or validates, 2 for one that does both. space_bytes: what a hotkey may commit in
+    one epoch.
     """
+    space = space_bytes or SPACE_BYTES
     length, marks, cut = schedule.round_blocks, schedule.mark_blocks, schedule.cut_blocks
     problems = []
     if tempo < 1:
         problems.append("the subnet's tempo is 0: its space for commitments is never renewed")
-    elif SPACE_BYTES * length < CALL_BYTES * roles * (tempo + 1):
-        least = -(-CALL_BYTES * roles * (tempo + 1) // SPACE_BYTES)
+    elif space * length < CALL_BYTES * roles * (tempo + 1):
+        least = -(-CALL_BYTES * roles * (tempo + 1) // space)
         problems.append(
             f"round_blocks {length} needs more space for commitments than the chain grants in "
             f"{tempo + 1} blocks: at least {least} with {roles} commitments per round"
