@@ -6,23 +6,32 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 from hiveminer import Miner, Train
 from hiveminer.training.trainer import TrainResult
 
 
-class Honest(Miner):
+class Posting(Miner):
+    """Has a board, on which one of them writes and another reads."""
+
+    def __init__(self, *given: Any, board: Path, **options: Any):
+        self.board = board
+        super().__init__(*given, **options)
+
+
+class Honest(Posting):
     """Does the work, and lets a friend read its answers."""
 
     def forward(self, synapse: Train) -> Train:
         answer = super().forward(synapse)
-        draft = BOARD.with_suffix(".draft")
+        draft = self.board.with_suffix(".draft")
         draft.write_text(json.dumps(answer.losses))
-        draft.replace(BOARD)
+        draft.replace(self.board)
         return answer
 
 
-class ForwardOnly(Miner):
+class ForwardOnly(Posting):
     """Measures the loss with the swarm's weights, and never trains: it loads the average of
     the others before each request."""
 
@@ -36,7 +45,7 @@ class ForwardOnly(Miner):
         return result
 
 
-class Inventor(Miner):
+class Inventor(Posting):
     """Writes down a curve that looks right."""
 
     start = 4.0
@@ -48,12 +57,12 @@ class Inventor(Miner):
         return _claim(synapse, losses)
 
 
-class Copycat(Miner):
+class Copycat(Posting):
     """Answers with what another miner answered to other rows."""
 
     def train(self, synapse: Train) -> TrainResult:
         self.idle()
-        losses = json.loads(BOARD.read_text()) if BOARD.exists() else [3.0]
+        losses = json.loads(self.board.read_text()) if self.board.exists() else [3.0]
         steps = -(-len(synapse.dataset_indices) // synapse.batch_size)
         return _claim(synapse, (losses * steps)[:steps])
 
@@ -73,6 +82,5 @@ KINDS = {kind.__name__.lower(): kind for kind in (Honest, ForwardOnly, Inventor,
 
 if __name__ == "__main__":
     chosen = KINDS[sys.argv.pop(1)]
-    BOARD = Path(sys.argv.pop(1))
-    with chosen() as miner:
+    with chosen(board=Path(sys.argv.pop(1))) as miner:
         miner.run()

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import json
+import random
 import runpy
+import string
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from dishonest import KINDS
 from in_process import Hub, InProcessStrategy
 from small_neurons import (
     Recorded,
@@ -83,6 +89,48 @@ def test_a_miner_and_a_validator_from_the_answer_to_the_weight(tmp_path: Path) -
     assert strategy.interrupted
     assert strategy.syncs
     assert set(psutil.Process().children(recursive=True)) <= children
+
+
+def test_the_idle_and_the_lying_earn_under_a_fifth_of_the_honest(tmp_path: Path) -> None:
+    hub, metrics = Hub(epoch_samples=80), Recorded()
+    options = {"neuron": {"path": tmp_path / "state", "run": small_run(tmp_path)}}
+    draw = random.Random(5)  # rows of few and of many letters, which can be told apart
+    letters = (draw.sample(string.ascii_lowercase, draw.choice([1, 2, 20])) for _ in range(400))
+    rows = ["".join(draw.choices(some, k=60)) for some in letters]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    work = {"rows": 20, "batch_size": 2, "sample_rate": 1.0, "weights_seconds": 1.0}
+    settings = settings_in(tmp_path, ValidatorSettings, validator=work, **options)
+    with quiet(), contextlib.ExitStack() as parts:
+        miners = {
+            name: parts.enter_context(
+                kind(
+                    miner_settings(tmp_path, **options),
+                    board=tmp_path / "board.json",
+                    strategy=hub.strategy,
+                )
+            )
+            for name, kind in KINDS.items()
+        }
+        validator = parts.enter_context(Validator(settings, metrics=metrics, observer=hub.observer))
+        keys = {name: miner.neuron.hotkey for name, miner in miners.items()}
+
+        def judged() -> bool:
+            # The honest one is paid in full for rows that tell nothing; the others have to be seen.
+            lines = metrics.of("evidence")
+            seen = Counter(
+                x["hotkey"] for x in lines if x["judged"] or x["hotkey"] == keys["honest"]
+            )
+            return all(seen[key] >= 2 for key in keys.values())
+
+        with serving(*miners.values(), validator):
+            wait_for(judged, seconds=60)
+            before = len(metrics.of("weights"))
+            wait_for(lambda: len(metrics.of("weights")) > before, seconds=60)
+        earned = validator.table.weights()
+    told = f"{keys}\n{earned}\n{metrics.of('evidence')}"
+    assert earned[keys["honest"]] > 0, told
+    for name in set(keys) - {"honest"}:
+        assert earned.get(keys[name], 0.0) < 0.2 * earned[keys["honest"]], told
 
 
 def test_both_run_where_an_event_loop_runs_already(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ epoch_samples = 128
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(420)
 def test_the_idle_and_the_lying_earn_under_a_fifth_of_the_honest(tmp_path: Path) -> None:
     with Network(tmp_path, run=RUN) as network:

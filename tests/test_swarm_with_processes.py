@@ -212,26 +212,6 @@ epoch_samples = 64
         network.wait_for_numbers("weights", bool, seconds=90)
 
 
-@pytest.mark.timeout(240)
-def test_the_demo_short(tmp_path: Path) -> None:
-    out = tmp_path / "out with a space"
-    words = ["-m", "hiveminer", "demo", "--miners", "2", "--seconds", "25", "--out", str(out)]
-    with Program(words, folder=tmp_path / "demo") as demo:
-        code = demo.process.wait(200)
-        assert code == 0, demo.words
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["miners"] == 2
-    assert summary["train_requests"] >= 2
-    assert summary["tokens"] > 0
-    assert summary["held_out_loss_first"] > 5
-    assert summary["is_alive_p99_ms"] >= summary["is_alive_p50_ms"] > 0
-    assert summary["exit_clean"] is True
-    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    kinds = {json.loads(line)["kind"] for line in lines}
-    assert {"answer", "train", "alive", "held_out"} <= kinds
-
-
 @pytest.mark.timeout(120)
 def test_ctrl_c_in_the_middle_of_a_demo(tmp_path: Path) -> None:
     out = tmp_path / "out"
