@@ -98,7 +98,7 @@ def test_the_idle_and_the_lying_earn_under_a_fifth_of_the_honest(tmp_path: Path)
     letters = (draw.sample(string.ascii_lowercase, draw.choice([1, 2, 20])) for _ in range(400))
     rows = ["".join(draw.choices(some, k=60)) for some in letters]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    work = {"rows": 20, "batch_size": 2, "sample_rate": 1.0, "weights_seconds": 1.0}
+    work = {"rows": 20, "batch_size": 2, "sample_rate": 1.0}
     settings = settings_in(tmp_path, ValidatorSettings, validator=work, **options)
     with quiet(), contextlib.ExitStack() as parts:
         miners = {
@@ -123,9 +123,7 @@ def test_the_idle_and_the_lying_earn_under_a_fifth_of_the_honest(tmp_path: Path)
             return all(seen[key] >= 2 for key in keys.values())
 
         with serving(*miners.values(), validator):
-            wait_for(judged, seconds=60)
-            before = len(metrics.of("weights"))
-            wait_for(lambda: len(metrics.of("weights")) > before, seconds=60)
+            wait_for(judged, seconds=120)
         earned = validator.table.weights()
     told = f"{keys}\n{earned}\n{metrics.of('evidence')}"
     assert earned[keys["honest"]] > 0, told
