@@ -39,18 +39,27 @@ def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-class OneSwarm(LoadScopeScheduling):
-    """All tests that start programs run in one worker: two swarms at once on two cores would make
-    each other late. (The groups of xdist 3.8 have no effect with pytest 9.2.)"""
+WITH_DEADLINES = re.compile(
+    "test_(survival|poison|rival|intruder|exchange|sparseloco|identity_peers|resume)"
+)
+"""Swarms in which a late peer counts, and some more, so that both halves take as long."""
+
+
+class TwoSwarms(LoadScopeScheduling):
+    """Tests that start programs run first, in two workers, since programs mostly wait: those with
+    deadlines in one, the others in the other. All else fills the workers that are free, test by
+    test. (The groups of xdist 3.8 have no effect with pytest 9.2.)"""
 
     def _split_scope(self, nodeid: str) -> str:
         path = ROOT / nodeid.partition("::")[0]
-        return "programs" if STARTS.search(_source(path)) else nodeid
+        if not STARTS.search(_source(path)):
+            return nodeid
+        return "deadlines" if WITH_DEADLINES.match(path.stem) else "programs"
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneSwarm:
-    return OneSwarm(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> TwoSwarms:
+    return TwoSwarms(config, log)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """One peer of a small swarm as a process, which can be made to fail at a chosen moment.
 
-`python swarm_worker.py KIND NAME FOLDER [--rows N] [--group N] [--pace S] [--fault WHERE HOW]`
+`python swarm_worker.py KIND NAME FOLDER [--rows N] [--group N] [--pace S] [--limit S]
+[--fault WHERE HOW]`
 
 It trains a tiny model at a pace, and finds the others by FOLDER/*.address. KIND `ours` is
 `Peer` and `HivemindStrategy`; `stock` is `hivemind.Optimizer` with the same matchmaking time
@@ -152,6 +153,7 @@ class Ours:
                 "swarm": {
                     "epoch_samples": options.rows,
                     "matchmaking_seconds": MATCHMAKING_SECONDS,
+                    "averaging_timeout_seconds": options.limit,
                 }
             }
         )
@@ -283,6 +285,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="of an epoch, of all peers")
     parser.add_argument("--group", type=int, default=2, help="the stock's target group size")
     parser.add_argument("--pace", type=float, default=0.25, help="seconds between two steps")
+    parser.add_argument("--limit", type=float, default=30.0, help="seconds of a round of ours")
     parser.add_argument("--fault", nargs=2, metavar=("WHERE", "HOW"))
     options = parser.parse_args()
     if options.fault:

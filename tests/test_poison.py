@@ -26,7 +26,8 @@ class Poisoner(Worker):
 
 
 def start_poisoner(swarm: Workers, name: str, how: str) -> Poisoner:
-    words = ("--rows", str(40 * swarm.size), "--group", str(swarm.size))
+    rows = str(swarm.rows * 4 // 3)
+    words = ("--rows", rows, "--group", str(swarm.size), "--limit", "15")  # it waits in vain
     worker = Poisoner(name, how=how, folder=swarm.folder, words=words)
     swarm.all[name] = worker
     return worker
@@ -53,7 +54,7 @@ def newest_common(folder: Path, names: str) -> tuple[int, list[np.ndarray]]:
     ],
 )
 def test_poison_from_one_peer_leaves_the_others_unharmed(how: str, tmp_path: Path) -> None:
-    with Workers(tmp_path, size=3) as swarm:
+    with Workers(tmp_path, size=3, peer_rows=15) as swarm:
         swarm.start_all("ab")
         _, before = newest_common(tmp_path, "ab")
         began = time.time()
@@ -76,7 +77,7 @@ def test_poison_from_one_peer_leaves_the_others_unharmed(how: str, tmp_path: Pat
 
 @pytest.mark.timeout(240)
 def test_a_member_that_says_nothing_costs_little_and_is_shunned(tmp_path: Path) -> None:
-    with Workers(tmp_path, size=3) as swarm:
+    with Workers(tmp_path, size=3, peer_rows=15) as swarm:
         swarm.start_all("ab")
         began = time.time()
         silent = start_poisoner(swarm, "c", "silent")

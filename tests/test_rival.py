@@ -32,7 +32,7 @@ from hiveminer.swarm.membership import Membership
 
 torch.set_num_threads(1)
 RUN_ID = "rival-a-b-c"
-run = Run.model_validate({"swarm": {"epoch_samples": 48, "matchmaking_seconds": 3.0}})
+run = Run.model_validate({"swarm": {"epoch_samples": 32, "matchmaking_seconds": 3.0}})
 keys = [Keypair.create_from_uri(f"//{name}") for name in ("one", "two", "rival", "late")]
 hotkeys = [key.ss58_address for key in keys]
 PREFIX = averager_prefix(RUN_ID)
@@ -119,7 +119,7 @@ for thread in threads:
     thread.start()
 told = {"before": more_rounds(3)[-4:]}
 attack()
-told["after"] = more_rounds(6)
+told["after"] = more_rounds(4)
 told["epochs"] = [swarm.epoch for swarm in swarms]
 late = peer_of(keys[3])
 assert len(late.dial([each.address for each in (*peers, rival)]).answered) == 3
@@ -142,7 +142,7 @@ def test_records_of_a_rival_stop_no_round(tmp_path: Path) -> None:
         words = peers.says("told {", seconds=270)
     told = json.loads(words.partition("told ")[2].splitlines()[0])
     assert told["before"] == [2, 2, 2, 2], words
-    assert len(told["after"]) >= 12, words  # before, the next round alone took half a minute
+    assert len(told["after"]) >= 8, words  # before, the next round alone took half a minute
     assert told["after"].count(2) >= len(told["after"]) - 2, words
     assert max(told["epochs"]) < 1000, words
     assert told["joined"], words

@@ -34,7 +34,7 @@ from hiveminer.swarm.membership import Membership
 
 torch.set_num_threads(1)
 logging.basicConfig(level=logging.INFO)
-folder, RUN_ID, ROUNDS = Path(sys.argv[2]), "swarm-a-b-c", 4
+folder, RUN_ID, ROUNDS = Path(sys.argv[2]), "swarm-a-b-c", 2
 keys = [Keypair.create_from_uri(f"//{name}") for name in ("one", "two", "judge")]
 hotkeys = [each.ss58_address for each in keys]
 section = SparselocoSection(round_blocks=15, mark_blocks=7, cut_blocks=2, density=1.0)
@@ -128,7 +128,7 @@ def test_rounds_over_real_peers(tmp_path: Path) -> None:
         words = peers.says("told {", seconds=270)
         told = json.loads(words.partition("told ")[2].splitlines()[0])
         assert peers.process.wait(20) == 0, words
-    assert len(told["rounds"]) >= 4, words
+    assert len(told["rounds"]) >= 2, words
     assert told["problems"] == [], words
     assert len(set(told["made"])) == 1, words
     assert told["made"][0], words

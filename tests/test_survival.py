@@ -71,12 +71,13 @@ class Worker(Program):
 class Workers:
     """A small swarm of processes in a folder. None outlives the context."""
 
-    def __init__(self, folder: Path, *, kind: str = "ours", size: int):
+    def __init__(self, folder: Path, *, kind: str = "ours", size: int, peer_rows: int = 30):
         self.folder, self.kind, self.size = folder, kind, size
+        self.rows = peer_rows * size  # of an epoch
         self.all: dict[str, Worker] = {}
 
     def start(self, name: str, *, fault: tuple[str, str] | None = None) -> Worker:
-        words = ["--rows", str(30 * self.size), "--group", str(self.size)]
+        words = ["--rows", str(self.rows), "--group", str(self.size)]
         if fault:
             words += ["--fault", *fault]
         worker = Worker(name, kind=self.kind, folder=self.folder, words=tuple(words))
