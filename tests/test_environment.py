@@ -245,5 +245,5 @@ def test_a_hotkeys_public_half_is_refused(tmp_path: Path) -> None:
     file = Path(wallet.hotkey_file.path)
     said = json.loads(file.read_bytes())
     file.write_text(json.dumps({name: said[name] for name in ("ss58Address", "publicKey")}))
-    with pytest.raises(OperatorError, match="only its public half"):
+    with pytest.raises(OperatorError, match="only a public key"):
         open_wallet("w", "h", tmp_path)

@@ -181,7 +181,7 @@ def test_forged_rounds_do_not_fit(folder: Path, peers: Peers) -> None:
         rewrite(folder, 5, marks=marks)
         assert problems(folder)
         compared = compare(log, plan.rules.schedule, peers.views[0])
-        assert compared.problems == ("round 5: the chain has other marks",)
+        assert compared.problems == ("round 5: the chain has different marks",)
         assert compared.equal == ROUNDS - 1
     rewrite(folder, 5, marks=entry.facts.marks)
     assert problems(folder) == ()
@@ -242,7 +242,7 @@ def test_the_log_is_compared_with_the_chain(
     rewrite(folder, 4, neurons=(*neurons[:-1], replace(neurons[-1], stake=7)))
     shown = command.look(settings, open_rounds=archive)
     assert not shown.is_verified
-    assert shown.report.problems == ("round 4: the chain has other neurons",)
+    assert shown.report.problems == ("round 4: the chain has different neurons",)
     peers.network.down = True
     try:
         shown = command.look(settings, open_rounds=archive)

@@ -77,7 +77,7 @@ def test_what_nobody_earned_is_burnt_to_the_owner(
     subnet.clock.blocks(1000)
     for _ in range(3):
         assert subnet.setter.set_if_due(earned({})) is None
-    assert caplog.text.count("the subnet's owner holds no uid") == 1
+    assert caplog.text.count("the subnet's owner has no uid") == 1
     subnet.substrate.create_subnet(1, owner_hotkey=address(owner))
     sent = subnet.setter.set_if_due(earned({}))
     assert sent is not None
@@ -109,7 +109,7 @@ def test_an_old_version_is_told_and_sends_nothing(
     before = subnet.substrate.submitted
     for _ in range(3):
         assert subnet.new_setter(version="1.9.9").set_if_due(table) is None
-    assert "wants version key 2000, and this version 1.9.9 is 1099; update" in caplog.text
+    assert "requires version key 2000, and version 1.9.9 has 1099; update" in caplog.text
     assert subnet.substrate.submitted == before
     assert subnet.new_setter(version="2.0.0").set_if_due(table) is not None
 
@@ -130,7 +130,7 @@ def test_weights_are_clipped_and_what_is_read_back_is_compared(
     subnet.validator.weights_of = lambda uid: {1: 1, 2: 65535}  # type: ignore[method-assign]
     assert subnet.setter.set_if_due(earned({first: 8.0, second: 1.5, third: 0.5}))
     subnet.validator.weights_of = real  # type: ignore[method-assign]
-    assert "are not those that were sent" in caplog.text
+    assert "differ from those that were sent" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ class Chain:
         except ChainError as error:
             if must_connect:
                 raise
-            logger.warning("%s; going on with what is known", error)
+            logger.warning("%s; continuing with what is known", error)
 
     @property
     def embedded(self) -> bool:
@@ -147,8 +147,8 @@ class Chain:
         )
 
     def commitments(self, metagraph: bt.Metagraph | None = None) -> dict[str, bytes]:
-        """What the registered neurons committed, by hotkey; asks the chain if no metagraph
-        is given. A commitment that is not plain bytes is left out."""
+        """The registered neurons' commitments by hotkey, without those that are not plain bytes.
+        Asks the chain if no metagraph is given."""
         graph = self.metagraph() if metagraph is None else metagraph
         found = {}
         for commitment in graph.commitments.values():
@@ -158,7 +158,7 @@ class Chain:
         return found
 
     def weights_of(self, uid: int) -> dict[int, int]:
-        """The weights that a validator has set, {uid: 0..65535}; without unrevealed ones."""
+        """The weights that a validator has set, {uid: 0..65535}, without unrevealed ones."""
         found = self.read(
             "reading weights",
             lambda client: client.query(("SubtensorModule", "Weights"), [self.netuid, uid]),
@@ -166,9 +166,9 @@ class Chain:
         return {int(target): int(value) for target, value in found or []}
 
     def hyperparameters(self) -> dict[str, Any]:
-        """The subnet's settings by name: `weights_rate_limit`, `activity_cutoff`, ..."""
+        """The subnet's hyperparameters by name: `weights_rate_limit`, `activity_cutoff`, ..."""
         found = self.read(
-            "reading the subnet's settings",
+            "reading the subnet's hyperparameters",
             lambda client: client.read("subnet_hyperparameters", netuid=self.netuid),
         )
         if found is None:
@@ -192,7 +192,7 @@ class Chain:
         return float(found.tao)
 
     def registration(self) -> str:
-        """The command that registers this hotkey; it needs the coldkey, so not on this machine."""
+        """The command that registers this hotkey, for the machine that has the coldkey."""
         name = getattr(self.wallet, "name", "NAME")
         hotkey = getattr(self.wallet, "hotkey_str", "HOTKEY")
         return (
@@ -213,10 +213,10 @@ class Chain:
         self._write("serving the axon", lambda client: self._execute(client, intent))
 
     def commit(self, data: bytes, *, valid_blocks: int | None = None, urgent: bool = False) -> None:
-        """Publish up to 512 bytes for this neuron; they replace its earlier commitment.
+        """Publish up to 512 bytes for this neuron, in place of its earlier commitment.
 
-        After `valid_blocks` the signed call can no longer be included. `urgent` lets it pass
-        other calls that wait. Raises `ValueError` if the data is too long.
+        The signed call expires after `valid_blocks`. `urgent` lets it overtake other waiting
+        calls. Raises `ValueError` if the data is too long.
         """
         if len(data) > MAX_COMMITMENT_BYTES:
             raise ValueError(f"a commitment holds {MAX_COMMITMENT_BYTES} bytes, not {len(data)}")
@@ -240,10 +240,9 @@ class Chain:
     ) -> None:
         """Set this validator's weights, {uid: weight}; only their proportions matter.
 
-        The SDK fits them to the subnet's limits and chooses between plain and
-        commit-reveal. `version_key` must not be older than the subnet's; after
-        `valid_blocks` the signed call can no longer be included. Raises `ChainError` if the
-        rate limit has not passed, or without a permit.
+        The SDK fits them to the subnet's limits and chooses between plain and commit-reveal.
+        `version_key` must not be older than the subnet's. The signed call expires after
+        `valid_blocks`. Raises `ChainError` within the rate limit, or without a permit.
         """
         intent = bt.SetWeights(
             netuid=self.netuid,
@@ -258,8 +257,8 @@ class Chain:
         self._write(doing, lambda client: self._submit(client, call, signer="coldkey"))
 
     async def _execute(self, client: bt.Client, intent: bt.Intent, **options: int) -> None:
-        # In a block is enough: waiting for its finality would hold the caller for half a
-        # minute, and what comes next is read from the chain anyway.
+        # Inclusion is enough: waiting for finality would block the caller for half a minute, and
+        # what follows is read from the chain anyway.
         result = await client.execute(intent, self.wallet, wait_for_finalization=False, **options)
         result.raise_for_failure()
 
@@ -274,14 +273,14 @@ class Chain:
             address = ipaddress.ip_address(ip)
         except ValueError:
             raise OperatorError(
-                f"{ip!r} is not an IP address; give the one to be called at: --axon.external_ip"
+                f"{ip!r} is not an IP address; give the public address with --axon.external_ip"
             ) from None
         if not 1 <= port <= 65535:
-            raise OperatorError(f"{port} is not a port; choose one from 1 to 65535: --axon.port")
+            raise OperatorError(f"--axon.port: {port} is not a port; choose one from 1 to 65535")
         if not self.embedded and (address.is_loopback or address.is_unspecified):
             raise OperatorError(
-                f"{self.network} refuses {ip} as an axon's address; give the one to be called "
-                "at from outside: --axon.external_ip"
+                f"{self.network} refuses {ip} as an axon's address; give the public address with "
+                "--axon.external_ip"
             )
 
     # Calls and their errors -------------------------------------------------------
@@ -289,8 +288,8 @@ class Chain:
     def _write(
         self, doing: str, ask: Callable[[bt.Client], Awaitable[T]], *, urgent: bool = False
     ) -> T:
-        # Once: a write whose connection failed may have arrived.
-        hint = "; it may still go through, so look before it is sent again"
+        # Sent once: a write whose connection failed may have arrived.
+        hint = "; it may still be included, so check before sending it again"
         seconds = 2 * self._timeout_seconds
         with self._turns.take(urgent=urgent, timeout_seconds=seconds):
             return self._call(doing, ask, seconds=seconds, attempts=1, hint=hint)
@@ -326,9 +325,7 @@ class Chain:
         )
 
     def _not_registered(self, doing: str) -> NotRegistered:
-        cure = "start it again to join anew"
-        if not self.embedded:
-            cure = self.registration()
+        cure = "restart to register again" if self.embedded else self.registration()
         return NotRegistered(
             f"{doing}: hotkey {self.hotkey} is not registered on subnet {self.netuid} of "
             f"{self.network}; {cure}"
@@ -336,7 +333,7 @@ class Chain:
 
     def _no_subnet(self) -> OperatorError:
         return OperatorError(
-            f"{self.network} has no subnet {self.netuid}; choose one that exists: --netuid"
+            f"{self.network} has no subnet {self.netuid}; choose an existing one with --netuid"
         )
 
     def close(self) -> None:
@@ -345,10 +342,10 @@ class Chain:
 
 
 def _is_in_doubt(error: Exception) -> bool:
-    """Whether what was submitted may be included in spite of the error.
+    """Whether a call may be included in spite of the error.
 
-    The SDK raises a connection that broke in mid submission as a nameless error of unknown
-    kind; what the chain itself refuses has a name or a kind.
+    For a connection that broke during the submission the SDK raises an error without a name and of
+    unknown kind; a refusal by the chain has a name or a kind.
     """
     if not isinstance(error, bt.ChainError):
         return False
@@ -366,7 +363,7 @@ def _kind(error: Exception) -> str:
 
 
 def committed_bytes(fields: Sequence[Any]) -> bytes | None:
-    """What the fields of a commitment hold; None unless it is plain bytes."""
+    """The content of a commitment's fields; None unless it is plain bytes."""
     data = b""
     for field in fields:
         for variant, value in field.items() if isinstance(field, dict) else [("", None)]:
@@ -400,7 +397,7 @@ def open_chain(
     if network == EMBEDDED:
         assert path is not None, "the embedded network needs a file"
         substrate = EmbeddedSubstrate(path, block_seconds=block_seconds)
-        # The label has no meaning here; it only must not be a public network's.
+        # The label has no meaning here, but must not be a public network's.
         client = bt.Client("local", substrate=substrate)
     else:
         _check_network(network)
@@ -446,15 +443,15 @@ def _check_network(network: str) -> None:
 
 
 def join_embedded(chain: Chain, *, stake_tao: float = 0.0) -> int:
-    """Make sure that this wallet is a neuron of the embedded network; returns its uid.
+    """Make this wallet a neuron of the embedded network, and return its uid.
 
-    Registers its hotkey if needed, and stakes on it (on the root subnet, which counts on
-    every subnet) up to `stake_tao` TAO. The network funds the coldkey by itself.
+    Registers its hotkey if needed, and stakes up to `stake_tao` TAO on it (on the root subnet,
+    which counts on every subnet). The network funds the coldkey.
     Raises `OperatorError` on any other network.
     """
     if not chain.embedded:
         raise OperatorError(
-            f"only the embedded network registers by itself; on {chain.network}, use btcli"
+            f"only the embedded network registers automatically; on {chain.network}, use btcli"
         )
     if chain.uid() is None:
         chain.submit_as_coldkey(

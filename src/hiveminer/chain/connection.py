@@ -1,7 +1,7 @@
-"""A `bittensor.Client` in an event loop of its own, for callers that are not asynchronous.
+"""A `bittensor.Client` in a private event loop, for synchronous callers.
 
-The SDK is asynchronous and this package's threads are not, so a private event loop runs in
-a thread. Each call has a deadline, and a call that finds the connection lost opens it again.
+The SDK is asynchronous and this package's threads are not, so an event loop runs in a background
+thread. Each call has a deadline, and a lost connection is opened again by the next call.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ T = TypeVar("T")
 class Connection:
     """One client, its event loop and the loop's thread; usable from any thread.
 
-    The thread does not exist in a forked child: calls raise `ChainError` there at once, and
-    the parent's connection is left alone. `network` is its name in errors.
+    In a forked child, which does not have the thread, calls raise `ChainError` at once, and the
+    parent's connection is left alone. network: its name in errors.
     """
 
     def __init__(self, client: bt.Client, *, network: str):
@@ -59,9 +59,9 @@ class Connection:
     ) -> T:
         """The result of `ask`, which is tried up to `attempts` times within `seconds`.
 
-        doing: names the call in errors. hint: what to add when the call may have arrived in
-        spite of the error. Raises `ChainError` in a forked child, after `close`, and when
-        there is no answer in time; what `ask` itself raises is passed on.
+        doing: names the call in errors. hint: added to errors after which the call may still have
+        arrived. Raises `ChainError` in a forked child, after `close`, and without an answer in
+        time; exceptions of `ask` are passed on.
         """
         if os.getpid() != self._pid:
             raise ChainError(f"{doing}: this chain belongs to process {self._pid}")
@@ -101,8 +101,8 @@ class Connection:
                 with attempt:
                     return await ask(await self.connected(self._client))
         except (*retry.TRANSIENT, asyncio.CancelledError):
-            # A session of the SDK that once failed to reconnect stays dead for good, so the
-            # next call begins a new one. (Cancelled: the deadline came.)
+            # A session of the SDK that failed to reconnect stays dead, so the next call opens a
+            # new one. (Cancelled: the deadline passed.)
             self._connected = False
             raise
         raise AssertionError("tenacity makes at least one attempt")
@@ -135,6 +135,6 @@ class Connection:
 
 
 def _log_quietly(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    # The SDK's background tasks fail together with the calls that wait for them, and
-    # those have reported the error already.
+    # The SDK's background tasks fail together with the calls that wait for them, which have
+    # reported the error already.
     logger.debug("chain: %s", context.get("message"), exc_info=context.get("exception"))

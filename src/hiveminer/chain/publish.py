@@ -1,4 +1,4 @@
-"""What a neuron publishes on chain, published again whenever it is missing there."""
+"""Keeps a neuron's entries on chain: publishes them, and again whenever they are missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hiveminer.errors import ChainError
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS, EMBEDDED_RETRY_SECONDS = 60.0, 2.0
-"""Seconds before something is published again if it does not show."""
+"""Seconds before an entry that is still missing is published again."""
 
 
 @dataclass
@@ -29,8 +29,7 @@ class _Entry:
 
 
 class Publisher:
-    """Keeps entries on chain, so that an outage now, a rate limit, or a reorganization later
-    only costs time."""
+    """Keeps entries on chain through outages, rate limits and reorganizations."""
 
     def __init__(self, chain: Chain):
         self.chain = chain
@@ -44,16 +43,16 @@ class Publisher:
         is_there: Callable[[Metagraph], bool],
         put: Callable[[], None],
     ) -> None:
-        """Publish something now, unless the metagraph shows it, and at each later `sync`.
+        """Publish an entry now, unless it is in the metagraph, and again in later `sync`s.
 
-        Raises OperatorError for what the chain would never take.
+        Raises OperatorError for one that the chain would never accept.
         """
         entry = _Entry(what, is_there, put)
         self._publish(entry, metagraph)
         self._entries.append(entry)
 
     def sync(self, metagraph: Metagraph) -> None:
-        """Publish again what is missing in this metagraph."""
+        """Publish the entries that are missing in this metagraph."""
         for entry in self._entries:
             self._publish(entry, metagraph)
 

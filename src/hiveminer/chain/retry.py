@@ -1,11 +1,11 @@
-"""When the chain is asked again: every policy there is, in one place.
+"""When calls to the chain are retried.
 
-- A read that met a broken connection is repeated a few times within its own deadline.
-- A write is sent once. Whether one that got no answer has arrived nobody knows, so whoever
-  sent it looks at the chain before it is sent again (`weights`, `publish`).
-- What must get through in the end (weights) is tried across an outage, ever more slowly.
+- A read whose connection breaks is retried a few times within its deadline.
+- A write is sent once. One without an answer may have arrived, so its sender checks the chain
+  before sending it again (`weights`, `publish`).
+- Weights, which must get through in the end, are retried across an outage, at growing intervals.
 
-What the chain refuses it will refuse again; that is never repeated blindly.
+What the chain refuses is not retried.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from hiveminer.errors import ChainError
 READ_ATTEMPTS = 3
 
 OUTAGE_SECONDS = 3600.0
-"""So long one attempt to get through lasts; whoever needs it then begins another."""
+"""How long `across_outage` keeps trying."""
 
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
 
 TRANSIENT = (bt.RpcConnectionError, ConnectionError, OSError)
-"""What the SDK raises when the way is broken, and not the request."""
+"""What the SDK raises for a broken connection, as opposed to a bad request."""
 
 T = TypeVar("T")
 
 
 def of_reads(attempts: int) -> AsyncRetrying:
-    """For one call on the event loop; its caller sets the deadline."""
+    """Retries of a read on the event loop; the caller sets the deadline."""
     return AsyncRetrying(
         stop=stop_after_attempt(attempts),
         wait=wait_exponential(multiplier=0.2, max=5.0) + wait_random(0.0, 0.2),
@@ -63,13 +63,13 @@ def across_outage(
     on_failure: Callable[[ChainError], None] = lambda error: None,
     first_pause_seconds: float = FIRST_PAUSE_SECONDS,
 ) -> T:
-    """Do it until the chain answers; the pauses grow to a minute, each a little by chance.
+    """Call `act` until the chain answers, with jittered pauses that grow to a minute.
 
-    `on_failure` is told of each failed attempt. Ends early when `stopping` is set. Raises
-    the last ChainError, and at once one in which the chain did answer.
+    `on_failure` is called after each failed attempt. Ends early when `stopping` is set. Raises
+    the last ChainError; a refusal by the chain is raised at once.
     """
 
-    def told(state: RetryCallState) -> None:
+    def report(state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome is not None else None
         if isinstance(error, ChainError):
             on_failure(error)
@@ -80,7 +80,7 @@ def across_outage(
         wait=wait_exponential(multiplier=first_pause_seconds, max=LONGEST_PAUSE_SECONDS)
         + wait_random(0.0, first_pause_seconds),
         retry=retry_if_exception(_no_answer),
-        before_sleep=told,
+        before_sleep=report,
         reraise=True,
     )
     return retrying(act)

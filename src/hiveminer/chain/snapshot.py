@@ -1,7 +1,7 @@
-"""The metagraph on disk: what a neuron last knew of its subnet, for when the chain is away.
+"""A copy of the metagraph on disk, for when the chain does not answer.
 
-Plain JSON of the metagraph's own fields, so that nothing in the file is run. The runtime's
-raw record is left out. A file that does not fit, whatever the reason, is no snapshot.
+Plain JSON of the metagraph's own fields without the runtime's raw record, so that nothing in the
+file is executed. A file that cannot be used is ignored, whatever the reason.
 """
 
 from __future__ import annotations
@@ -20,21 +20,20 @@ _LEFT_OUT = ("raw", "commitment", "commitments", "unregistered_commitments")
 
 
 def save(graph: bt.Metagraph, path: Path) -> None:
-    """Write it whole, or not at all. Raises OSError."""
-    said = {
+    """Write a metagraph atomically. Raises OSError."""
+    content = {
         "metagraph": _fields(graph) | {"neurons": [_fields(neuron) for neuron in graph]},
         "commitments": {str(uid): _fields(found) for uid, found in graph.commitments.items()},
     }
-    write_atomically(path, json.dumps(said).encode())
+    write_atomically(path, json.dumps(content).encode())
 
 
 def load(path: Path) -> bt.Metagraph | None:
-    """What was saved there; None when there is nothing that can be used."""
+    """The saved metagraph; None if the file is missing or cannot be used."""
     try:
         if path.stat().st_size > MAX_BYTES:
             return None
-        said = json.loads(path.read_text(encoding="utf-8"))
-        return _metagraph(said)
+        return _metagraph(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -56,16 +55,16 @@ def _value(value: Any) -> Any:
     return value
 
 
-def _record(kind: Any, said: dict[str, Any], **rest: Any) -> Any:
-    return kind(**{name: _value(value) for name, value in said.items()}, **rest)
+def _record(kind: Any, content: dict[str, Any], **rest: Any) -> Any:
+    return kind(**{name: _value(value) for name, value in content.items()}, **rest)
 
 
-def _metagraph(said: dict[str, Any]) -> bt.Metagraph:
+def _metagraph(content: dict[str, Any]) -> bt.Metagraph:
     commitments = {
         int(uid): _record(bt.NeuronCommitment, fields)
-        for uid, fields in said["commitments"].items()
+        for uid, fields in content["commitments"].items()
     }
-    fields = dict(said["metagraph"])
+    fields = dict(content["metagraph"])
     neurons = [
         _record(bt.MetagraphNeuron, neuron, commitment=commitments.get(neuron["uid"]))
         for neuron in fields.pop("neurons")

@@ -1,4 +1,4 @@
-"""One write at a time: two calls of a hotkey at once would be signed with the same nonce."""
+"""One write at a time: concurrent calls of a hotkey would be signed with the same nonce."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hiveminer.errors import ChainError
 
 
 class Turns:
-    """A lock whose waiters are let in by urgency, then in the order in which they came."""
+    """A lock that goes to urgent waiters first, and otherwise in order of arrival."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -22,7 +22,7 @@ class Turns:
 
     @contextlib.contextmanager
     def take(self, *, urgent: bool = False, timeout_seconds: float) -> Iterator[None]:
-        """Wait for a turn, and keep it for the body. Raises ChainError when none comes in time."""
+        """Hold the lock during the body. Raises ChainError if it is not free in time."""
         with self._changed:
             ticket = (0 if urgent else 1, next(self._numbers))
             heapq.heappush(self._waiting, ticket)

@@ -1,7 +1,7 @@
 """Wallets: throwaway ones for the embedded network, and real ones by Bittensor's layout.
 
-A key of the embedded network belongs to one process at a time, which holds a file beside
-it; so a second miner started without any flag takes the next key.
+A key of the embedded network belongs to one process at a time, which locks a file beside it. So a
+second miner that is started without flags takes the next key.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hiveminer.errors import OperatorError
 from hiveminer.runtime.locks import Held, hold
 
 EMBEDDED_WALLET = "embedded"
-"""The wallet, so one coldkey, to which `embedded_wallet` adds its hotkeys."""
+"""The wallet of all hotkeys that `embedded_wallet` creates."""
 
 MAX_KEYS = 4096
 
@@ -29,7 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 
 class Claimed:
-    """A wallet whose hotkey this process, and no other, may use until `release`."""
+    """A wallet whose hotkey only this process may use until `release`."""
 
     def __init__(self, wallet: bt.Wallet, hotkey_name: str, held: Held):
         self.wallet = wallet
@@ -37,7 +37,7 @@ class Claimed:
         self._held = held
 
     def release(self) -> None:
-        """Let other processes have the key. Idempotent."""
+        """Let other processes use the key. Idempotent."""
         self._held.release()
 
     def __enter__(self) -> Claimed:
@@ -48,11 +48,11 @@ class Claimed:
 
 
 def embedded_wallet(place: Path, *, prefix: str) -> Claimed:
-    """The first of `prefix-0`, `prefix-1`, ... that no process uses, made if need be.
+    """The first of `prefix-0`, `prefix-1`, ... that no process uses, created if needed.
 
-    `place` is the embedded network's folder; keys lie under `place/wallets`, unencrypted,
-    because they are worth nothing. No mnemonic is printed. Raises `OperatorError` if the
-    folder cannot be used.
+    place: the embedded network's folder. Keys are stored in `place/wallets`, unencrypted, since
+    they are worth nothing, and no mnemonic is printed. Raises `OperatorError` if the folder
+    cannot be used.
     """
     for index in range(MAX_KEYS):
         claimed = _claim(place, EMBEDDED_WALLET, f"{prefix}-{index}")
@@ -62,7 +62,7 @@ def embedded_wallet(place: Path, *, prefix: str) -> Claimed:
 
 
 def named_embedded_wallet(place: Path, name: str, hotkey: str) -> Claimed:
-    """This wallet's hotkey under `place/wallets`, made if there is none.
+    """This hotkey in `place/wallets`, created if it is missing.
 
     Raises `OperatorError` if another process uses it, or the folder cannot be used.
     """
@@ -88,7 +88,7 @@ def open_wallet(name: str, hotkey: str, path: Path | str) -> bt.Wallet:
     wallet = bt.Wallet(name, hotkey, str(folder))
     if not file.is_file():
         raise OperatorError(
-            f"there is no hotkey at {file}; make one with: btcli wallet new-hotkey "
+            f"there is no hotkey at {file}; create one with: btcli wallet new-hotkey "
             f"--wallet {name} --wallet-hotkey {hotkey} --wallet-path {folder}"
         )
     _unlock(wallet)
@@ -96,14 +96,14 @@ def open_wallet(name: str, hotkey: str, path: Path | str) -> bt.Wallet:
 
 
 def _unlock(wallet: bt.Wallet) -> None:
-    """Read the hotkey without asking for anything, and see that it can sign."""
+    """Read the hotkey without a prompt, and check that it can sign."""
     file = wallet.hotkey_file
-    new = "btcli wallet new-hotkey makes one that can be used"
+    new = "btcli wallet new-hotkey creates one"
     try:
         if file.is_encrypted() and not os.environ.get(file.env_var_name()):
             raise OperatorError(
-                f"the hotkey at {file.path} has a password, which nobody is asked for here; give "
-                f"it in the variable {file.env_var_name()}, or use a hotkey without one ({new})"
+                f"the hotkey at {file.path} has a password, and there is no prompt here; set "
+                f"{file.env_var_name()}, or use a hotkey without one ({new})"
             )
         wallet.unlock_hotkey().sign(b"")
     except OperatorError:
@@ -112,14 +112,14 @@ def _unlock(wallet: bt.Wallet) -> None:
         reason = " ".join(str(error).split())[:200]
         if "no private key" in reason:
             raise OperatorError(
-                f"the hotkey at {file.path} is only its public half, and cannot sign; copy the "
+                f"the hotkey at {file.path} is only a public key, which cannot sign; copy the "
                 f"whole file here ({new})"
             ) from None
         raise OperatorError(f"the hotkey at {file.path} cannot be read: {reason}") from error
 
 
 class Reader:
-    """A wallet for those who only read: a key that nobody has registered."""
+    """A wallet for reading only, with a random key."""
 
     def __init__(self) -> None:
         self.hotkey = Keypair.create_from_seed(os.urandom(32))
@@ -127,9 +127,9 @@ class Reader:
 
 
 def embedded_key(place: Path, wallet: WalletSettings, *, role: str = "miner") -> bt.Wallet | None:
-    """The key that this machine uses on the embedded network at `place`, if it was ever made.
+    """This machine's key on the embedded network at `place`, if it was created.
 
-    Reads it without claiming it: a running miner keeps its own.
+    It is read without being claimed, so a running miner may use it.
     """
     name, hotkey = wallet.name, wallet.hotkey
     if hotkey is None:
@@ -140,7 +140,7 @@ def embedded_key(place: Path, wallet: WalletSettings, *, role: str = "miner") ->
 
 
 def _claim(place: Path, name: str, hotkey: str) -> Claimed | str:
-    """The key, or the process that has it, as far as that is known."""
+    """The key, or the pid of the process that uses it, or "unknown"."""
     _check_name("--wallet.name", name)
     _check_name("--wallet.hotkey", hotkey)
     folder = Path(place).expanduser() / "wallets"
@@ -159,16 +159,15 @@ def _claim(place: Path, name: str, hotkey: str) -> Claimed | str:
             raise
     except OSError as error:
         raise OperatorError(
-            f"wallets cannot be kept under {folder}: {error}; choose a folder that can be "
-            "written to"
+            f"wallets cannot be kept under {folder}: {error}; choose a folder that is writable"
         ) from error
     return Claimed(wallet, hotkey, held)
 
 
 def _make_keys(wallet: bt.Wallet, locks: Path) -> None:
     with _locked(locks / ".coldkey"):
-        # Both are missing, or the process that made them was killed between the two, and
-        # then nobody has used the first.
+        # Both are missing, or the process that created them was killed in between, so that the
+        # first was never used.
         if not (
             wallet.coldkey_file.exists_on_device() and wallet.coldkeypub_file.exists_on_device()
         ):

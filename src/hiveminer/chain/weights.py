@@ -1,14 +1,13 @@
-"""Sets a validator's weights on chain, and checks whether they arrived.
+"""Sets a validator's weights on chain, and checks that they arrived.
 
-- Uids are recycled, so they are looked up at the last moment. If one changed hands meanwhile, as
-  reading back shows, the weights are set again as soon as the chain allows.
-- Weights wait until every live miner was replayed once, or until `FILL_SECONDS` have passed since
-  the validator's start.
-- If nobody has earned any, all weight goes to the subnet owner's uid, and the chain burns it; if
+- Uids are recycled, so they are looked up at the last moment. If reading the weights back shows
+  that a uid has changed hands, they are set again as soon as the chain allows.
+- Weights are set once every live miner was replayed, or `FILL_SECONDS` after the start.
+- If nobody has earned any, all weight goes to the subnet owner's uid, and the chain burns it. If
   the owner has no uid, nothing is set.
-- Weights older than the activity cutoff are ignored, so the last ones are sent again before it.
-- A write without an answer may have arrived: the chain's `last_update` is read, and nothing is
-  sent again before the first can no longer be included.
+- Weights older than the activity cutoff are ignored, so the last ones are sent again before that.
+- A write without an answer may have arrived: the chain's `last_update` is checked, and nothing is
+  sent again until the first call has expired.
 
 The SDK fits weights to the subnet's limits and chooses between plain and commit-reveal.
 """
@@ -41,7 +40,7 @@ FILL_SECONDS = 600.0
 EMBEDDED_FILL_SECONDS = 30.0
 
 VALID_BLOCKS = 16
-"""Blocks within which the signed call can be included."""
+"""Blocks after which the signed call expires."""
 
 CUTOFF_MARGIN = 0.1
 """The last weights are sent again when this share of the activity cutoff remains."""
@@ -50,15 +49,15 @@ TOLERANCE = 0.01
 """How much a share that is read back may differ from the one sent."""
 
 WHOLE = 65535
-"""The chain's unit of a share is one of this many."""
+"""The chain's value for a share of 1."""
 
 Choose = Callable[[bt.Metagraph], Mapping[str, float] | None]
-"""The weights by hotkey that are earned now: empty if by nobody, None if it is too early."""
+"""The weights that are earned now, by hotkey: empty if nobody has, None if it is too early."""
 
 
 @dataclass(frozen=True)
 class Sent:
-    """Weights on their way, or set: shares by uid, whose uid it was, and since when."""
+    """Weights that were sent: shares and hotkeys by uid, and the block."""
 
     shares: dict[int, float]
     hotkeys: dict[int, str]
@@ -70,23 +69,23 @@ class Sent:
 def filled(
     live: Collection[str], *, replayed: Collection[str], waited_seconds: float, patience: float
 ) -> bool:
-    """Whether the table says enough: every live miner was replayed, or the time is over."""
+    """Whether weights may be set: every live miner was replayed, or the wait is over."""
     everybody = bool(live) and set(live) <= set(replayed)
     return everybody or waited_seconds >= patience
 
 
 def version_key(version: str) -> int:
-    """The number under which the chain compares versions: 1.2.3 is 1023."""
+    """The number by which the chain compares versions: 1.2.3 is 1023."""
     major, minor, patch = Version(version).release[:3]
     return 1000 * major + 10 * minor + patch
 
 
 class WeightSetter:
-    """Sets one validator's weights, each time once.
+    """Sets a validator's weights. Use it from one thread at a time.
 
-    path: the file in which the last good weights outlive a restart.
-    every_seconds: how often; the subnet's rate limit and activity cutoff come first.
-    stopping: ends all waiting. Use it from one thread at a time.
+    path: the file that keeps the last good weights across restarts.
+    every_seconds: how often; the subnet's rate limit and activity cutoff take precedence.
+    stopping: ends all waiting.
     """
 
     def __init__(
@@ -110,9 +109,9 @@ class WeightSetter:
         self._told = ""
 
     def set_if_due(self, choose: Choose) -> Sent | None:
-        """Set what `choose` says if it is time, through an outage if need be.
+        """Set the weights of `choose` if they are due, retrying across an outage.
 
-        None when nothing was set: not due, too early, or refused, which the log says.
+        None when nothing was set: not due, too early, or refused, which is logged.
         """
         try:
             sent = across_outage(
@@ -134,14 +133,16 @@ class WeightSetter:
         graph, limits = self.chain.metagraph(), self.chain.hyperparameters()
         ours = graph.by_hotkey(self.chain.hotkey)
         if ours is None:
-            return None  # the neuron itself says so, and ends
+            return None  # the neuron reports that, and ends
         doubt = self._in_doubt
         if doubt is not None:
             if ours.last_update > doubt.update_before:
                 self._in_doubt = None
                 return doubt
             if graph.block <= doubt.block + VALID_BLOCKS:
-                raise ChainError(f"the weights sent at block {doubt.block} are not seen yet")
+                raise ChainError(
+                    f"the weights sent at block {doubt.block} are not on the chain yet"
+                )
             self._in_doubt = None
         if not self._due(graph.block - ours.last_update, limits):
             return None
@@ -161,13 +162,13 @@ class WeightSetter:
         ours = version_key(self.version)
         if ours < wanted:
             self._tell(
-                f"weights are not set: the subnet wants version key {wanted}, and this version "
-                f"{self.version} is {ours}; update hiveminer"
+                f"weights are not set: the subnet requires version key {wanted}, and version "
+                f"{self.version} has {ours}; update hiveminer"
             )
         return ours >= wanted
 
     def _chosen(self, graph: bt.Metagraph, choose: Choose, *, urgent: bool) -> dict[str, float]:
-        """Weights by hotkey for those who are registered now; empty to set nothing."""
+        """The weights to set, by hotkey, for registered hotkeys only; empty to set nothing."""
         registered = {neuron.hotkey for neuron in graph}
         earned = choose(graph)
         if earned and (good := _of(earned, registered)):
@@ -175,13 +176,15 @@ class WeightSetter:
         if earned is not None and graph.owner_hotkey in registered:
             return {graph.owner_hotkey: 1.0}
         if (urgent or self._again) and (kept := _of(self._kept(), registered)):
-            logger.info("the last good weights are sent again")
+            logger.info("sending the last good weights again")
             return kept
         if self._again:
-            # What stands there pays a newcomer for another's work: rather pay nobody.
+            # The weights on chain pay a newcomer for another's work: rather pay nobody.
             return {self.chain.hotkey: 1.0}
         if earned is not None:
-            self._tell("nobody has earned weight, and the subnet's owner holds no uid: none is set")
+            self._tell(
+                "nobody has earned weight, and the subnet's owner has no uid: no weights are set"
+            )
         return {}
 
     def _send(
@@ -216,7 +219,7 @@ class WeightSetter:
     # Afterwards ----------------------------------------------------------------------
 
     def _look(self, sent: Sent) -> None:
-        """Read the weights back, and compare."""
+        """Read the weights back, and compare them."""
         try:
             graph = self.chain.metagraph()
             ours = graph.by_hotkey(self.chain.hotkey)
@@ -230,15 +233,15 @@ class WeightSetter:
         if moved:
             self._again = True
             logger.warning(
-                "uids %s changed hands while weights were on their way: they are set again as "
-                "soon as the chain allows",
+                "uids %s changed hands while weights were being set: they are set again as soon as "
+                "the chain allows",
                 moved,
             )
         if hidden:
-            logger.info("the weights are committed; the chain reveals them later")
+            logger.info("the weights are committed, and the chain reveals them later")
         elif not same(found, sent.shares):
             logger.warning(
-                "the weights on the chain are not those that were sent: %s there, %s sent",
+                "the weights on the chain differ from those that were sent: %s, sent %s",
                 found, sent.shares,
             )  # fmt: skip
 
@@ -248,7 +251,7 @@ class WeightSetter:
         try:
             write_atomically(self.path, text.encode())
         except OSError as error:
-            logger.error("the weights could not be kept: %s", error)
+            logger.error("the weights could not be saved: %s", error)
 
     def _kept(self) -> dict[str, float]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -262,8 +265,8 @@ class WeightSetter:
         self._tell(f"weights were not set: {error}")
 
     def _tell(self, words: str) -> None:
-        """Log a trouble once, not at every look."""
-        told = re.sub(r"\d+", "N", words)  # blocks to wait, and the like
+        """Log a problem once, not at every attempt."""
+        told = re.sub(r"\d+", "N", words)  # such as blocks to wait
         if told != self._told:
             logger.warning("%s", words)
         self._told = told
@@ -274,9 +277,9 @@ def _of(weights: Mapping[str, float], hotkeys: Collection[str]) -> dict[str, flo
 
 
 def clipped(shares: Mapping[int, float], limit: float) -> dict[int, float]:
-    """Shares (of a sum of 1) with none above `limit`; what is cut off goes to the others.
+    """Clip shares, whose sum is 1, to `limit`; the excess goes to the others.
 
-    The SDK clips as well, and then rounds, which can end just above the limit.
+    The SDK clips as well, but rounds afterwards, which may end just above the limit.
     """
     if len(shares) * limit <= 1:
         return {uid: 1 / len(shares) for uid in shares}
@@ -292,7 +295,7 @@ def clipped(shares: Mapping[int, float], limit: float) -> dict[int, float]:
 
 
 def same(found: Mapping[int, float], sent: Mapping[int, float]) -> bool:
-    """Whether two sets of weights give the same uids the same shares."""
+    """Whether weights on the chain have the shares that were sent."""
     total = sum(found.values())
     if not total or not set(found) <= set(sent):
         return False
@@ -300,5 +303,5 @@ def same(found: Mapping[int, float], sent: Mapping[int, float]) -> bool:
 
 
 def _before_cutoff(limits: Mapping[str, int]) -> int:
-    """The age in blocks at which weights are sent again whatever happens."""
+    """The age in blocks at which weights are sent again in any case."""
     return math.floor(int(limits.get("activity_cutoff", 5000)) * (1 - CUTOFF_MARGIN))

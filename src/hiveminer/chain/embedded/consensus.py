@@ -1,8 +1,8 @@
-"""Validator permits, and the metagraph's scores from the weights: pure arithmetic.
+"""Validator permits, and the metagraph's scores from the weights; pure functions.
 
-A simple stand-in for Yuma. The real chain clips weights to a stake-weighted median,
-keeps bonds over time and runs once an epoch; here everything is computed at each read from
-the current weights, so that a test or a demo sees what was set.
+A simple substitute for Yuma consensus. The real chain clips weights to a stake-weighted median,
+keeps bonds over time and runs once per epoch; here everything is computed from the current weights
+at each read, so that tests and demos see what was set.
 
 With `s_i` the stake share of validator i among the validators whose weights count, and
 `w_ij` its weights normalised to a sum of 1:
@@ -28,10 +28,10 @@ STAKE_THRESHOLD_RAO = 1_000 * RAO_PER_TAO
 
 @dataclass(frozen=True)
 class Member:
-    """What consensus needs to know of one neuron; its index in the list is its uid.
+    """A neuron, as consensus sees it; its index in the list is its uid.
 
-    stake: in rao. last_update: the block in which it last set weights. registered: the block
-    in which it registered.
+    stake: in rao. last_update: the block of its last weights. registered: the block of its
+    registration.
     """
 
     stake: int
@@ -54,9 +54,8 @@ class Scores:
 def permits(stakes: Sequence[int], *, max_validators: int) -> list[bool]:
     """Whether each uid holds a validator permit.
 
-    The `max_validators` largest stakes do, if they reach the threshold; a tie goes to the
-    lower uid. The real chain renews permits once an epoch, this
-    one at every block.
+    The `max_validators` largest stakes do, if they reach the threshold; a tie goes to the lower
+    uid. The real chain renews permits once per epoch, this one at every block.
     """
     able = [uid for uid, stake in enumerate(stakes) if stake >= STAKE_THRESHOLD_RAO]
     best = set(sorted(able, key=lambda uid: (-stakes[uid], uid))[:max_validators])
@@ -71,7 +70,7 @@ def scores(
     block: int,
     activity_cutoff: int,
 ) -> Scores:
-    """The columns of the metagraph, by the formula at the top.
+    """The columns of the metagraph, by the formulas at the top.
 
     `weights` is {validator's uid: {uid: weight}}. A row counts while its validator holds
     a permit and set it no longer than `activity_cutoff` blocks ago; a weight counts if it

@@ -1,14 +1,13 @@
 """The embedded network's one file: SQLite, its schema, its transactions and its clock.
 
-Any number of processes share the file. It is written whole under another name and then
-linked into place, so that the first process creates it and none ever sees half of one. It
-is in WAL mode, so that readers never wait for a writer. A process killed in the middle of
-a write leaves nothing of that transaction.
+Any number of processes share the file. The first one writes it completely under another name and
+links it into place. WAL mode lets readers proceed during a write, and a transaction of a process
+that is killed leaves nothing behind.
 
 Blocks come from the clock. A block is final once it is sealed, which takes the write lock, and a
-write goes into the first block that is not: so a process that was stopped inside its transaction
-delays finality and never changes what others hold to be final. Before the first write of a block
-the state is copied into `history`, so that it can be read as of an earlier block.
+write goes into the first block that is not sealed. So a process that is stopped within its
+transaction delays finality, but cannot change what is final for others. Before the first write of
+a block the state is copied to `history`, so that it can be read as of an earlier block.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ from hiveminer.chain.embedded.schema import (
 from hiveminer.errors import OperatorError
 
 FINALITY_BLOCKS = 2
-"""A block becomes final when so many follow it."""
+"""A block is final once this many follow it."""
 
 KEPT_BLOCKS = 256
-"""The state can be read as of this many blocks before the head, as on a pruned node."""
+"""The state can be read as of this many blocks before the head, as from a pruned node."""
 
 BUSY_SECONDS = 5.0
 """How long a writer waits for another process's transaction to end."""
@@ -61,9 +60,9 @@ class Ledger:
         self.path = Path(path)
         self._clock = clock
         self._wanted_block_seconds = float(block_seconds)
-        # A plain dictionary on purpose: values in a `threading.local` die, and with them
-        # their connections are closed, in every child that the process forks. No lock,
-        # which a fork could leave locked for ever: each thread writes under its own key.
+        # Not a `threading.local`: its values are dropped, and with them the connections closed,
+        # in every forked child. And no lock, which a fork could leave locked: each thread writes
+        # under its own key.
         self._connections: dict[tuple[int, int], sqlite3.Connection] = {}
         self._network: tuple[str, float, float] | None = None
 
@@ -76,12 +75,12 @@ class Ledger:
 
     @property
     def genesis_seconds(self) -> float:
-        """When block 1 began, in seconds since 1970."""
+        """The start of block 1, in seconds since 1970."""
         return self._header()[1]
 
     @property
     def block_seconds(self) -> float:
-        """The length of a block: the file's, whatever this process asked for."""
+        """Seconds per block, from the file."""
         return self._header()[2]
 
     def now(self) -> float:
@@ -102,9 +101,9 @@ class Ledger:
     # Connections ----------------------------------------------------------------
 
     def connection(self) -> sqlite3.Connection:
-        """This thread's connection; makes the file if there is none.
+        """This thread's connection; creates the file if it is missing.
 
-        Raises `OperatorError` if the file cannot be made, or is not ours to read.
+        Raises `OperatorError` if the file cannot be created or read.
         """
         key = (os.getpid(), threading.get_ident())
         known = self._connections.get(key)
@@ -117,7 +116,7 @@ class Ledger:
         except (OSError, sqlite3.OperationalError) as error:
             raise OperatorError(
                 f"the embedded network cannot use {self.path}: {error}; "
-                "see that its folder can be written to"
+                "check that its folder is writable"
             ) from error
         except (sqlite3.Error, TypeError, ValueError) as error:
             raise OperatorError(f"{self.path} cannot be read: {error}; {_CURE}") from error
@@ -132,7 +131,7 @@ class Ledger:
     # Blocks ---------------------------------------------------------------------
 
     def final_block(self) -> int:
-        """The newest final block. It and those before it are sealed by now."""
+        """The newest final block; it and all blocks before it are sealed."""
         due = self.block() - FINALITY_BLOCKS
         with self.reading() as db:
             sealed = _sealed(db)
@@ -150,7 +149,7 @@ class Ledger:
         return max(sealed, 0)
 
     def hash_of(self, number: int) -> str:
-        """A block's hash: drawn by chance when it becomes final, and only a name before."""
+        """A block's hash: random, drawn when the block becomes final; a placeholder before."""
         with self.reading() as db:
             row = db.execute("SELECT hash FROM blocks WHERE number = ?", (number,)).fetchone()
             if row is not None:
@@ -199,8 +198,8 @@ class Ledger:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[tuple[sqlite3.Connection, int]]:
-        """The one writer, and the block that it writes into: all changes are kept, or, if the
-        body raises, none."""
+        """A write transaction, and the block that it writes into; rolled back if the body
+        raises."""
         with self._transaction("BEGIN IMMEDIATE") as db:
             written = _written(db)
             block = max(self.block(), written, _sealed(db) + 1)
@@ -223,7 +222,7 @@ class Ledger:
                 yield connection
                 connection.execute("COMMIT")
             except BaseException:
-                # SQLite has rolled back by itself after some failures (a full disk).
+                # After some failures, such as a full disk, SQLite has rolled back already.
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
@@ -245,8 +244,8 @@ def _connect(path: Path) -> tuple[sqlite3.Connection, tuple[str, float, float]]:
     try:
         _upgrade(connection)
         header = _read_header(connection, path)
-        # In WAL mode this keeps the file sound through any crash of a process; only a
-        # power cut may undo the last few writes, which a network for tests can afford.
+        # In WAL mode the file survives any crash of a process; only a power cut may undo the last
+        # few writes, which a network for tests can afford.
         connection.execute("PRAGMA synchronous = NORMAL")
     except BaseException:
         connection.close()
@@ -255,7 +254,7 @@ def _connect(path: Path) -> tuple[sqlite3.Connection, tuple[str, float, float]]:
 
 
 def _upgrade(connection: sqlite3.Connection) -> None:
-    """Add what version 1 did not have; its state is the first that can be read."""
+    """Add the tables that version 1 did not have."""
     if _pragmas(connection) != (APPLICATION_ID, 1):
         return
     connection.execute("BEGIN IMMEDIATE")
@@ -287,7 +286,7 @@ def _read_header(connection: sqlite3.Connection, path: Path) -> tuple[str, float
     ).fetchone()
     chain_id, genesis, seconds = str(row[0]), float(row[1]), float(row[2])
     if not (math.isfinite(genesis) and 0 < seconds <= MAX_BLOCK_SECONDS):
-        raise ValueError("it holds a clock that cannot be")
+        raise ValueError("its clock is invalid")
     return chain_id, genesis, seconds
 
 
@@ -298,7 +297,7 @@ def _create(path: Path, *, block_seconds: float, now: float) -> None:
         with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as connection:
             write_schema(connection, block_seconds=block_seconds, now=now)
         draft.chmod(0o600)
-        # Another process may have been first: then its file is used.
+        # If another process was first, its file is used.
         with contextlib.suppress(FileExistsError):
             os.link(draft, path)
     finally:
@@ -306,7 +305,7 @@ def _create(path: Path, *, block_seconds: float, now: float) -> None:
 
 
 def _sealed(db: sqlite3.Connection) -> int:
-    """The newest sealed block; -1 before there is one."""
+    """The newest sealed block; -1 if there is none."""
     newest = db.execute("SELECT MAX(number) FROM blocks").fetchone()[0]
     return -1 if newest is None else int(newest)
 

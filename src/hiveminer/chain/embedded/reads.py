@@ -1,8 +1,7 @@
 """What can be read of the embedded network: storage items and runtime APIs, in the SDK's form.
 
-It has what the SDK reads for a neuron's calls, `hiveminer doctor` and `hiveminer status`;
-anything else is refused. A reader is a function of one open transaction, the parameters and
-the block as of which it answers.
+It has what the SDK reads for a neuron, `hiveminer doctor` and `hiveminer status`; anything else is
+refused. A reader is a function of an open transaction, the parameters, and the block.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Reader = Callable[[sqlite3.Connection, list[Any], int], Any]
 
 
 def item(module: str, name: str) -> Reader:
-    """The reader of one storage item. `bittensor.ChainError` for what is not kept here."""
+    """The reader of a storage item. Raises `bittensor.ChainError` for an unsupported one."""
     if module == "SubtensorModule" and name in _SETTINGS:
         setting = _SETTINGS[name]
         return lambda db, params, block: _setting(db, setting, params[0])
@@ -32,23 +31,23 @@ def item(module: str, name: str) -> Reader:
 
 
 def whole_map(module: str, name: str) -> Reader:
-    """The reader of a whole storage map, as (key, value) pairs; errors as `item` has them."""
+    """The reader of a whole storage map, as (key, value) pairs. Raises as `item` does."""
     return _find(_MAPS, module, name)
 
 
 def runtime(api: str, method: str) -> Reader:
-    """The reader of a runtime API's answer; errors as `item` has them."""
+    """The reader of a runtime API's answer. Raises as `item` does."""
     return _find(_RUNTIME, api, method)
 
 
 def not_kept(what: str) -> bt.ChainError:
-    """The error for what the real chain has and this network has not."""
+    """The error for what this network does not support."""
     text = f"the embedded network does not keep {what}"
     return bt.ChainError(text, code=bt.ErrorCode.DISABLED)
 
 
 def nonce(db: sqlite3.Connection, address: str) -> int:
-    """How many calls this account has made."""
+    """Number of calls that this account has made."""
     row = db.execute("SELECT nonce FROM accounts WHERE address = ?", (address,)).fetchone()
     return 0 if row is None else int(row[0])
 
@@ -133,8 +132,8 @@ _MAPS: dict[tuple[str, str], Reader] = {
     ("Commitments", "RevealedCommitments"): lambda db, params, block: [],
     ("SubtensorModule", "Weights"): _weights,
 }
-# `TokenSymbol` is left out on purpose: `Client.connect` would write what it found to the
-# user's own cache, under the name of whatever real network the client was given.
+# Without `TokenSymbol`: `Client.connect` would write it to the user's cache, under the name of the
+# real network that the client was given.
 
 
 # Runtime APIs --------------------------------------------------------------------

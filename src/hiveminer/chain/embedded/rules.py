@@ -48,7 +48,7 @@ _RAW = re.compile(r"Raw(\d{1,3})|BigRaw")
 
 @dataclass(frozen=True)
 class Origin:
-    """The caller of a call: the signer's address, and the block."""
+    """The signer's address and the block of a call."""
 
     signer: str
     block: int
@@ -102,7 +102,7 @@ def _netuid(params: Params) -> int:
 
 
 def touch(db: sqlite3.Connection, address: str) -> None:
-    """Give an account its row, so that what it was given stays given."""
+    """Create the account's row with its initial balance, if it is missing."""
     db.execute("INSERT OR IGNORE INTO accounts VALUES (?, ?, 0)", (address, balance(db, address)))
 
 
@@ -142,9 +142,9 @@ def add_stake(db: sqlite3.Connection, origin: Origin, params: Params) -> None:
 def burned_register(db: sqlite3.Connection, origin: Origin, params: Params) -> None:
     """Signed by a coldkey: burn the price, and give the hotkey a uid.
 
-    A uid that nobody holds goes first, then a new one, and on a full subnet that of the
-    neuron with the lowest emission outside its immunity period (of equals the one that
-    registered first, then the lowest uid).
+    It gets a vacant uid, else a new one, and on a full subnet that of the neuron with the lowest
+    emission outside its immunity period (among equals, the one that registered first, then the
+    lowest uid).
     """
     netuid, hotkey = _netuid(params), address(params, "hotkey")
     settings = hyperparameters(db, netuid)
@@ -184,7 +184,7 @@ def _free_uid(
 def seat(
     db: sqlite3.Connection, netuid: int, uid: int, hotkey: str, *, block: int, vacant: bool
 ) -> None:
-    """Give a uid to a hotkey; whoever had it is gone, with axon, commitment and weights."""
+    """Give a uid to a hotkey, and delete the previous neuron with its commitment and weights."""
     db.execute(
         "DELETE FROM commitments WHERE netuid = ? AND hotkey IN"
         " (SELECT hotkey FROM neurons WHERE netuid = ? AND uid = ?)",
@@ -203,7 +203,7 @@ def seat(
 
 
 def serve_axon(db: sqlite3.Connection, origin: Origin, params: Params) -> None:
-    """Publish where the neuron listens. The address 0 says that it no longer does."""
+    """Publish the axon's address. The address 0 means that it no longer listens."""
     netuid = _netuid(params)
     settings = hyperparameters(db, netuid)
     uid = uid_of(db, netuid, origin.signer)
@@ -242,18 +242,18 @@ def _ip(params: Params) -> tuple[int, int]:
     ip = integer(params, "ip", maximum=2**128 - 1)
     limit = 2**32 - 1 if ip_type == 4 else 2**128 - 1
     if ip >= limit:
-        refuse("InvalidIpAddress", "that is no host's address")
+        refuse("InvalidIpAddress", "that is not a host's address")
     return ip, ip_type
 
 
 def set_commitment(db: sqlite3.Connection, origin: Origin, params: Params) -> None:
-    """Publish up to 128 bytes (`Raw`) or 512 (`BigRaw`) beside the neuron."""
+    """Publish up to 128 bytes (`Raw`) or 512 (`BigRaw`) for the neuron."""
     netuid = _netuid(params)
     settings = hyperparameters(db, netuid)
     if uid_of(db, netuid, origin.signer) is None:
         refuse("AccountNotAllowedCommit", f"{origin.signer} is not on subnet {netuid}")
     variant, data = _field(params)
-    # As the chain counts its epochs; they are a block longer than the tempo.
+    # The chain's epochs are one block longer than the tempo.
     epoch = (origin.block + netuid + 1) // (settings["tempo"] + 1)
     before = db.execute(
         "SELECT epoch, used_bytes FROM commitments WHERE netuid = ? AND hotkey = ?",
@@ -301,7 +301,7 @@ def _bytes(value: object) -> bytes:
 
 
 def set_weights(db: sqlite3.Connection, origin: Origin, params: Params) -> None:
-    """A validator's opinion of the neurons, in the chain's own order of checks."""
+    """Set a validator's weights, with the checks in the chain's order."""
     netuid = _netuid(params)
     settings = hyperparameters(db, netuid)
     if integer({"mecid": 0, **params}, "mecid", maximum=255):
@@ -345,15 +345,15 @@ def _may_set_weights(
     own: bool,
 ) -> None:
     if me.stake < STAKE_THRESHOLD_RAO:
-        refuse("NotEnoughStakeToSetWeights", f"it takes {STAKE_THRESHOLD_RAO} rao of stake")
+        refuse("NotEnoughStakeToSetWeights", f"{STAKE_THRESHOLD_RAO} rao of stake are needed")
     version, wanted = integer(params, "version_key", maximum=2**64 - 1), settings["weights_version"]
     if version < wanted:
-        refuse("IncorrectWeightVersionKey", f"the subnet wants version {wanted}, not {version}")
+        refuse("IncorrectWeightVersionKey", f"the subnet requires version {wanted}, not {version}")
     wait = settings["weights_rate_limit"] - (block - me.last_update)
     if wait > 0:
         refuse("SettingWeightsTooFast", f"weights may be set again in {wait} blocks")
     held = permits([n.stake for n in found], max_validators=settings["max_validators"])
-    # A weight on nobody but oneself needs no permit, on the real chain either.
+    # As on the real chain, weights for oneself alone need no permit.
     if not held[me.uid] and not own:
         refuse("NeuronNoValidatorPermit", f"uid {me.uid} holds no validator permit")
 
@@ -367,9 +367,11 @@ def _check_weights(
         refuse("UidVecContainInvalidOne", f"the uids are 0 to {size - 1}")
     total = sum(values)
     if total == 0 or (len(values) < settings["min_allowed_weights"] and not own):
-        refuse("WeightVecLengthIsLow", f"it takes {settings['min_allowed_weights']} weights")
+        refuse(
+            "WeightVecLengthIsLow", f"at least {settings['min_allowed_weights']} weights are needed"
+        )
     if max(values) * 65535 > settings["max_weights_limit"] * total and not own:
-        refuse("MaxWeightExceeded", "one weight has too large a share")
+        refuse("MaxWeightExceeded", "the share of one weight is too large")
 
 
 CALLS: dict[tuple[str, str], Rule] = {

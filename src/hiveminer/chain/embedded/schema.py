@@ -1,4 +1,4 @@
-"""The embedded network's tables: their schema, what they begin with, and copies of them."""
+"""The embedded network's tables: schema, initial content, and copies."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ import bittensor as bt
 from hiveminer.chain.embedded.consensus import RAO_PER_TAO
 
 SCHEMA_VERSION = 2
-"""Raised whenever the tables change. A file of version 1 is upgraded, another one is refused."""
+"""Incremented when the tables change. A file of version 1 is upgraded, any other is refused."""
 
 APPLICATION_ID = 0x686D6E31
-"""In the file's header: tells our files from other SQLite files ("hmn1")."""
+"""Marks our SQLite files, in the header ("hmn1")."""
 
 MAX_NEURONS = 4096
-"""The most neurons that a subnet may have."""
+"""Limit of neurons on a subnet."""
 
 FAUCET_RAO = 1_000_000 * RAO_PER_TAO
 """The balance of every new coldkey."""
 
 NOBODY: str = bt.sp_core.ss58_encode(bytes(32))
-"""The owner of what has no owner."""
+"""Stands for a missing owner."""
 
 NETWORK = """
 CREATE TABLE network (
@@ -50,8 +50,8 @@ CREATE TABLE written (
 );
 INSERT INTO written VALUES (0);
 """
-"""blocks: the final ones. written: the block of the newest write. history: the state after
-earlier writes, each up to the next."""
+"""blocks: the final ones. written: the block of the newest write. history: the state after the last
+write of earlier blocks."""
 
 STATE = """
 CREATE TABLE subnets (
@@ -141,8 +141,8 @@ def _flag(default: int, storage: str) -> Hyperparameter:
     return Hyperparameter(default, 1, storage, "Bool")
 
 
-# The defaults are the main network's, but for the rate limits, which are short because a
-# demo lasts seconds, and the price of a registration, which does not float.
+# The main network's defaults, except for rate limits, which are short because a demo lasts seconds,
+# and the price of a registration, which is fixed.
 HYPERPARAMETERS: dict[str, Hyperparameter] = {
     "tempo": _u16(360, "Tempo"),
     "immunity_period": _u16(4096, "ImmunityPeriod"),
@@ -178,7 +178,7 @@ def write_schema(connection: sqlite3.Connection, *, block_seconds: float, now: f
 
 
 def add_subnet(connection: sqlite3.Connection, netuid: int, *, block: int) -> None:
-    """A new subnet that nobody owns, with the default hyperparameters."""
+    """Add a subnet without an owner, with the default hyperparameters."""
     connection.execute("INSERT INTO subnets VALUES (?, ?, ?, ?)", (netuid, block, NOBODY, NOBODY))
     connection.executemany(
         "INSERT INTO hyperparameters VALUES (?, ?, ?)",
@@ -187,14 +187,14 @@ def add_subnet(connection: sqlite3.Connection, netuid: int, *, block: int) -> No
 
 
 def copied(db: sqlite3.Connection) -> bytes:
-    """All tables of the state."""
+    """A copy of all tables of the state."""
     tables = {name: db.execute(f"SELECT * FROM {name}").fetchall() for name in TABLES}
     text = json.dumps(tables, default=lambda raw: {"hex": raw.hex()}, separators=(",", ":"))
     return zlib.compress(text.encode(), 1)
 
 
 def restored(copy: bytes) -> sqlite3.Connection:
-    """The tables that were copied, in memory."""
+    """A copied state as an in-memory database."""
     tables = json.loads(
         zlib.decompress(copy),
         object_hook=lambda each: bytes.fromhex(each["hex"]) if "hex" in each else each,

@@ -1,6 +1,6 @@
-"""What the ledger's tables hold, as values: neurons, stakes, balances, weights.
+"""Reads neurons, stakes, balances and weights from the ledger's tables.
 
-Functions of one open transaction, for `reads` and for `rules`.
+Functions of an open transaction, for `reads` and `rules`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hiveminer.chain.embedded.schema import FAUCET_RAO, NOBODY
 
 
 def refuse(name: str, reason: str) -> NoReturn:
-    """Refuse a call, or a read, under the chain's own name for the error."""
+    """Refuse a call or a read with the chain's name for the error."""
     raise bt.ChainError(f"{reason} ({name})", name)
 
 
@@ -36,7 +36,7 @@ def owner(db: sqlite3.Connection, hotkey: str) -> str | None:
 
 
 def balance(db: sqlite3.Connection, address: str) -> int:
-    """Free rao. An account that was never used is a funded coldkey, unless it is a hotkey."""
+    """Free rao. An unused account is a funded coldkey, unless it is a hotkey."""
     row = db.execute("SELECT free_rao FROM accounts WHERE address = ?", (address,)).fetchone()
     if row is not None:
         return int(row[0])
@@ -44,7 +44,7 @@ def balance(db: sqlite3.Connection, address: str) -> int:
 
 
 def stake(db: sqlite3.Connection, hotkey: str, netuid: int) -> int:
-    """Rao staked on a hotkey on one subnet, by anybody."""
+    """Rao staked on a hotkey on a subnet, by all coldkeys."""
     row = db.execute(
         "SELECT COALESCE(SUM(rao), 0) FROM stakes WHERE hotkey = ? AND netuid = ?",
         (hotkey, netuid),
@@ -53,10 +53,10 @@ def stake(db: sqlite3.Connection, hotkey: str, netuid: int) -> int:
 
 
 class Neuron(NamedTuple):
-    """One neuron as the ledger holds it; blocks are numbers, stakes are rao.
+    """A neuron in the ledger; blocks are numbers, stakes are in rao.
 
-    vacant: its hotkey was deregistered, and nobody has the uid yet. ip: the address as a
-    number, in decimal digits.
+    vacant: its hotkey was deregistered, and the uid is free. ip: the address as a decimal
+    number.
     """
 
     uid: int
@@ -96,7 +96,7 @@ def neurons(db: sqlite3.Connection, netuid: int) -> list[Neuron]:
 
 
 def weights(db: sqlite3.Connection, netuid: int) -> dict[int, dict[int, int]]:
-    """The weights as they were set: {validator's uid: {uid: 0..65535}}."""
+    """All weights: {validator's uid: {uid: 0..65535}}."""
     found: dict[int, dict[int, int]] = {}
     rows = db.execute(
         "SELECT uid, target, value FROM weights WHERE netuid = ? ORDER BY uid, target", (netuid,)

@@ -1,14 +1,13 @@
 """The embedded network: a `bittensor.Substrate` over one SQLite file, for all processes
 on this machine.
 
-`bittensor.Client(substrate=EmbeddedSubstrate(path))` takes the same calls as a client of
-the real chain: register, stake, serve an axon, read the metagraph, set weights, commit and
-read commitments. Blocks come from the clock. `rules` says what each call refuses and where
-this network is simpler than the real one, `reads` what can be read, and `consensus` how the
-metagraph's columns are computed.
+`bittensor.Client(substrate=EmbeddedSubstrate(path))` supports the calls of a client of the real
+chain: register, stake, serve an axon, read the metagraph, set weights, commit and read
+commitments. Blocks come from the clock. `rules` has the checks of each call, and where this network
+is simpler than the real one; `reads` what can be read; `consensus` the columns of the metagraph.
 
-Everything can be read as of one of the last 256 blocks. A block is final two blocks later, and
-gets a hash that nobody could foresee; `ledger` says how.
+State can be read as of any of the last 256 blocks. A block is final two blocks later, and then gets
+an unpredictable hash; see `ledger`.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def _refuses(what: str) -> Callable[..., Any]:
 
 
 class Unsupported:
-    """The methods of `bittensor.Substrate` that have no meaning for a chain in a file."""
+    """The methods of `bittensor.Substrate` that make no sense for a chain in a file."""
 
     decode_scale = _refuses("SCALE encoding")
     spec_version = _refuses("runtime")
@@ -71,9 +70,9 @@ class Unsupported:
 class EmbeddedSubstrate(Unsupported):
     """The embedded network in the file `path`, which is created if it does not exist.
 
-    block_seconds: the length of a block in a new file; an existing file keeps its own.
-    clock: seconds since 1970. Use it from any thread, and on both sides of a fork: each
-    thread of each process has a connection of its own.
+    block_seconds: seconds per block in a new file; an existing file keeps its own.
+    clock: seconds since 1970. Usable from any thread, and on both sides of a fork: each thread of
+    each process has its own connection.
     """
 
     def __init__(
@@ -86,14 +85,13 @@ class EmbeddedSubstrate(Unsupported):
         self.token_symbols: dict[int, str] = {}
         self._ledger = Ledger(Path(path), block_seconds=block_seconds, clock=clock)
 
-    # Administration, which no call can do ---------------------------------------------
+    # Administration, for which there are no calls --------------------------------------
 
     def deregister(self, hotkey: str, *, netuid: int) -> None:
         """Take a neuron's uid away, as if another neuron had replaced it; for tests.
 
-        Uids have no gaps, so the uid gets a throwaway hotkey that nobody holds, until the
-        next registration takes it. Raises `bittensor.ChainError` if the hotkey
-        is not registered.
+        Uids have no gaps, so a random hotkey gets the uid until the next registration takes it.
+        Raises `bittensor.ChainError` if the hotkey is not registered.
         """
         with self._ledger.writing() as (db, block):
             uid = state.uid_of(db, netuid, hotkey)
@@ -156,15 +154,15 @@ class EmbeddedSubstrate(Unsupported):
         return self._ledger.final_block()
 
     async def block_hash(self, block: int | None = None) -> str:
-        """A block's hash; before it is final, a name that stands for it."""
+        """A block's hash; a placeholder until it is final."""
         return self._ledger.hash_of(self._ledger.block() if block is None else block)
 
     async def block_time(self) -> float:
-        """Seconds a block."""
+        """Seconds per block."""
         return self._ledger.block_seconds
 
     async def blocks(self, *, finalized: bool = False) -> AsyncIterator[dict[str, Any]]:
-        """The current block, and then each new one as it comes."""
+        """The current block, and then each new one."""
         behind = FINALITY_BLOCKS if finalized else 0
         number = max(1, self._ledger.block() - behind)
         while True:
@@ -199,7 +197,7 @@ class EmbeddedSubstrate(Unsupported):
         params: list[Any] | None = None,
         block_hash: str | None = None,
     ) -> Any:
-        """One storage item, decoded. `bittensor.ChainError` for what is not kept here."""
+        """One storage item, decoded. Raises `bittensor.ChainError` for an unsupported one."""
         if (module, storage_function) == ("System", "BlockHash"):
             return self._ledger.hash_of(int((params or [0])[0]))
         if (module, storage_function) == ("Timestamp", "Now"):
@@ -219,7 +217,7 @@ class EmbeddedSubstrate(Unsupported):
     async def runtime_call(
         self, api: str, method: str, params: list[Any], block_hash: str | None = None
     ) -> Any:
-        """A runtime API's answer, decoded. `bittensor.ChainError` for what is not here."""
+        """A runtime API's answer, decoded. Raises `bittensor.ChainError` for an unsupported one."""
         return self._read(reads.runtime(api, method), params, block_hash)
 
     def _read(self, reader: reads.Reader, params: list[Any] | None, block_hash: str | None) -> Any:
@@ -237,7 +235,7 @@ class EmbeddedSubstrate(Unsupported):
         return Composed(module, function, dict(params))
 
     async def estimate_fee(self, call: Any, keypair: Any) -> bt.Balance:
-        """Nothing: calls are free here."""
+        """Zero: calls are free."""
         return bt.Balance.from_rao(0)
 
     async def account_next_index(self, address: str) -> int:
@@ -257,8 +255,7 @@ class EmbeddedSubstrate(Unsupported):
     ) -> bt.ExtrinsicResult:
         """Sign a call, check the signature and apply it; refusals are returned in the result.
 
-        The keypair really signs, so a public key alone, or a key that claims another's
-        address, can do nothing.
+        A public key alone, or a key that claims another's address, cannot submit anything.
         """
         signer = str(keypair.ss58_address)
         message = hashlib.blake2b(f"{self._ledger.chain_id}{nonce}".encode() + call.data).digest()

@@ -1,13 +1,12 @@
-"""The global state, and the outer step that moves it: the same bits on every machine.
+"""The global state and the outer step, with the same bits on every machine.
 
-All peers apply the same blobs to the same state and must get the same hash, whatever their
-processor, thread count and the order in which blobs arrived. So everything here is float32
-on the CPU, in the order of the uids, and only uses operations that IEEE 754 rounds in one
-way: elementwise multiply, add and subtract, each a pass of its own, since fused forms
-(`alpha=`, `addcmul`, `lerp`) round once or twice depending on the instruction set. What
-would need a sum, a root or a division is computed from a few Python floats and enters a
-tensor as one float32 factor. `torch.sum` depends on the number of threads and `pow` on the
-math library; neither is used.
+All peers apply the same blobs to the same state and must get the same hash, whatever the
+processor, the number of threads, and the order in which blobs arrived. So everything is float32 on
+the CPU, in the order of the uids, with operations that IEEE 754 rounds in only one way:
+elementwise multiply, add and subtract, each in a separate pass, since fused forms (`alpha=`,
+`addcmul`, `lerp`) round once or twice depending on the instruction set. Sums, roots and divisions
+are computed from a few Python floats, and enter a tensor as one float32 factor. `torch.sum` depends
+on the number of threads and `pow` on the math library; neither is used.
 
 The outer step has no momentum: it made short rounds worse in every setting tried, and would
 double the state. Its rate may follow the number of the round, and nothing else.
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from hiveminer.strategies.sparseloco.codec import BlobError, Compression, Header, Update, decode
 
 PIECE_BYTES = 16 * 2**20
-"""The pieces in which a tensor is hashed and served."""
+"""Size of the pieces in which a tensor is hashed and served."""
 
 GROWTH = 2.0
 """The largest factor by which a tensor's clip norm rises from one counted round to the next."""
@@ -38,7 +37,7 @@ MANIFEST = b"hiveminer state 1\n"
 
 @dataclass(frozen=True)
 class State:
-    """The global state: what the chain names by its hash. Never changed in place.
+    """The global state, which the chain names by its hash. Never changed in place.
 
     weights: the trained parameters by name, float32 on the CPU; tied ones once.
     clip_norms: by the same names, the norm to which the last counted round clipped a tensor,
@@ -51,7 +50,7 @@ class State:
 
     @classmethod
     def of(cls, model: nn.Module) -> State:
-        """The state from which a run starts: a copy of the model's trained parameters."""
+        """The initial state of a run: a copy of the model's trainable parameters."""
         weights = {
             name: value.detach().to("cpu", torch.float32, copy=True).contiguous()
             for name, value in model.named_parameters()
@@ -62,8 +61,8 @@ class State:
     def manifest(self) -> bytes:
         """Name, shape, clip norm and the pieces' hashes of each tensor, in name order.
 
-        Whoever downloads a state checks the manifest against the state's hash first, and
-        then each piece against the manifest.
+        Whoever downloads a state checks the manifest against the state's hash, and then each
+        piece against the manifest.
         """
         return MANIFEST + b"".join(
             _entry(name, self.weights[name], self.clip_norms[name]) for name in sorted(self.weights)
@@ -94,7 +93,7 @@ class OuterStep:
             raise ValueError("contributor_power must be 0, 0.25, 0.5, 0.75 or 1")
 
     def factor(self, count: int, *, blobs: int) -> float:
-        """What a coordinate's sum over `count` of `blobs` blobs is multiplied with."""
+        """The factor on the sum of a coordinate that `count` of `blobs` blobs hold."""
         a = self.contributor_power
         return self.rate / (_power(max(count, 1), a) * _power(blobs, 1 - a))
 
@@ -129,10 +128,9 @@ def apply_blobs(
 ) -> Applied:
     """The state after a round in which these blobs count; in any order, one per uid.
 
-    A blob that does not decode, or whose header is not its author's, is left out: the bytes
-    are the same for everybody, and so is the verdict. With `compression`, the run's, a blob
-    that holds more than that allows is left out too. Where no blob remains, the state is
-    returned as it is.
+    A blob that does not decode, or whose header is not its author's, is left out, by everybody
+    alike. With `compression`, the run's, so is a blob that holds more than it allows. If no blob
+    remains, the state is returned unchanged.
     """
     shapes = {name: weight.shape for name, weight in state.weights.items()}
     updates: list[Update] = []
@@ -158,8 +156,8 @@ def apply_blobs(
 def clip_limit(norms: Iterable[float], *, last: float) -> float:
     """The norm to which a tensor is clipped in each blob of a round; 0 if all are empty.
 
-    It is the lower median of the blobs' norms, at most twice the last counted round's. A
-    blob without a value in this tensor has no say, so that empty blobs cannot silence it.
+    The lower median of the blobs' norms, at most twice the last counted round's limit. A blob
+    without a value in this tensor does not count, so that empty blobs cannot suppress it.
     """
     sizes = sorted(norm for norm in norms if norm > 0)
     if not sizes:
@@ -169,9 +167,9 @@ def clip_limit(norms: Iterable[float], *, last: float) -> float:
 
 
 def next_clip_norm(limit: float, *, last: float) -> float:
-    """What the next round's limit is measured against, in float32's precision.
+    """The clip norm for the next round's limit, in float32's precision.
 
-    It follows `limit`, but falls by half at most, so that one round of tiny updates does not
+    It follows `limit`, but falls by at most half, so that one round of tiny updates does not
     throttle the rounds after it.
     """
     largest = float(np.finfo(np.float32).max)
@@ -203,7 +201,7 @@ def _stepped(
         by_count = torch.tensor(table, dtype=torch.float32)
         total.mul_(by_count.index_select(0, counts.flatten()).view_as(total))
     stepped = weight.sub(total)
-    # Huge values overflow for everybody alike; one such tensor would end the run.
+    # Huge values overflow on all peers alike; one such tensor would end the run.
     return stepped if bool(torch.isfinite(stepped).all()) else weight
 
 

@@ -1,4 +1,4 @@
-"""Compares the log of rounds with the chain, as far back as the node remembers."""
+"""Compares the log of rounds with the chain, as far back as the node keeps it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hiveminer.strategies.sparseloco.schedule import Schedule
 
 @dataclass(frozen=True)
 class Comparison:
-    """The log beside the chain. equal: rounds whose raw data are the chain's. unread: why the
-    first round that the node no longer has could not be read, and how many there are."""
+    """equal: rounds whose data are the chain's. unread: rounds that the node no longer has.
+    why_unread: its error for the first of them."""
 
     equal: int
     unread: int
@@ -30,7 +30,7 @@ def compare(
     *,
     on_round: Callable[[], object] = lambda: None,
 ) -> Comparison:
-    """Read the three blocks of each logged round from a chain again, and compare what decides."""
+    """Read the three blocks of each logged round from the chain again, and compare."""
     equal, unread, why, problems = 0, 0, "", []
     for number in log.rounds():
         entry = log.entry(number)
@@ -46,12 +46,12 @@ def compare(
             on_round()
         equal += not differing
         if differing:
-            problems.append(f"round {number}: the chain has other {', '.join(differing)}")
+            problems.append(f"round {number}: the chain has different {', '.join(differing)}")
     return Comparison(equal, unread, tuple(problems), why)
 
 
 def read_facts(chain: RoundChain, schedule: Schedule, number: int) -> Facts:
-    """What decides a round, read from three final blocks. Raises ChainError."""
+    """Read what decides a round from its three final blocks. Raises ChainError."""
     first, neurons = chain.snapshot(schedule.first_block(number))
     records_block, records = chain.commitments(schedule.records_block(number))
     marks_block, marks = chain.commitments(schedule.marks_block(number))

@@ -1,8 +1,8 @@
-"""Bits of a blob: packed flags and Rice-coded integers, each with exactly one encoding.
+"""Packed flags and Rice-coded integers, each with exactly one valid encoding.
 
 Integers are Rice coded (R. F. Rice, 1979): the quotient by 2**parameter in unary, the remainder
-in `parameter` bits. All unary codes come first and the remainders follow as bit planes, so that
-both directions are a handful of array operations.
+in `parameter` bits. All unary codes come first, and the remainders follow as bit planes, so that
+encoding and decoding take a handful of array operations.
 
 Only the parameter that makes the code shortest is valid. A code therefore takes between
 `count` and 3 `count` unary bits, which bounds what a hostile length can claim before anything
@@ -18,12 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Packed = NDArray[np.uint8]
-"""Eight flags a byte, the first in the lowest bit; the padding is zero."""
+"""Eight flags per byte, the first in the lowest bit; the padding is zero."""
 
 PIECE = 1 << 18
-"""Values that are expanded at a time."""
+"""Values to expand at a time."""
 MOST = 2**30
-"""Integers in a list, at most."""
+"""Limit of integers in a list."""
 
 _STREAM = struct.Struct("<BI")  # Rice parameter, bytes of unary code
 
@@ -33,7 +33,7 @@ class BlobError(ValueError):
 
 
 class Reader:
-    """Takes bytes off the front of a blob, and never more than there are."""
+    """Reads a blob from its front, and never past its end."""
 
     def __init__(self, blob: bytes):
         self._bytes = np.frombuffer(blob, np.uint8)
@@ -77,7 +77,7 @@ def unpack(packed: Packed, start: int, stop: int) -> NDArray[np.uint8]:
 
 
 def write_integers(values: NDArray[Any]) -> bytes:
-    """Rice code of integers >= 0; nothing for none."""
+    """Rice code of integers >= 0; no bytes for an empty list."""
     if not len(values):
         return b""
     parameter = 0
@@ -119,7 +119,7 @@ def read_integers(reader: Reader, count: int, *, largest: int) -> NDArray[np.uin
 
 
 def _read_unary(coded: Packed, count: int) -> NDArray[np.uint32]:
-    """Zeros before each of `count` ones, the last of which is in the last byte."""
+    """The zeros before each of `count` ones; the last one must be in the last byte."""
     ends = np.empty(count, np.uint32)
     done = 0
     for start in range(0, len(coded), PIECE // 8):
@@ -138,7 +138,7 @@ def _read_unary(coded: Packed, count: int) -> NDArray[np.uint32]:
 
 
 def _gain(values: NDArray[Any], parameter: int) -> int:
-    """Unary bits that the next parameter saves; it costs one bit for each value."""
+    """Unary bits that the next parameter saves; it costs one bit per value."""
     parts = (values[start : start + PIECE] for start in range(0, len(values), PIECE))
     shift = values.dtype.type(parameter)
     return sum(int(((part >> shift) + 1 >> 1).sum()) for part in parts)

@@ -1,13 +1,12 @@
-"""What a replica resumes from, as named tensors and JSON: u, the position, and its own blobs.
+"""What a peer resumes from, as named tensors and JSON: u, the position, and its own blobs.
 
-    u.NAME        what was learned and is in no state yet, float32
-    left.N.NAME   what own blob N left out, as long as it is needed
+    u.NAME        what was learned beyond the state, float32
+    left.N.NAME   what own blob N left out, while it is needed
     blob.N        own blob N, uint8
     inner.I.KEY   the inner optimizer's state of parameter I
-    weights.NAME  the global state, for export; the local weights while nothing has counted
+    weights.NAME  the global state, for export; the local weights until an update has counted
 
-The two states of the position are not here: the log makes them again, or another peer gives
-them.
+The position's two states are not included: they are recomputed from the log, or downloaded.
 """
 
 from __future__ import annotations
@@ -110,7 +109,7 @@ def cuts_from_tensors(
 
 
 def optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The tensors of an inner optimizer's state. What else there is follows from the run."""
+    """The tensors of an inner optimizer's state. The rest follows from the run."""
     return {
         f"inner.{index}.{key}": value.detach().to("cpu", copy=True)
         for index, values in optimizer.state_dict()["state"].items()
@@ -122,7 +121,7 @@ def optimizer_to_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def optimizer_state(
     tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """The state dict to load. Raises ValueError if it is not of these parameters."""
+    """The state dict to load. Raises ValueError if it does not fit the parameters."""
     own = optimizer.state_dict()
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
@@ -141,7 +140,7 @@ def optimizer_state(
 
 
 def exported_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights in a checkpoint that are worth exporting. Raises ValueError without any."""
+    """The weights to export from a checkpoint. Raises ValueError if there are none."""
     weights = {
         name.removeprefix("weights."): value
         for name, value in tensors.items()
@@ -156,7 +155,7 @@ def exported_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[st
 def write_journal(
     path: Path, position: Position, cuts: Mapping[bytes, OwnCut], names: list[str]
 ) -> None:
-    """Save a cut before its record is committed. u at that moment is q + e of the cut."""
+    """Save a cut before its record is committed; u is then q + e of the cut."""
     metadata = {"position": json.dumps(position_to_json(position))}
     write_atomically(path, save(cuts_to_tensors(cuts, names), metadata))
 
@@ -164,7 +163,7 @@ def write_journal(
 def read_journal(
     path: Path, plan: Plan, names: list[str]
 ) -> tuple[Position, dict[bytes, OwnCut]] | None:
-    """The newest cut; None if there is none, or the file is damaged."""
+    """The saved cut; None if there is none, or the file is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

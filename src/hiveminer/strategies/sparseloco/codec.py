@@ -1,8 +1,8 @@
-"""One peer's update of one round as a small blob of bytes, and back.
+"""Encodes a peer's update of a round as a small blob, and decodes it.
 
-A tensor is flattened and cut into chunks; of each, the values of largest magnitude are kept.
-What is sent of a tensor is which coordinates are kept, two to the power of (bits - 1) levels
-for each chunk, and for each value its sign and the number of its level.
+A tensor is flattened and cut into chunks, and the values of largest magnitude in each are kept. A
+blob holds, for each tensor, the coordinates that are kept, 2^(bits - 1) levels per chunk, and the
+sign and the level number of each value.
 
     blob     version "HMU1", bits 1, chunk - 1 as 2 bytes, hotkey 32, run 8, round 4, parent 32,
              the schema's hash 8; then the tensors in the order of their names
@@ -12,16 +12,16 @@ for each chunk, and for each value its sign and the number of its level.
              difference to the chunk before (zigzag); differences from level to level, 0 after
              the last; signs; numbers of the levels, lowest bit first
 
-The encoder's rule: less than 32 elements are raw; less than a chunk is dense; all else keeps
-`density` of each chunk, at least one value. Zeros (and magnitudes below 2**-126, which are taken
-as zeros) are never kept, so a tensor of zeros takes four bytes.
+The encoder sends tensors of less than 32 elements raw and those smaller than a chunk dense; of all
+others it keeps `density` of each chunk, at least one value. Zeros (and magnitudes below 2**-126,
+which count as zeros) are never kept, so a tensor of zeros takes four bytes.
 
 Integers are little-endian, lists of them Rice coded (see `bits`). An index takes 7.53 bits at
 64 of 4096 evenly spread, 2.3% over log2 C(4096, 64) / 64 = 7.36; clustered ones take less.
 
-Each meaning has one encoding: `decode` refuses every other one, so a blob cannot be varied
-without changing what it says. Nothing is allocated before the bytes that pay for it have been
-seen: memory and time are linear in the blob's length, whatever it claims.
+Each update has a single valid encoding: `decode` refuses any other, so a blob cannot be changed
+without changing its meaning. Nothing is allocated before the bytes for it have been seen: memory
+and time are linear in the blob's length, whatever it claims.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _HEAD = struct.Struct("<4sBH32s8sI32s8s")
 
 @dataclass(frozen=True)
 class Header:
-    """Whose update it is, and the state that it stands on."""
+    """The author of an update, its run and round, and the state that it is based on."""
 
     hotkey: bytes
     run: bytes
@@ -72,10 +72,10 @@ class Header:
 
 
 class Update:
-    """A decoded blob: what its author adds, tensor by tensor, still small in memory.
+    """A decoded blob, still small in memory.
 
-    A coordinate is touched if its value is not zero. Values come from integers, and sums from
-    one multiplication and one addition, so that they have the same bits on every machine.
+    A coordinate is touched if its value is not zero. Values are made from integers, and sums by
+    one multiplication and one addition, so that the bits are the same on every machine.
     """
 
     def __init__(
@@ -119,10 +119,10 @@ class Update:
 
 
 def encode(tensors: Mapping[str, Tensor], *, header: Header, compression: Compression) -> bytes:
-    """The blob of an update, of tensors in any float dtype.
+    """Encode an update; tensors of any float dtype.
 
-    `decode` gives back what it says, at a small part of the cost. Raises ValueError for a value
-    that is not finite.
+    `decode` returns the values that were sent, at a fraction of the cost. Raises ValueError for a
+    value that is not finite.
     """
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     head = _head(header, compression.bits, compression.chunk, _schema_hash(shapes))
@@ -139,10 +139,10 @@ def encode(tensors: Mapping[str, Tensor], *, header: Header, compression: Compre
 def decode(
     blob: bytes, *, shapes: Mapping[str, torch.Size], compression: Compression | None = None
 ) -> Update:
-    """What a blob says of tensors of these shapes. Raises BlobError if it is not valid.
+    """Decode a blob for tensors of these shapes. Raises BlobError if it is not valid.
 
-    With `compression`, also a blob of other bits or chunks, or with more values than that
-    keeps of a tensor, is refused, before it can take more memory than those that are usual.
+    With `compression`, a blob with other bits or chunks, or with more values of a tensor than that
+    keeps, is refused before it takes more memory than a regular one.
     """
     reader = Reader(blob)
     version, bits, chunk, hotkey, run, number, parent, schema = reader.unpack(_HEAD)
@@ -171,7 +171,7 @@ def decode(
 
 
 def serialize(update: Update) -> bytes:
-    """The blob that an update was decoded from, written again from what it means."""
+    """The blob of a decoded update: the same bytes, written again from its content."""
     head = _head(update.header, update.bits, update.chunk, update.schema)
     return b"".join([head, *(update._parts[name].to_bytes() for name in update.names)])
 
@@ -183,7 +183,7 @@ def _head(header: Header, bits: int, chunk: int, schema: bytes) -> bytes:
 
 
 def _schema_hash(shapes: Mapping[str, torch.Size]) -> bytes:
-    """Also refuses tensors whose coordinates do not fit in 31 bits."""
+    """Hash of names and shapes. Raises ValueError for a tensor of 2^31 elements or more."""
     for name, shape in shapes.items():
         if math.prod(shape) > LARGEST:
             raise ValueError(f"{name}: {math.prod(shape)} elements, at most {LARGEST} are possible")
@@ -198,7 +198,7 @@ def _flat(tensor: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _index(where: NDArray[np.int64]) -> slice | Tensor:
-    """A slice where the coordinates have no gap: much faster."""
+    """A slice if the coordinates have no gaps, which is much faster."""
     if len(where) and where[-1] - where[0] + 1 == len(where):
         return slice(int(where[0]), int(where[-1]) + 1)
     return torch.from_numpy(where)

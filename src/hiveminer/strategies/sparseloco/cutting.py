@@ -1,4 +1,4 @@
-"""A miner's part in a round: it cuts what was learned, and commits a record."""
+"""A miner's part in a round: cuts what it has learned, and commits a record."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 
 class CuttingFollower(Follower):
-    """A miner's: cuts what was learned, and commits a record.
+    """Cuts what a miner has learned, and commits a record.
 
-    weights: a copy of the local weights since the last move, as (count of moves, tensors);
-    None when there is none yet, which asks for one at the end of the running step. has_trained:
-    whether there is anything to cut.
+    weights: called with the round; a copy of the local weights since the last move, as (number of
+    moves, tensors), or None, which requests one at the end of the running step. has_trained:
+    whether there is anything to cut. save_cut: called before the record is committed.
     """
 
     def __init__(
@@ -44,13 +44,13 @@ class CuttingFollower(Follower):
 
     def before_records(self, number: int, head: int) -> None:
         position = self.replica.position
-        self._why = number, self.problem or "the run's state is not here yet"
+        self._why = number, self.problem or "the run's state has not arrived yet"
         if self.problem or position.base is None or position.round != number - 1:
             return
         if position.cut is None:
             copied = self._weights(number)
             if copied is None or copied[0] != self.replica.moves:
-                late = "no training step has ended since the cut was due"
+                late = "no training step ended after the cut was due"
                 self._why = number, late if self._has_trained() else ""
                 return
             try:
@@ -69,10 +69,10 @@ class CuttingFollower(Follower):
             self._why = number, str(error)
             raise
         self._committed = number
-        logger.info("round %d: an update of %d bytes committed", number, record.blob_bytes)
+        logger.info("round %d: committed an update of %d bytes", number, record.blob_bytes)
 
     def after_records(self, reading: Reading, head: int) -> None:
-        """Serve the own blob from now on: nobody can copy it for this round any more."""
+        """Serve our blob from now on: it is too late to copy it for this round."""
         cut = self.replica.position.cut
         assert reading.records is not None
         if self._looked_back < reading.number:
@@ -83,16 +83,16 @@ class CuttingFollower(Follower):
                 self.shelf.serve(reading.number, neuron.uid, cut.blob_hash)
 
     def _look_back(self, number: int, records: Mapping[bytes, bytes]) -> None:
-        """Log why this peer takes no part in a round, unless it had nothing to send."""
+        """Log why this peer missed a round, unless it had nothing to send."""
         cut = self.replica.position.cut
         if cut is not None and cut.round == number:
             if records.get(self.replica.position.hotkey) == self.replica.record.encode():
                 return
             if self._committed == number:
-                logger.warning("round %d is missed: its record came too late", number)
+                logger.warning("round %d was missed: the record came too late", number)
                 return
         known, why = self._why
         if known == -1 or (known == number and not why):
-            return  # it has just begun, or has nothing to send
+            return  # this peer has just started, or had nothing to send
         why = why if known == number else "the chain was not read while the cut was due"
-        logger.warning("round %d is missed: %s", number, why)
+        logger.warning("round %d was missed: %s", number, why)

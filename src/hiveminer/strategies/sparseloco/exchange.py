@@ -1,14 +1,13 @@
-"""Blobs and states between peers: the only module of this strategy that knows hivemind's p2p.
+"""Transfers blobs and states between peers, over Hivemind's p2p.
 
 There are two calls, `have(round)` for the uids whose blobs a peer serves, and `get(hash,
 offset)` for bytes by their SHA-256: a blob, a state's manifest, or a piece of a state. Only
-registered peers are answered and asked. A holder is drawn at random, so that the load is
-spread; on failure another one continues where it stopped. What arrives is checked against
-its hash, so it does not matter who gave it.
+registered peers are answered and asked. Holders are drawn at random, which spreads the load; on
+failure the next one continues where the last one stopped. Everything is checked against its
+hash, so it does not matter where it came from.
 
-Each call is a raw stream of the DHT's libp2p daemon with a frame of its own. Hivemind's
-servicers read a message of whatever length the other side claims; here nobody is made to
-buffer more than was asked for.
+Each call is a raw stream of the DHT's libp2p daemon with its own framing: Hivemind's servicers
+buffer a message of whatever length the other side claims, and these calls only what was asked for.
 
     request   kind 1 (1 have, 2 get), hash 32 (zero for have), round or offset 8
     answer    status 1 (0 ok, 1 absent), length 8; then as many bytes
@@ -73,12 +72,12 @@ SLOWEST_BYTES = 62_500.0
 OPEN_SECONDS."""
 
 MAX_STREAMS = 16
-"""Streams that are served at the same time."""
+"""Streams to serve at the same time."""
 
 MAX_STREAMS_PER_PEER = 6
 
 MAX_CALLS = 64
-"""Calls to other peers at the same time, when all of them are asked what they have."""
+"""Concurrent `have` calls."""
 
 ASK_SECONDS = 1.0
 """Timeout for these calls, which doubles up to OPEN_SECONDS while a blob is missing: a peer that
@@ -94,17 +93,17 @@ START_SECONDS = 30.0
 
 
 class Source(Protocol):
-    """What this peer serves; called from another thread."""
+    """What a peer serves; called in another thread."""
 
     def have(self, number: int) -> Collection[int]:
-        """The uids whose blobs of this round are served now."""
+        """The uids whose blobs of this round are served."""
 
     def get(self, digest: bytes) -> Bytes | None:
-        """The bytes with this SHA-256, if they are served now."""
+        """The bytes with this SHA-256, if they are served."""
 
 
 class _Failed(Exception):
-    """A peer did not give what it was asked for; another one may."""
+    """A call failed; another peer may have the data."""
 
 
 class Exchange:
@@ -139,7 +138,7 @@ class Exchange:
         keep: Callable[[Contribution, bytes], None],
         timeout_seconds: float,
     ) -> frozenset[int]:
-        """Fetch the blobs of a round, and give each to `keep` as it is complete and checked.
+        """Fetch blobs of a round, and pass each to `keep` once it is complete and verified.
 
         keep: called in other threads. Returns the uids of those that came in time.
         """
@@ -151,11 +150,11 @@ class Exchange:
     def fetch_state(
         self, digest: bytes, shapes: Mapping[str, torch.Size], *, timeout_seconds: float
     ) -> State | None:
-        """The state with this hash, from whoever has it; None if it did not come in time."""
+        """Download the state with this hash; None if that does not succeed in time."""
         return self._within(self._fetch_state(digest, shapes), seconds=timeout_seconds)
 
     def close(self) -> None:
-        """Stop serving, and end what is being fetched. May be called again."""
+        """Stop serving, and cancel downloads. Idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -183,7 +182,7 @@ class Exchange:
         except (TimeoutError, asyncio.CancelledError, concurrent.futures.CancelledError):
             return None
         except Exception as error:  # noqa: BLE001 - such as the end of the DHT's process
-            logger.warning("nothing could be fetched: %r", error)
+            logger.warning("fetching failed: %r", error)
             return None
 
     async def _start(self) -> P2P:
@@ -288,7 +287,7 @@ class Exchange:
             ) from None
 
     async def _insist(self, digest: bytes, size: int) -> bytes:
-        """Ask all peers, again and again."""
+        """Download from any peer, and retry until it succeeds."""
         while True:
             data = await self._download(digest, size, await self._peers())
             if data is not None:
@@ -296,7 +295,7 @@ class Exchange:
             await asyncio.sleep(AGAIN_SECONDS)
 
     async def _peers(self) -> list[PeerID]:
-        """The registered peers that have proved who they are, in random order."""
+        """The peers that have proved a registered hotkey, in random order."""
         proved = await asyncio.wait_for(
             self._dht.run_coroutine(proved_peers, return_future=True), OPEN_SECONDS
         )
@@ -305,7 +304,7 @@ class Exchange:
         return peers
 
     async def _holders(self, number: int, *, timeout_seconds: float) -> dict[int, list[PeerID]]:
-        """By uid, who serves its blob of this round, in random order."""
+        """By uid, the peers that serve its blob of this round, in random order."""
         holders: defaultdict[int, list[PeerID]] = defaultdict(list)
 
         async def ask(peer: PeerID) -> None:
@@ -342,7 +341,7 @@ class Exchange:
                 request = REQUEST.pack(GET, digest, before)
                 await self._call(peer, request, size - before, data)
             except _Failed as error:
-                logger.debug("peer %s did not give %s: %s", peer, digest.hex()[:16], error)
+                logger.debug("peer %s did not send %s: %s", peer, digest.hex()[:16], error)
             if len(data) > before:
                 givers.add(str(peer))
             if len(data) == size:
@@ -357,7 +356,8 @@ class Exchange:
         return None
 
     async def _call(self, peer: PeerID, request: bytes, size: int, into: bytearray) -> None:
-        """Append the `size` bytes of a peer's answer. Raises _Failed; what came is kept."""
+        """Append the `size` bytes of a peer's answer to `into`. Raises _Failed, and keeps what was
+        received."""
         try:
             async with asyncio.timeout(OPEN_SECONDS):
                 _, reader, writer = await self._p2p.call_binary_stream_handler(peer, self._name)
@@ -388,7 +388,7 @@ async def _receive(reader: asyncio.StreamReader, size: int, into: bytearray) -> 
 
 
 async def _at_most(count: int, work: Sequence[Awaitable[None]]) -> None:
-    """Wait for all of these, `count` at a time."""
+    """Run these, at most `count` at a time."""
     semaphore = asyncio.Semaphore(count)
 
     async def run(each: Awaitable[None]) -> None:

@@ -1,9 +1,8 @@
-"""Follows the chain round by round, in a thread of its own: reads, decides, fetches, applies.
+"""Follows the chain round by round in a background thread: reads, decides, fetches, applies.
 
-It is the same for miners, which cut and commit records, and for validators, which check blobs
-and commit marks. Only final blocks are read. Whatever fails (the chain, a peer, the disk) is
-tried again at the next look; a deadline that passes meanwhile is a missed round, and costs
-nothing else.
+Miners, which cut and commit records, and validators, which check blobs and commit marks, share
+it. Only final blocks are read. Whatever fails (the chain, a peer, the disk) is retried at the next
+poll; a deadline that passes in the meantime costs one round, and nothing else.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ COUNTED_ROUNDS = 24
 """A miner's pay is its share of this many rounds."""
 
 EMPTY_ROUNDS = 3
-"""So many empty rounds in a row are reported."""
+"""Empty rounds in a row before a warning is logged."""
 
 KEPT_BLOCKS = 256
 """Blocks whose state a pruned node keeps."""
@@ -55,7 +54,7 @@ KEPT_BLOCKS = 256
 
 @dataclass
 class Reading:
-    """What was read of the round that is under way."""
+    """What has been read of the current round."""
 
     number: int
     first_block: Block | None = None
@@ -65,7 +64,7 @@ class Reading:
 
 
 class Follower(ABC):
-    """Follows the rounds with a `Replica`. A subclass does what its role does in a round.
+    """Follows the rounds with a `Replica`. A subclass adds what its role does in a round.
 
     replica: with a checkpoint's position, or new, to join. start_state: the one that the run
     starts from.
@@ -96,14 +95,14 @@ class Follower(ABC):
 
     @abstractmethod
     def before_records(self, number: int, head: int) -> None:
-        """Called while round `number` has not come to the deadline of its records."""
+        """Called at each poll from the cut of round `number` until its records' deadline."""
 
     @abstractmethod
     def after_records(self, reading: Reading, head: int) -> None:
-        """Called once the records of the round under way are final, until it is decided."""
+        """Called at each poll from when the records of the round are final until it is decided."""
 
-    def after_settling(self, facts: Facts) -> None:  # noqa: B027 - nothing, unless a role looks
-        """Called with each round that is settled."""
+    def after_settling(self, facts: Facts) -> None:  # noqa: B027 - optional
+        """Called after each round has been settled."""
 
     # The thread ---------------------------------------------------------------------
 
@@ -112,16 +111,16 @@ class Follower(ABC):
         self.thread.start()
 
     def stop(self) -> None:
-        """Ask the thread to end; it does once its last fetch has."""
+        """Ask the thread to end, which it does after its current fetch."""
         self._stopping.set()
 
     def check(self) -> None:
-        """Raise SwarmError if the thread has ended by itself."""
+        """Raise SwarmError if the thread has died."""
         if self.thread.ident is not None and not self.thread.is_alive():
-            raise SwarmError("the thread that follows the rounds has ended")
+            raise SwarmError("the thread that follows the rounds has died")
 
     def close(self, *, timeout_seconds: float = 5.0) -> None:
-        """Stop the thread. May be called again."""
+        """Stop the thread. Idempotent."""
         self._stopping.set()
         if self.thread.ident is not None:
             self.thread.join(timeout_seconds)
@@ -134,11 +133,11 @@ class Follower(ABC):
             except (HiveminerError, OSError) as error:
                 if str(error) != self._told:  # once for as long as it is the same
                     self._told = str(error)
-                    logger.warning("the rounds wait: %s", error)
+                    logger.warning("cannot follow the rounds: %s", error)
             self._stopping.wait(self._poll_seconds)
 
     def follow(self) -> None:
-        """One look at the chain, and all that is due. Raises ChainError and OSError."""
+        """Poll the chain once, and do what is due. Raises ChainError and OSError."""
         final = self.chain.final_head()
         schedule = self.plan.rules.schedule
         newest = schedule.newest_final_round(final)
@@ -167,7 +166,7 @@ class Follower(ABC):
             except ChainError as error:
                 if (newest + 1 - number) * self.plan.rules.schedule.round_blocks <= KEPT_BLOCKS:
                     raise
-                # A pruned node no longer has it; begin anew with what it has.
+                # A pruned node no longer has it: start over with what it has.
                 logger.warning("round %d can no longer be read, starting over: %s", number, error)
                 self.replica.restart_as_joiner()
                 self._join(newest)
@@ -175,13 +174,13 @@ class Follower(ABC):
             self._settle(facts)
 
     def _join(self, newest: int) -> None:
-        """Begin with the newest round that is not empty; with the start, if there is none."""
+        """Start with the newest round that is not empty, or with the initial state."""
         kept: list[Facts] = []
         for number in range(newest, -1, -1):
             try:
                 facts = self._facts(number)
             except ChainError:
-                break  # before the node's memory, or the chain does not answer
+                break  # pruned, or the chain does not answer
             kept.append(facts)
             if decide(self.plan.rules, facts).parent is not None:
                 break
@@ -218,7 +217,7 @@ class Follower(ABC):
         self.log.prune(keep_blobs=self.shelf.blobs() | own)
 
     def remember_logged(self) -> None:
-        """Take what was decided before a restart into what is reported of the last rounds."""
+        """Count the rounds that were decided before a restart among the last ones."""
         for number in self.log.rounds()[-COUNTED_ROUNDS:]:
             entry = self.log.entry(number)
             if entry is not None:
@@ -231,13 +230,14 @@ class Follower(ABC):
             self.counted.append(frozenset(each.hotkey for each in decision.contributions))
 
     def _refuses(self, decision: Decision) -> bool:
-        """Whether the chain names a state that does not follow from the log. It is taken if it
-        is equal to ours within rounding; otherwise this peer keeps its own and commits nothing."""
+        """Whether the chain names a state that does not follow from the log. One that equals ours
+        within rounding is accepted; otherwise this peer keeps its own and commits nothing."""
         assert decision.parent is not None
         state = self._fetch_state(decision.parent)
         if state is not None and not self.replica.differs_from(state):
             logger.warning(
-                "round %d: another state is named, equal within rounding", decision.round
+                "round %d: the chain names another state, which equals ours within rounding",
+                decision.round,
             )
             self.problem = ""
             return False
@@ -258,12 +258,14 @@ class Follower(ABC):
             logger.info("round %d is empty: %s", decision.round, decision.reason)
             if self._empty == EMPTY_ROUNDS:
                 logger.warning(
-                    "%d rounds in a row are empty (%s): training goes on alone, and nothing of it "
-                    "is lost, until validators mark again", self._empty, decision.reason,
-                )  # fmt: skip
+                    "%d rounds in a row were empty (%s): until validators mark again, this peer "
+                    "trains alone, and nothing that it learns is lost",
+                    self._empty,
+                    decision.reason,
+                )
             return
         logger.info(
-            "round %d: %d updates count, on state %s%s", decision.round,
+            "round %d: %d updates count, based on state %s%s", decision.round,
             len(decision.contributions), decision.parent.hex()[:16],
             "".join(f"; uid {uid} does not: {why}" for uid, why in decision.left_out),
         )  # fmt: skip
@@ -271,7 +273,7 @@ class Follower(ABC):
     # Reading ------------------------------------------------------------------------
 
     def _read(self, number: int, final: int) -> None:
-        """Read of the round under way what is final by now."""
+        """Read what is final by now of a round."""
         if self._reading.number != number:
             self._reading = Reading(number)
         reading, schedule = self._reading, self.plan.rules.schedule
@@ -282,7 +284,7 @@ class Follower(ABC):
             reading.records_block, reading.records = block, records
 
     def _facts(self, number: int) -> Facts:
-        """All of a decided round."""
+        """Everything that decides a round, which must be final."""
         self._read(number, self.plan.rules.schedule.marks_block(number))
         reading = self._reading
         assert reading.first_block is not None
@@ -297,9 +299,11 @@ class Follower(ABC):
     # Fetching -----------------------------------------------------------------------
 
     def _catch_up(self, *, until: int) -> None:
-        """Take the confirmed state, and make the newest one, as far as they are missing.
+        """Fetch the confirmed state and compute the newest one if they are missing.
 
-        until: the block by which this peer is needed elsewhere; later, a block at a time."""
+        until: the block by which the thread has other work; after it, each call takes at most
+        one block.
+        """
         replica = self.replica
         wanted = replica.position.missing_state
         if wanted is not None:
@@ -320,27 +324,25 @@ class Follower(ABC):
         self._fetch_blobs(decision.round, missing, seconds=seconds)
         blobs = load_blobs(self.log, missing)
         if blobs is None:
-            logger.info("round %d: a blob that counts is missing still", decision.round)
+            logger.info("round %d: a blob that counts is still missing", decision.round)
             return
         done = replica.make_newest(blobs)
         self.problem = ""
         for uid, why in done.left_out:
-            logger.warning(
-                "round %d: the blob of uid %d counts for nothing: %s", *(decision.round, uid, why)
-            )
+            logger.warning("round %d: the blob of uid %d is ignored: %s", decision.round, uid, why)
         entry = self.log.entry(decision.round)
         if entry is not None:
             self.log.add_round(entry.facts, made=done.hash)
         self.shelf.serve_states(replica.states.values())
 
     def _fetch_blobs(self, number: int, wanted: Iterable[Contribution], *, seconds: float) -> None:
-        """Fetch blobs into the log, and serve them from then on."""
+        """Fetch blobs into the log, and serve them from now on."""
 
         def keep(which: Contribution, blob: bytes) -> None:
             try:
                 self.log.add_blob(blob)
             except OSError as error:
-                logger.warning("a blob cannot be kept: %s", error)
+                logger.warning("a blob cannot be saved: %s", error)
                 return
             self.shelf.serve(number, which.uid, which.blob_hash)
 
@@ -361,6 +363,6 @@ class Follower(ABC):
         return self.exchange.fetch_state(digest, self.plan.shapes, timeout_seconds=seconds)
 
     def _seconds(self, size: int, *, blocks: int) -> float:
-        """How long to download so many bytes, if these blocks are left."""
+        """Timeout of a download of `size` bytes with this many blocks left."""
         left = max(1, blocks) * self.chain.block_seconds
         return min(FETCH_SECONDS + size / FETCH_BYTES, left)

@@ -1,8 +1,8 @@
-"""Quantization levels of a chunk, from the magnitudes that it keeps (Lloyd-Max).
+"""Quantization levels of a chunk, fitted to its magnitudes (Lloyd-Max).
 
 A level is a positive normal float32 rounded to four bits of mantissa, and its code the upper
-twelve bits of that number without the sign: codes order as the levels do, and a level is made
-from its code by a shift, the same on every machine.
+twelve bits of that number without the sign. So codes are in the order of the levels, and a level
+is its code shifted, the same on every machine.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _means(
     nearest: NDArray[np.uint8],
     centers: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """The mean of each level's values, and which levels have any; the others keep theirs."""
+    """The mean of each level's values (unchanged without any), and which levels have values."""
     cell = chunk_of * centers.shape[1] + nearest
     counts = np.bincount(cell, minlength=centers.size).reshape(centers.shape)
     sums = np.bincount(cell, magnitudes, minlength=centers.size).reshape(centers.shape)
@@ -85,7 +85,7 @@ def _float32(values: NDArray[np.float64]) -> NDArray[np.float32]:
 def _compact(
     codes: NDArray[np.int64], chunk_of: NDArray[np.int64], nearest: NDArray[np.uint8]
 ) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
-    """Without unused levels and with those that round to the same code merged."""
+    """Remove unused levels, and merge those that round to the same code."""
     codes = np.maximum.accumulate(codes, axis=1)
     new = np.diff(codes, prepend=0, axis=1) > 0
     if new.all():

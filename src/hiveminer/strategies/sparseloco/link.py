@@ -1,4 +1,4 @@
-"""What connects a strategy or an observer with its peer: joining, following, leaving."""
+"""Connects a strategy or an observer with its peer: join, sync, check, close."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from hiveminer.swarm.membership import Membership
 
 
 class Link:
-    """A swarm of one: there is nobody to meet. `SwarmLink` is the real one."""
+    """The link of a peer that is alone. `SwarmLink` is the real one."""
 
     address = ""
-    """Where this peer is, as it states it in `IsAlive`."""
+    """This peer's address, for `IsAlive`."""
 
     def join(self) -> None:
-        """Meet the others."""
+        """Connect with other peers."""
 
     def sync(self) -> None:
-        """Follow the metagraph: who is registered, and where peers are."""
+        """Called after each reading of the metagraph."""
 
     def check(self) -> None:
-        """Raise SwarmError when something that is needed has ended."""
+        """Raise SwarmError if a process or a thread has ended."""
 
     def close(self) -> None:
-        """Leave the swarm. May be called again."""
+        """Leave the swarm. Idempotent."""
 
 
 class SwarmLink(Link):
-    """A peer in the DHT, and the exchange that runs on it. Closing it closes both."""
+    """A peer in the DHT and the exchange that runs on it; `close` closes both."""
 
     def __init__(self, membership: Membership, exchange: Exchange):
         self.membership = membership

@@ -1,16 +1,15 @@
-"""The log of rounds on disk: what decided each one, its blobs, and the states in between.
+"""The log of rounds on disk: what decided each round, the blobs, and some of the states.
 
     plan.json                    the run id, rules and shapes, so that the log can be read alone
     rounds/0000000123.json       the final blocks of a round as they were read, with raw records
-                                 and marks, and the hash of the state that was made
+                                 and marks, and the hash of the state that was computed
     blobs/HASH                   a blob
     states/0000000120-HASH       the parent state of every eighth round
 
-From a state and the blobs since, each later state can be made again (`replay`), so that a
-restarted peer finds its own, and anyone can check all hashes against each other. It is bounded:
-blobs are kept since the last but one state on disk, and the rounds themselves up to a number.
-Nothing read from here is trusted: what does not have its hash counts as absent. The JSON files
-hold the SHA-256 of their own content, so that one changed digit shows.
+Each later state can be computed from a state and the blobs since (`replay`), so that a restarted
+peer finds its own, and anyone can check all hashes. The size is bounded: blobs are kept since the
+second newest state on disk, rounds up to a number. Files are not trusted: one that does not match
+its hash counts as missing. Each JSON file holds the SHA-256 of its own content.
 """
 
 from __future__ import annotations
@@ -49,33 +48,32 @@ FORMAT = 1
 PLAN = "plan.json"
 
 LOG_FOLDER = "rounds"
-"""In a neuron's folder; holds the log of each run, by run id."""
+"""The folder within a neuron's; contains the log of each run, by run id."""
 
 _UNREADABLE = (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError)
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 EVERY_ROUNDS = 8
-"""The parent state of every eighth round is kept on disk: a slow download of it may take longer
-than a round."""
+"""The parent state of every eighth round is kept on disk."""
 
 KEEP_STATES = 2
 KEEP_ROUNDS = 4096
 MAX_BYTES = 32 * 2**30
-"""Blobs and states together; beyond that, only what follows the newest state is kept."""
+"""Limit of blobs and states together; above it, only one state and the blobs since are kept."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One round as it was read. made: hash of the state after it, if this peer made one."""
+    """A logged round. made: hash of the state after it, if this peer has computed it."""
 
     facts: Facts
     made: bytes | None
 
 
 class Log:
-    """Reads and writes the log in one folder; one process at a time writes.
+    """Reads and writes the log in a folder that only one process writes to.
 
-    Raises OSError when the disk is full or cannot be written.
+    Raises OSError when it cannot be written.
     """
 
     def __init__(self, folder: Path, *, max_bytes: int = MAX_BYTES, keep_rounds: int = KEEP_ROUNDS):
@@ -98,14 +96,14 @@ class Log:
     # Writing ----------------------------------------------------------------------
 
     def begin(self, plan: Plan, *, run_id: str) -> None:
-        """Make the folders, and write down what the run is."""
+        """Create the folders and the plan."""
         for folder in (self._rounds, self._blobs, self._states):
             folder.mkdir(parents=True, exist_ok=True)
         content = {"format": FORMAT, "run_id": run_id} | _plan_to_json(plan)
         _write_json(self.folder / PLAN, content)
 
     def add_blob(self, blob: bytes) -> bytes:
-        """Keep a blob; its hash."""
+        """Save a blob, and return its hash."""
         digest = hashlib.sha256(blob).digest()
         path = self._blobs / digest.hex()
         if self.blob(digest) is None:
@@ -113,7 +111,7 @@ class Log:
         return digest
 
     def add_state(self, number: int, state: State) -> None:
-        """Keep the parent state of a round."""
+        """Save the parent state of a round."""
         manifest = manifest_of(state)
         path = self._state_path(number, manifest.hash)
         if not path.exists():
@@ -121,7 +119,7 @@ class Log:
             write_atomically(path, b"".join([manifest.raw, *pieces]))
 
     def add_round(self, facts: Facts, *, made: bytes | None = None) -> None:
-        """Keep what decides a round; again with `made` once there is a state after it."""
+        """Save a round; again with `made` once the state after it was computed."""
         content = _facts_to_json(facts.of_registered()) | {"made": made.hex() if made else None}
         _write_json(self._rounds / f"{facts.round:010d}.json", content)
 
@@ -147,7 +145,7 @@ class Log:
     # Reading ----------------------------------------------------------------------
 
     def plan(self) -> tuple[str, Plan]:
-        """The run id and the plan. Raises ValueError if the log has none that can be used."""
+        """The run id and the plan. Raises ValueError if the file is missing or invalid."""
         try:
             content = _read_json(self.folder / PLAN)
             if content["format"] != FORMAT:
@@ -160,7 +158,7 @@ class Log:
             raise ValueError(f"{self.folder / PLAN} cannot be used: {_words(error)}") from None
 
     def rounds(self) -> list[int]:
-        """The numbers of the rounds that are kept, ascending."""
+        """Numbers of the logged rounds, ascending."""
         return sorted(int(path.stem) for path in self._rounds.glob("*.json") if path.stem.isdigit())
 
     def read(self, number: int) -> Entry:
@@ -187,7 +185,7 @@ class Log:
             return None
 
     def blobs(self) -> list[bytes]:
-        """The hashes that the blobs on disk should have."""
+        """The hashes of the blobs on disk, by their names."""
         names = sorted(path.name for path in self._blobs.glob("[0-9a-f]*"))
         return [bytes.fromhex(name) for name in names if _HASH.fullmatch(name)]
 
@@ -196,7 +194,7 @@ class Log:
         return (self._blobs / digest.hex()).exists()
 
     def blob(self, digest: bytes) -> bytes | None:
-        """A blob by its hash."""
+        """A blob by its hash; None if it is missing or damaged."""
         try:
             data = (self._blobs / digest.hex()).read_bytes()
         except OSError:
@@ -239,12 +237,12 @@ class Log:
 
 
 def logs_below(folder: Path) -> list[Log]:
-    """The logs of all neurons whose folders lie in this one, at any depth."""
+    """The logs of all neurons below this folder."""
     return [Log(plan.parent) for plan in sorted(folder.glob(f"**/{LOG_FOLDER}/*/{PLAN}"))]
 
 
 def _blob_names(facts: Facts) -> set[str]:
-    """The file names of all blobs that the round's records name."""
+    """The file names of all blobs in the round's records."""
     records = map(decode_record, facts.records.values())
     return {each.blob_hash.hex() for each in records if each is not None}
 
@@ -267,7 +265,7 @@ def _sha256(content: Mapping[str, Any]) -> str:
 
 
 def _words(error: Exception) -> str:
-    """What is wrong, for people; a KeyError's own text is only the key."""
+    """An error's message for people: a KeyError's is only the key."""
     if isinstance(error, OSError):
         return error.strerror or type(error).__name__
     return str(error) if type(error) is ValueError else "it is not what a log has"

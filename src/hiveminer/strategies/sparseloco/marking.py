@@ -1,4 +1,4 @@
-"""A validator's part in a round: it fetches the blobs, checks them, and commits a mark."""
+"""A validator's part in a round: fetches blobs, checks them, and commits a mark."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from hiveminer.strategies.sparseloco.rounds import (
 logger = logging.getLogger(__name__)
 
 MARGIN_BLOCKS = 2
-"""A mark is committed this long before its deadline, with what has been fetched by then."""
+"""A mark is committed this many blocks before its deadline, with what has been fetched by then."""
 
 
 def contribution_of(neuron: Neuron, records: Mapping[bytes, bytes]) -> Contribution | None:
-    """What a neuron's record names."""
+    """The blob that a neuron's record names."""
     record = decode_record(records.get(neuron.hotkey))
     if record is None:
         return None
@@ -33,7 +33,7 @@ def contribution_of(neuron: Neuron, records: Mapping[bytes, bytes]) -> Contribut
 
 
 class MarkingFollower(Follower):
-    """A validator's: fetches the blobs of a round, checks them, and commits a mark."""
+    """Fetches the blobs of a round, checks them, and commits a mark."""
 
     _marked = -1
     _why = (-1, "")
@@ -47,7 +47,7 @@ class MarkingFollower(Follower):
         if self._marked == reading.number or head >= deadline:
             return
         if base is None or self.problem:
-            self._why = reading.number, self.problem or "the run's state is not here yet"
+            self._why = reading.number, self.problem or "the run's state has not arrived yet"
             return
         if self.replica.position.hotkey not in {n.hotkey for n in reading.neurons if n.permit}:
             return  # a mark would not count
@@ -62,10 +62,10 @@ class MarkingFollower(Follower):
             self._why = reading.number, str(error)
             raise
         self._marked = reading.number
-        logger.info("round %d: %d updates marked", reading.number, len(blobs))
+        logger.info("round %d: marked %d updates", reading.number, len(blobs))
 
     def after_settling(self, facts: Facts) -> None:
-        """Log why a round has no mark of ours, where one would have counted."""
+        """Log why our mark is missing in a round in which it would have counted."""
         own = self.replica.position.hotkey
         mark = decode_mark(facts.marks.get(own))
         if mark is not None and mark.round == facts.round:
@@ -74,10 +74,10 @@ class MarkingFollower(Follower):
             known, why = self._why
             late = "it came too late" if self._marked == facts.round else "there was no time for it"
             why = why if known == facts.round else late
-            logger.warning("round %d has no mark of this validator: %s", facts.round, why)
+            logger.warning("round %d: our mark is missing: %s", facts.round, why)
 
     def _check(self, reading: Reading, base: bytes, deadline: int) -> dict[int, bytes]:
-        """The blobs that may be marked, by uid, as far as they came in time."""
+        """The valid blobs that arrived in time, by uid."""
         rules = self.plan.rules
         assert reading.first_block is not None
         assert reading.records_block is not None
@@ -117,7 +117,9 @@ class MarkingFollower(Follower):
 
     def _is_sound(self, blob: bytes, header: Header, which: Contribution) -> bool:
         if len(blob) != which.blob_bytes:
-            logger.info("the blob of uid %d is not marked: its length is another", which.uid)
+            logger.info(
+                "the blob of uid %d is not marked: its length differs from its record", which.uid
+            )
             return False
         try:
             update = decode(blob, shapes=self.plan.shapes, compression=self.plan.compression)
@@ -125,6 +127,8 @@ class MarkingFollower(Follower):
             logger.info("the blob of uid %d is not marked: %s", which.uid, error)
             return False
         if update.header != header:
-            logger.info("the blob of uid %d is not marked: its header is another's", which.uid)
+            logger.info(
+                "the blob of uid %d is not marked: its header differs from its record", which.uid
+            )
             return False
         return True

@@ -1,4 +1,4 @@
-"""What a validator sees of the rounds, and its part in them: it checks blobs and marks them."""
+"""The validator's side of the rounds: follows the states, and checks and marks blobs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOOK_SECONDS = 0.1
 
 
 class SparselocoObserver(Observer):
-    """Follows the rounds with the global states alone, without local weights."""
+    """Follows the rounds with the global states only, without local weights."""
 
     def __init__(self, model: nn.Module, parts: Parts):
         self.section, self.link = parts.section, parts.link
@@ -33,13 +33,13 @@ class SparselocoObserver(Observer):
         self._closed = False
 
     def begin(self) -> None:
-        """Meet the others, and begin to follow the rounds."""
+        """Connect with other peers, and start to follow the rounds."""
         self.link.join()
         self.follower.begin()
 
     @property
     def epoch(self) -> int:
-        """The round that is under way."""
+        """The current round."""
         return self.follower.decided + 1
 
     @property
@@ -51,7 +51,7 @@ class SparselocoObserver(Observer):
         return self._global(self._start, epoch=0)
 
     def fetch(self, *, timeout_seconds: float = 30.0) -> GlobalState | None:
-        """The newest state that this validator holds; it makes each one itself."""
+        """The newest state, which this validator has computed itself."""
         deadline = time.monotonic() + timeout_seconds
         while self._is_behind:
             if time.monotonic() > deadline or self._closed:
@@ -66,13 +66,13 @@ class SparselocoObserver(Observer):
         return missing or not self.replica.is_ready
 
     def shares(self) -> dict[str, float]:
-        """Of the last rounds that were not empty, the share in which a hotkey's blob counted."""
+        """By hotkey, the share of the last rounds that were not empty in which its blob counted."""
         rounds = list(self.follower.counted)
         counts = Counter(hotkey for each in rounds for hotkey in each)
         return {bt.sp_core.ss58_encode(who): n / len(rounds) for who, n in counts.items()}
 
     def local_step(self, model: nn.Module, state: GlobalState) -> Step:
-        """A miner's inner optimizer, anew: its own state is nobody else's."""
+        """A new inner optimizer, since a miner does not share its optimizer's state."""
         return LocalStep(inner_optimizer(model, self.section))
 
     def sync(self, *, working: int) -> None:

@@ -13,10 +13,10 @@ from hiveminer.errors import ChainError
 from hiveminer.strategies.sparseloco.rounds import Block, Neuron
 
 VALID_BLOCKS = 8
-"""A record or mark that is not included by then lapses: it would be late anyway."""
+"""A record or a mark expires after this many blocks: it would be too late anyway."""
 
 BLOCK_SECONDS = 12.0
-"""Assumed while a real chain does not answer."""
+"""Block time to assume while the chain does not answer."""
 
 T = TypeVar("T")
 
@@ -24,8 +24,8 @@ T = TypeVar("T")
 class SubnetRounds:
     """A `RoundChain` on a real or an embedded chain.
 
-    What is read of a block is read by its number once it is final, and its hash is the same before
-    and after. A commitment passes other calls of this hotkey that wait.
+    A block is read by number once it is final, and its hash must be the same before and after. A
+    commitment takes precedence over other waiting calls of this hotkey.
     """
 
     def __init__(self, chain: Chain):
@@ -83,7 +83,7 @@ async def _hash(client: bt.Client, number: int) -> bytes:
 
 
 def neurons_of(graph: Mapping[str, Any]) -> tuple[Neuron, ...]:
-    """The neurons in a runtime's metagraph, with its integers as they are."""
+    """The neurons of the runtime's metagraph, with the chain's own integers."""
     columns = zip(
         graph["hotkeys"], graph["validator_permit"], graph["total_stake"], graph["incentives"],
         strict=True,
@@ -95,7 +95,7 @@ def neurons_of(graph: Mapping[str, Any]) -> tuple[Neuron, ...]:
 
 
 def commitments_of(rows: list[tuple[Any, Any]]) -> dict[bytes, bytes]:
-    """The plain bytes in a whole map of commitments, by hotkey."""
+    """The plain bytes in a map of commitments, by hotkey."""
     found = {}
     for hotkey, record in rows:
         data = committed_bytes(record["info"]["fields"])

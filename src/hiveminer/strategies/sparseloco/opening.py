@@ -1,4 +1,4 @@
-"""Opens the strategy and the observer on a neuron: its peer, its exchange, its chain, its log."""
+"""Creates the strategy or the observer of a neuron, with its peer, exchange, chain and log."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def open_sparseloco(context: Context) -> Strategy:
 
 
 def open_sparseloco_observer(context: Context) -> Observer:
-    """Start a peer and the observer on it, which follows the rounds from now on, and marks in
-    them if its hotkey is permitted to. Raises OperatorError."""
+    """Start a peer and the observer on it. It follows the rounds from now on, and marks if its
+    hotkey has a validator permit. Raises OperatorError."""
     with _parts(context) as parts:
         observer = SparselocoObserver(context.task.model, parts)
         observer.begin()
@@ -41,7 +41,7 @@ def open_sparseloco_observer(context: Context) -> Observer:
 
 @contextlib.contextmanager
 def _parts(context: Context) -> Iterator[Parts]:
-    """What both are built from; closed again if the body fails."""
+    """The parts of both; closed if the body raises."""
     host, task = context.host, context.task
     settings, run_id = host.settings, str(task.run_id)
     plan = Plan.of(task.run.sparseloco, run_id=run_id, model=task.model)
@@ -94,7 +94,7 @@ def check_schedule(schedule: Schedule, context: Context) -> None:
     try:
         tempo, space = int(chain.hyperparameters()["tempo"]), chain.commitment_space()
     except ChainError as error:
-        logger.warning("whether [sparseloco] of run.toml fits the subnet is not known: %s", error)
+        logger.warning("cannot check [sparseloco] of run.toml against the subnet: %s", error)
         return
     latency = latency_of(embedded=chain.embedded)
     problems = schedule_problems(schedule, tempo=tempo, roles=1, latency=latency, space_bytes=space)

@@ -18,10 +18,10 @@ from hiveminer.strategies.sparseloco.shelf import Shelf
 
 
 class RoundChain(Protocol):
-    """What the rounds need of a chain. Each method raises ChainError.
+    """A subnet, as the rounds need it. Each method raises ChainError.
 
-    Blocks that are read must be final, and what is read is the state after the block.
-    Hotkeys are 32 bytes.
+    `snapshot` and `commitments` read the state after a block, which must be final. Hotkeys are 32
+    bytes.
     """
 
     block_seconds: float
@@ -39,11 +39,11 @@ class RoundChain(Protocol):
         """The raw commitments at a block, by hotkey."""
 
     def commit(self, data: bytes) -> None:
-        """Replace this hotkey's commitment, in one of the next blocks or never."""
+        """Replace this hotkey's commitment within the next few blocks, or never."""
 
 
 class Fetcher(Protocol):
-    """What the rounds need of the swarm; see `exchange.Exchange`."""
+    """Downloads from other peers; see `exchange.Exchange`."""
 
     def fetch_blobs(
         self,

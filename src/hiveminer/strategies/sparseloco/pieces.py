@@ -1,7 +1,7 @@
-"""A state as bytes: its manifest, and pieces of at most 16 MiB that the manifest has hashes of.
+"""A state as bytes: a manifest, and pieces of at most 16 MiB whose hashes are in it.
 
-A peer that downloads a state checks the manifest against the hash that the chain names, and
-then each piece against the manifest, so that a false byte shows after one piece.
+A peer that downloads a state checks the manifest against the hash on the chain, and then each
+piece against the manifest, so that a wrong byte is noticed within one piece.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Bytes = bytes | memoryview
 
 
 class StateError(ValueError):
-    """The bytes are not the state that they should be; the message is one line."""
+    """The bytes are not the expected state; the message is one line."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one tensor: `length` bytes from `start` on."""
+    """`length` bytes of a tensor from `start` on."""
 
     name: str
     start: int
@@ -44,7 +44,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a state's manifest says. raw: its bytes, whose SHA-256 is the state's hash."""
+    """A parsed manifest. raw: its bytes, whose SHA-256 is the state's hash."""
 
     raw: bytes
     clip_norms: Mapping[str, float]
@@ -73,7 +73,7 @@ def read_manifest(raw: bytes, shapes: Mapping[str, torch.Size]) -> Manifest:
     for name in sorted(shapes):
         head = manifest_head(name, shapes[name])
         if raw[at : at + len(head)] != head:
-            raise StateError(f"the manifest has another tensor in place of {name}")
+            raise StateError(f"the manifest has another tensor instead of {name}")
         at += len(head)
         (clip_norms[name],) = struct.unpack_from("<f", raw, at)
         if not (math.isfinite(clip_norms[name]) and clip_norms[name] >= 0):
@@ -98,7 +98,7 @@ def piece_bytes(state: State, piece: Piece) -> memoryview:
 
 
 class StateBuilder:
-    """Puts a state together from its pieces, in any order."""
+    """Assembles a state from its pieces, in any order."""
 
     def __init__(self, manifest: Manifest, shapes: Mapping[str, torch.Size]):
         self.manifest = manifest
@@ -109,9 +109,9 @@ class StateBuilder:
         }
 
     def add(self, piece: Piece, data: Bytes) -> None:
-        """Put a piece in its place. Raises StateError if it does not have its hash."""
+        """Add a piece. Raises StateError if its hash differs."""
         if len(data) != piece.length or hashlib.sha256(data).digest() != piece.hash:
-            raise StateError(f"{piece.name}: a piece does not have its hash")
+            raise StateError(f"{piece.name}: the hash of a piece differs")
         place = self._buffers[piece.name][piece.start : piece.start + piece.length]
         place[:] = np.frombuffer(data, np.uint8)
         self._missing.discard(piece)

@@ -1,4 +1,4 @@
-"""What a run's `[sparseloco]` section and its model come to: rules, compression, outer step."""
+"""The rules, compression and outer step of a run, from `[sparseloco]` and its model."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ from hiveminer.strategies.sparseloco.schedule import Schedule
 from hiveminer.strategies.sparseloco.tensor import RAW_BELOW, Compression
 
 HEADER_BYTES = 91
-"""Of a blob, before the first tensor."""
+"""Size of a blob's header."""
 
 LIST_BYTES = 16
-"""Of one coded tensor, beside what grows with its values: the count, and what its three lists
-of integers are coded with."""
+"""Fixed part of a coded tensor: the count, and the headers of its three lists of integers."""
 
 LEVEL_BITS = 20
-"""For one level of one chunk, at most: a Rice code of 17 bits, and three of its unary part."""
+"""Limit for a level of a chunk: a Rice code of 17 bits, and three of its unary part."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that turns final blocks and blobs into weights, the same for everybody in the run.
+    """Everything that turns final blocks and blobs into weights, the same for all peers of a run.
 
-    shapes: of the trained parameters by name. keep: rho, the share of the compression error
+    shapes: of the trainable parameters, by name. keep: rho, the share of the compression error
     that its author keeps.
     """
 
@@ -53,7 +52,7 @@ class Plan:
             run_prefix(run_id),
             Schedule.of(section),
             max_blob_bytes=max_blob_bytes(shapes, compression),
-            # `repr` gives the shortest decimal text of a float, which is what run.toml says.
+            # `repr` is the shortest decimal text of a float: the one in run.toml.
             quorum=Fraction(repr(section.quorum)),
             max_contributors=section.max_contributors,
         )

@@ -1,8 +1,8 @@
 """Records and marks: the two commitments of a round, as the bytes that go on the chain.
 
-An author commits a record of its blob, a validator a mark of the blobs it fetched and
-checked. Integers are little-endian. Each type has one encoding of fixed length, and every
-byte string of that length and kind decodes, so there is nothing to canonicalize.
+An author commits a record of its blob, a validator a mark of the blobs that it has fetched and
+checked. Integers are little-endian. Each type has a single encoding of fixed length, and every
+byte string of that length and kind is valid.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ MAX_BLOB_BYTES = 2**32 - 1
 class Record:
     """What an author commits before block D: which blob, for which round, on which state.
 
-    run: the first 8 bytes of the run's hash. parent: hash of the newest state that the
-    author holds. blob_bytes, blob_hash: length and SHA-256 of the blob. Raises ValueError
-    if a field does not fit its place.
+    run: see `run_prefix`. parent: hash of the newest state that the author holds. blob_bytes,
+    blob_hash: length and SHA-256 of the blob. Raises ValueError for a field that cannot be
+    encoded.
     """
 
     run: bytes
@@ -65,9 +65,9 @@ class Record:
 class Mark:
     """What a validator commits before block M: the state it holds and the blobs it vouches for.
 
-    state: hash of the newest state that the validator holds. uids: the blobs that it
-    fetched, found well-formed and within bounds, and serves. witness: see `witness`.
-    Raises ValueError if a field does not fit its place.
+    state: hash of the newest state that the validator holds. uids: the authors whose blobs it
+    has fetched, found valid and within bounds, and serves. witness: see `witness`. Raises
+    ValueError for a field that cannot be encoded.
     """
 
     run: bytes
@@ -124,9 +124,9 @@ def unpack_uids(mask: bytes) -> frozenset[int]:
 def witness(hotkey: bytes, blobs: Mapping[int, bytes]) -> bytes:
     """16 bytes that only a holder of all the marked blobs can compute.
 
-    The first half of SHA-256 over the validator's hotkey (32 bytes) and the marked blobs,
-    whole and by ascending uid. It depends on the hotkey, so it cannot be copied from
-    another mark. `blobs` is read one uid at a time: it may load them from disk.
+    The first half of SHA-256 over the validator's hotkey (32 bytes) and the marked blobs by
+    ascending uid. It depends on the hotkey, so it cannot be copied from another mark. `blobs`
+    may load them from disk: it is read one uid at a time.
     """
     _check_length(hotkey=(hotkey, HASH_BYTES))
     digest = hashlib.sha256(hotkey)

@@ -1,4 +1,4 @@
-"""Makes logged states again, offline, and checks every hash against every other."""
+"""Recomputes logged states offline, and checks all hashes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hiveminer.strategies.sparseloco.rounds import Contribution, Decision, decid
 
 @dataclass(frozen=True)
 class Replayed:
-    """A round that was decided again. state: the one after it; None if a blob is missing, or
-    the round is empty. hash: its hash. left_out: blobs that count and do not decode, by uid."""
+    """A replayed round. state: the one after it; None if a blob is missing or the round is empty.
+    hash: the state's. left_out: blobs that count and do not decode, by uid."""
 
     decision: Decision
     state: State | None = None
@@ -27,9 +27,9 @@ class Replayed:
 class RoundReport:
     """One round of the log, for people.
 
-    made: hash of the state that this peer made. left_out: (uid, why) for each record that does
-    not count, and for blobs that proved malformed when they were applied. verified: whether the
-    state was made again, and has the hash that was logged.
+    made: hash of the state that this peer computed. left_out: (uid, why) for each record that
+    does not count, and each blob that turned out to be malformed. verified: whether the state
+    was recomputed, and has the hash that was logged.
     """
 
     decision: Decision
@@ -39,27 +39,27 @@ class RoundReport:
 
     @property
     def bytes(self) -> int:
-        """Of the blobs that count."""
+        """Total size of the blobs that count."""
         return sum(each.blob_bytes for each in self.decision.contributions)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `summarize` or `verify` found; problems are one line each."""
+    """The result of `summarize` or `verify`; problems are one line each."""
 
     rounds: tuple[RoundReport, ...]
     problems: tuple[str, ...]
 
     @property
     def verified(self) -> bool:
-        """Whether every hash fits, and at least one state was made again."""
+        """Whether all hashes match, and at least one state was recomputed."""
         return not self.problems and any(each.verified for each in self.rounds)
 
 
 def contributions_apply(
     plan: Plan, state: State, decision: Decision, blobs: dict[bytes, bytes]
 ) -> Replayed:
-    """The round after its blobs, by their hash, were applied to its parent state."""
+    """Apply a round's blobs, given by hash, to its parent state."""
     assert decision.parent is not None
     counted = [
         CountedBlob(
@@ -75,10 +75,10 @@ def contributions_apply(
 
 
 def replay(log: Log, plan: Plan, *, number: int, state: State) -> Iterator[Replayed]:
-    """Decide and apply the logged rounds again, from round `number` on, whose parent is `state`.
+    """Replay the logged rounds from round `number` on, whose parent is `state`.
 
-    Ends at the first round whose parent was not made: after a gap, where a blob is missing, or
-    at a file that is damaged.
+    Ends at the first round whose parent was not computed: after a gap or a missing blob, or at a
+    damaged file.
     """
     states = {state.hash(): state}
     for each in (kept for kept in log.rounds() if kept >= number):
@@ -105,7 +105,7 @@ def replay(log: Log, plan: Plan, *, number: int, state: State) -> Iterator[Repla
 
 
 def load_blobs(log: Log, contributions: tuple[Contribution, ...]) -> dict[bytes, bytes] | None:
-    """The blobs of a round by their hash; None unless all are there."""
+    """A round's blobs by hash; None unless all are in the log."""
     blobs = {}
     for each in contributions:
         blob = log.blob(each.blob_hash)
@@ -116,7 +116,7 @@ def load_blobs(log: Log, contributions: tuple[Contribution, ...]) -> dict[bytes,
 
 
 def rebuild(log: Log, plan: Plan, digest: bytes) -> State | None:
-    """The state with this hash, if it or one before it, and the blobs between, are kept."""
+    """The state with this hash, if the log has it, or an earlier one and all blobs since."""
     for number, kept in reversed(log.states()):
         state = log.state(number, kept, plan.shapes)
         if state is None:
@@ -130,7 +130,7 @@ def rebuild(log: Log, plan: Plan, digest: bytes) -> State | None:
 
 
 def summarize(log: Log, plan: Plan) -> Report:
-    """Decide each logged round again; nothing else is checked."""
+    """Decide each logged round again, and check nothing else."""
     problems: list[str] = []
     rounds = []
     for number in log.rounds():
@@ -138,7 +138,7 @@ def summarize(log: Log, plan: Plan) -> Report:
             entry = log.read(number)
             decision = decide(plan.rules, entry.facts)
         except FileNotFoundError:
-            continue  # a running peer has dropped it
+            continue  # removed by a running peer
         except ValueError as error:
             problems.append(f"round {number}: {error}")
             continue
@@ -147,9 +147,9 @@ def summarize(log: Log, plan: Plan) -> Report:
 
 
 def verify(log: Log, plan: Plan, *, on_file: Callable[[], object] = lambda: None) -> Report:
-    """Decide each logged round again, make each state again that can be, and compare.
+    """Decide each logged round again, recompute states where possible, and compare.
 
-    on_file: called once for each blob and each state on disk. The log may be written meanwhile.
+    on_file: called after each blob and each state on disk. The log may be written meanwhile.
     """
     report = summarize(log, plan)
     problems = [*report.problems, *_parent_problems(report.rounds)]
@@ -168,8 +168,8 @@ def verify(log: Log, plan: Plan, *, on_file: Callable[[], object] = lambda: None
         again = done.hash if done else None
         if again and made and again != made:
             problems.append(
-                f"round {number}: its state has hash {again.hex()[:16]}, logged was "
-                f"{made.hex()[:16]}"
+                f"round {number}: its state has hash {again.hex()[:16]}, and "
+                f"{made.hex()[:16]} was logged"
             )
         left_out = tuple(sorted({*each.left_out, *(done.left_out if done else ())}))
         is_verified = again is not None and again == made
@@ -178,19 +178,19 @@ def verify(log: Log, plan: Plan, *, on_file: Callable[[], object] = lambda: None
 
 
 def _parent_problems(reports: Iterable[RoundReport]) -> Iterator[str]:
-    """Each round's parent is one of the two states of the round before, as far as known."""
+    """Rounds whose parent is neither of the two states of the round before."""
     known: set[bytes] = set()
     before = None
     for each in reports:
         number, parent, made = each.decision.round, each.decision.parent, each.made
         if before != number - 1:
-            known = set()  # what happened in between is not known
+            known = set()  # rounds are missing in between
         before = number
         if parent is None:
             continue
         if known and parent not in known:
             yield f"round {number}: its parent is neither of the states before it"
-        # A peer that did not make the state cannot tell the next one.
+        # A peer that did not compute the state cannot know the next one.
         known = {parent, made} if made else set()
 
 
@@ -202,10 +202,10 @@ def _replay_from(
     replayed: dict[int, Replayed],
     problems: list[str],
 ) -> None:
-    """Load the parent state of a round, and make the states after it that are not made yet."""
+    """Load the parent state of a round, and recompute the states after it."""
 
     def is_kept() -> bool:
-        """Whether it is there still: a running peer drops a state, and the blobs after it."""
+        """A running peer may have removed the state and the blobs after it."""
         return (number, digest) in log.states()
 
     state = log.state(number, digest, plan.shapes)
@@ -230,8 +230,8 @@ def _replay_from(
 
 
 def disagreement(log: Log, plan: Plan) -> str:
-    """Which state the chain has named that this peer does not accept: none of those that it
-    held when it last made one. Empty if there is no such thing."""
+    """The problem, if the chain has named a state that this peer does not accept: one that it did
+    not hold when it last computed one. Empty otherwise."""
     refused: Decision | None = None
     after = None
     for number in reversed(log.rounds()):
@@ -241,7 +241,7 @@ def disagreement(log: Log, plan: Plan) -> str:
         except (FileNotFoundError, ValueError):
             break
         if after is not None and after != number + 1:
-            break  # what happened in between is not known
+            break  # rounds are missing in between
         after = number
         if decision.parent is None:
             continue
@@ -255,7 +255,7 @@ def disagreement(log: Log, plan: Plan) -> str:
 
 
 def does_not_follow(decision: Decision) -> str:
-    """That the parent which the chain names for this round is none that the log leads to."""
+    """The message for a parent that cannot be computed from the log."""
     assert decision.parent is not None
     return (
         f"round {decision.round}: the chain names state {decision.parent.hex()[:16]}, which does "

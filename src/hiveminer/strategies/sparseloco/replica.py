@@ -1,9 +1,9 @@
 """One peer's replica: its position, the states it holds, its own blobs, and its pending move.
 
-The rounds are followed in one thread and the model is trained in another. What a decision does
-to the local weights is therefore collected as a move, one tensor for each parameter, that the
-training thread adds at the end of a step: settling, voiding and taking another state are all
-additions, since local = state - u before and after.
+One thread follows the rounds and another trains the model. The effect of decisions on the local
+weights is therefore collected as a move, one tensor per parameter, that the training thread adds
+at the end of a step. Settling, voiding and taking another state are all additions, since
+local = state - u holds before and after.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ largest one of its tensor."""
 
 @dataclass(frozen=True)
 class OwnCut:
-    """An own blob whose round is not confirmed yet, its record, and what it took off."""
+    """An own blob whose round is not confirmed yet, its record, and its cut."""
 
     record: Record
     blob: bytes
@@ -41,43 +41,42 @@ class OwnCut:
 class Replica:
     """Follows the decisions with the weights of one peer.
 
-    start: the state from which the run starts, and the model too. hotkey: 32 bytes; one that
-    never cuts may be any. Methods that change the position are called in one thread;
-    `apply_move` and `snapshot` in another.
+    start: the run's initial state, which the model has too. hotkey: 32 bytes. Methods that change
+    the position are called in one thread, `apply_move` and `snapshot` in another.
     """
 
     def __init__(self, plan: Plan, *, hotkey: bytes, start: State):
         self.plan = plan
         self.position = Position(hotkey)
         self.decision: Decision | None = None
-        """The last one that was not empty."""
+        """The last decision that was not empty."""
         self.states: dict[bytes, State] = {}
-        """The states of the position, as far as they are held."""
+        """The position's states that this peer holds, by hash."""
         self.cuts: dict[bytes, OwnCut] = {}
-        """The own blobs of the position, by their hash."""
+        """The position's own blobs, by hash."""
         self.names = list(plan.shapes)
         self.lock = threading.Lock()
         self.moves = 0
-        """Counts the moves that were made; weights copied before one do not fit after it."""
+        """Number of moves so far. Weights that were copied before a move cannot be cut after it."""
         self._stand = start
         self._move: list[Tensor] | None = None
 
     @property
     def is_ready(self) -> bool:
-        """Whether this peer stands on a state of the run, so that it can cut."""
+        """Whether this peer holds a current state of the run, so that it can cut."""
         return self.position.base is not None
 
     @property
     def state(self) -> State:
-        """The state that the local weights stand on, once the pending move is made."""
+        """The state that the local weights are based on, once the pending move is applied."""
         return self._stand
 
     # The thread that trains ---------------------------------------------------------
 
     @torch.no_grad()
     def apply_move(self, parameters: Sequence[Tensor]) -> int:
-        """Add the pending move to the local weights, if there is one; how many moves they
-        have by now."""
+        """Add the pending move, if any, to the local weights; returns the number of moves so
+        far."""
         with self.lock:
             move, self._move = self._move, None
             for own, step in zip(parameters, move or (), strict=move is not None):
@@ -87,7 +86,7 @@ class Replica:
     def snapshot(
         self, parameters: Sequence[Tensor]
     ) -> tuple[Position, dict[bytes, OwnCut], list[Tensor]]:
-        """The position, the own blobs and u of this moment."""
+        """The position, the own blobs and u, all of the same moment."""
         with self.lock:
             learned = update.learned(self._weights(self._stand), parameters)
             for u, step in zip(learned, self._move or (), strict=self._move is not None):
@@ -97,7 +96,7 @@ class Replica:
     # The thread that follows the rounds ----------------------------------------------
 
     def start_at(self, number: int, state: State) -> None:
-        """Stand on the state from which the run starts; round `number` is the newest settled."""
+        """Start from the run's initial state; round `number` is the newest settled one."""
         with self.lock:
             digest = state.hash()
             self.position = rounds.start(self.position.hotkey, digest, settled=number)
@@ -107,8 +106,8 @@ class Replica:
     def resume(
         self, position: Position, *, cuts: Mapping[bytes, OwnCut], states: Iterable[State]
     ) -> None:
-        """Resume at a checkpoint's position with the states that are left. Afterwards the local
-        weights are to be set to `state` - u."""
+        """Resume at a checkpoint's position with the states that are still available. The caller
+        then sets the local weights to `state` - u."""
         held = {state.hash(): state for state in states}
         with self.lock:
             self.position = rounds.restart(position, held.keys())
@@ -120,12 +119,12 @@ class Replica:
 
     @property
     def record(self) -> Record:
-        """The record of the blob that waits for its round's decision."""
+        """The record of the blob whose round is not decided yet."""
         assert self.position.cut is not None
         return self.cuts[self.position.cut.blob_hash].record
 
     def cut(self, number: int, local: Sequence[Tensor]) -> OwnCut:
-        """Cut the blob of a round. local: a copy of the weights since the last move.
+        """Cut a round's blob. local: a copy of the weights since the last move.
 
         Raises ValueError where `rounds.cut_blob` does, and if a weight is not finite.
         """
@@ -152,7 +151,7 @@ class Replica:
         return own
 
     def settle(self, decision: Decision) -> Action:
-        """Take a decision over. Afterwards `take_state` and `make_newest`, if they are due."""
+        """Follow a decision. Call `take_state` and `make_newest` afterwards if they are due."""
         with self.lock:
             before = self.position
             position, action = rounds.settle(before, decision)
@@ -168,7 +167,7 @@ class Replica:
             return action
 
     def take_state(self, state: State) -> None:
-        """Stand on the confirmed state, which another peer gave or the log."""
+        """Switch to the confirmed state, from the log or another peer."""
         with self.lock:
             position, transfer = rounds.take_state(self.position)
             self.states[state.hash()] = state
@@ -180,7 +179,7 @@ class Replica:
             self._forget()
 
     def make_newest(self, blobs: Mapping[bytes, bytes]) -> Replayed:
-        """Apply the missing blobs, by their hash, to the confirmed state."""
+        """Apply the missing blobs, given by hash, to the confirmed state."""
         decision, confirmed = self.decision, self.position.confirmed
         assert decision is not None
         assert confirmed is not None
@@ -198,21 +197,21 @@ class Replica:
         return done
 
     def skip(self, number: int) -> None:
-        """Pass a round over without its decision, which this peer does not accept."""
+        """Skip a round whose decision this peer does not accept."""
         with self.lock:
             self.position = replace(self.position, round=number, cut=None)
             self._forget()
 
     def restart_as_joiner(self) -> None:
-        """Begin anew after rounds that can no longer be read. What was learned and is in u
-        stays there; whether own blobs of these rounds counted is not known."""
+        """Start over after rounds that can no longer be read. u stays as it is, although own
+        blobs of these rounds may have counted."""
         with self.lock:
             self.position = Position(self.position.hotkey)
             self.decision = None
             self._forget()
 
     def differs_from(self, state: State) -> bool:
-        """Whether the newest state is another one than this, beyond rounding."""
+        """Whether this state differs from the newest one by more than rounding."""
         newest = self.states.get(self.position.newest or b"")
         return newest is None or any(
             float((value - newest.weights[name]).abs().max())

@@ -4,10 +4,10 @@ Pure: dataclasses in, decisions out. There is no clock, disk or network here, so
 rule that moves everybody's weights can be tested, simulated and replayed from a log. The
 protocol is docs/sparseloco.md.
 
-- `decide` says from final chain state who counts in a round: the same for everybody.
-- `next_action` says what one peer must do about a decision.
-- `Position` follows one peer through the rounds: the states that the chain names, the one
-  that its local weights stand on, and its own blobs. It is what a checkpoint saves.
+- `decide` derives from final chain state who counts in a round, the same on every peer.
+- `next_action` says what a peer must do after a decision.
+- `Position` is a peer's place in the rounds: the states that the chain names, the one that its
+  local weights are based on, and its own blobs. Checkpoints save it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from hiveminer.strategies.sparseloco.records import (
 from hiveminer.strategies.sparseloco.schedule import Schedule
 
 INCENTIVE_PLACES = Fraction(4, 5)
-"""The share of the places that goes by incentive; the rest goes by lot."""
+"""Share of the places that go to the highest incentives; the rest is drawn at random."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What decides besides the chain: the same for everybody in the run.
+    """The run's rules for deciding rounds, the same for everybody.
 
     run: its 8 bytes in records and marks. max_blob_bytes: the longest blob that counts.
     quorum: the share of all permitted stake that must mark. It is exact: build it from
@@ -61,7 +61,7 @@ class Neuron:
 
 @dataclass(frozen=True)
 class Block:
-    """A block that was read; the hash tells forks apart."""
+    """A block that was read; its hash identifies the fork."""
 
     number: int
     hash: bytes
@@ -69,7 +69,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that decides a round, as read from the chain at three final blocks.
+    """Everything that decides a round, as read from the chain at three final blocks.
 
     neurons: the snapshot at the round's first block. records, marks: raw commitments by
     hotkey, whatever they contain, at the records' and at the marks' deadline.
@@ -99,7 +99,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Contribution:
-    """A blob that counts, and whose it is."""
+    """A blob that counts, and its author."""
 
     uid: int
     hotkey: bytes
@@ -124,10 +124,10 @@ class Decision:
 
 
 def decide(rules: Rules, facts: Facts) -> Decision:
-    """Who counts in a round. Same facts, same decision, on every machine.
+    """Decide who counts in a round. The same facts give the same decision on every machine.
 
-    Whoever wrote the commitments is not trusted: what is not a record or mark of this run
-    and round is ignored. Raises ValueError if the facts were read at the wrong blocks.
+    Commitments are not trusted: anything but a record or a mark of this run and round is
+    ignored. Raises ValueError if the facts were read at the wrong blocks.
     """
     _check_blocks(rules.schedule, facts)
     stakes = {n.hotkey: max(1, n.stake) for n in facts.neurons if n.permit}
@@ -150,8 +150,8 @@ def decide(rules: Rules, facts: Facts) -> Decision:
 
 
 def candidates(rules: Rules, facts: Facts, parent: bytes) -> tuple[Neuron, ...]:
-    """Whose records are of this run, round and parent and within bounds: what a validator
-    that holds `parent` may mark. `facts.marks` is not read."""
+    """The authors whose records have this run, round and parent and are within bounds, which a
+    validator that holds `parent` may mark. `facts.marks` is not read."""
     return tuple(
         neuron
         for neuron, record in _records(rules, facts)
@@ -162,11 +162,11 @@ def candidates(rules: Rules, facts: Facts, parent: bytes) -> tuple[Neuron, ...]:
 def first_places(
     neurons: Iterable[Neuron], *, places: int, records_hash: bytes
 ) -> tuple[Neuron, ...]:
-    """Who gets the places: four fifths by incentive, largest first, and the rest by lot.
+    """Who gets the places: four fifths by incentive, largest first, the rest drawn at random.
 
-    The lot is SHA-256(hash of the records' block, hotkey), smallest first, and it settles
-    equal incentives too. A validator fetches the blobs of those whom this function names
-    among its candidates, leaves out who proves bad, and asks again until all are good.
+    The draw is by SHA-256(hash of the records' block, hotkey), smallest first, which also breaks
+    ties of incentive. A validator fetches the blobs of those that this function picks from its
+    candidates, drops the bad ones, and calls it again until all are good.
     """
 
     def lot(neuron: Neuron) -> bytes:
@@ -249,7 +249,7 @@ def _count(rules: Rules, facts: Facts, parent: bytes, is_marked: Callable[[int],
 class OwnBlob:
     """A blob of this peer's: the round that it was cut in and its SHA-256.
 
-    forgotten: (1 - rho) e has been taken off u already, which happens only once.
+    forgotten: (1 - rho) e was already taken off u, which happens only once.
     """
 
     round: int
@@ -259,10 +259,10 @@ class OwnBlob:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What moves between u, the learning that no state has yet, and the state.
+    """What moves between u (what a peer has learned beyond its state) and the state.
 
-    off: their q is taken off u, and (1 - rho) e with it unless `forgotten`.
-    back: their q is added to u.
+    off: own blobs whose q is taken off u, with (1 - rho) e unless `forgotten`.
+    back: own blobs whose q is added to u.
     """
 
     off: tuple[OwnBlob, ...] = ()
@@ -271,16 +271,16 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Position:
-    """Where one peer is in the decided history.
+    """A peer's place in the decided rounds.
 
     hotkey: the peer's. round: the newest round that it settled; None for a joiner.
     confirmed: the state that the last decided round named as its parent. contributions:
-    that round's blobs. newest: the state after them, None until this peer has made it.
-    held: the state that the local weights stand on; None if there is none yet.
+    that round's blobs. newest: the state after them; None until this peer has computed it.
+    held: the state that the local weights are based on; None if there is none yet.
 
-    Own blobs, whose q and e must be kept. cut: waits for its round's decision. counted: is
-    among `contributions`; taken: its q was taken off u, since `held` is the newest state.
-    owed: counted for good, but not taken off yet, since no state that has them is held.
+    Own blobs, whose q and e must be kept. cut: its round is not decided yet. counted: is
+    among `contributions`. taken: whether its q was taken off u, because `held` is the newest
+    state. owed: confirmed, but not taken off yet, because `held` does not include them.
     """
 
     hotkey: bytes
@@ -296,7 +296,7 @@ class Position:
 
     @property
     def base(self) -> bytes | None:
-        """What to commit and mark on: the newest state that this peer holds.
+        """The parent of this peer's records and marks: the newest state that it holds.
 
         None while it holds neither the newest nor the confirmed state."""
         current = self.held is not None and self.held in {self.confirmed, self.newest}
@@ -304,34 +304,34 @@ class Position:
 
     @property
     def missing_state(self) -> bytes | None:
-        """The state to take whole from another peer, if one is needed: then `take_state`."""
+        """The state to download, if one is needed, before `take_state`."""
         return None if self.base is not None else self.confirmed
 
     @property
     def missing_blobs(self) -> tuple[Contribution, ...]:
-        """The blobs to fetch and apply to the confirmed state, if any: then `make_newest`."""
+        """The blobs to fetch and apply to the confirmed state, if any, before `make_newest`."""
         ready = self.base is not None and self.newest is None
         return self.contributions if ready else ()
 
     @property
     def states_to_keep(self) -> frozenset[bytes]:
-        """The states that this peer keeps and serves as far as it has them."""
+        """The states that this peer keeps and serves, if it has them."""
         return frozenset(state for state in (self.confirmed, self.newest) if state is not None)
 
     @property
     def own_blobs(self) -> tuple[OwnBlob, ...]:
-        """The own blobs that a checkpoint needs."""
+        """The own blobs that a checkpoint must hold."""
         return (*self.owed, *(blob for blob in (self.counted, self.cut) if blob is not None))
 
 
 @dataclass(frozen=True)
 class Empty:
-    """Nothing moves and nothing is dropped."""
+    """Nothing changes, and nothing is dropped."""
 
 
 @dataclass(frozen=True)
 class Apply:
-    """The peer stands on `parent`: apply the blobs to it."""
+    """The peer holds `parent`: apply the blobs to it."""
 
     parent: bytes
     contributions: tuple[Contribution, ...]
@@ -339,9 +339,9 @@ class Apply:
 
 @dataclass(frozen=True)
 class VoidAndApply(Apply):
-    """The last counted round is void: return to the confirmed state, then apply the blobs.
+    """The last counted round is void: go back to the confirmed state, then apply the blobs.
 
-    returned: the own blob of the void round whose q goes back into u, if there is one.
+    returned: the own blob of the void round, whose q goes back into u, if there is one.
     """
 
     returned: OwnBlob | None = None
@@ -349,11 +349,11 @@ class VoidAndApply(Apply):
 
 @dataclass(frozen=True)
 class Repair(VoidAndApply):
-    """The peer does not hold `parent`: take it whole, then apply the blobs.
+    """The peer does not hold `parent`: download it, then apply the blobs.
 
-    differs: the peer made another newest state from the same log. It takes the named one
-    only if the two are equal within rounding; otherwise it stops committing and keeps its
-    own, because a majority cannot rewrite history for those who hold it.
+    differs: the peer computed another newest state from the same log. It takes the named one
+    only if the two are equal within rounding; otherwise it keeps its own and stops committing,
+    since a majority must not rewrite history for those who hold it.
     """
 
     differs: bool = False
@@ -363,15 +363,15 @@ Action = Empty | Apply | VoidAndApply | Repair
 
 
 def start(hotkey: bytes, state: bytes, *, settled: int = -1) -> Position:
-    """The position on the state whose hash is in the run id, before any round has counted.
+    """The position at the run's initial state, before any round has counted.
 
-    settled: the newest round that is final, for a joiner that finds only empty ones.
+    settled: the newest final round, for a joiner that finds only empty ones.
     """
     return Position(hotkey, round=settled, confirmed=state, newest=state, held=state)
 
 
 def next_action(position: Position, decision: Decision) -> Action:
-    """What the peer must do about the decision of the round after its last one."""
+    """What the peer must do after the decision of its next round."""
     parent, blobs = decision.parent, decision.contributions
     if parent is None:
         return Empty()
@@ -385,12 +385,11 @@ def next_action(position: Position, decision: Decision) -> Action:
 
 
 def settle(position: Position, decision: Decision) -> tuple[Position, Action]:
-    """The position after a decision, and what to do to get there.
+    """The position after a decision, and the action that leads there.
 
-    Rounds are settled one after the other, empty ones too; a joiner (`Position(hotkey)`)
-    starts with the newest decided one. Afterwards the peer fetches `missing_state` and
-    `missing_blobs`, in that order, for as long as it takes. Raises ValueError for a round
-    out of turn.
+    Rounds are settled in order, empty ones too; a joiner (`Position(hotkey)`) starts with the
+    newest decided one. Afterwards the peer fetches `missing_state` and `missing_blobs`, in that
+    order, however long that takes. Raises ValueError for a round out of order.
     """
     if position.round is not None and decision.round != position.round + 1:
         raise ValueError(f"round {decision.round} cannot be settled after {position.round}")
@@ -422,10 +421,10 @@ def settle(position: Position, decision: Decision) -> tuple[Position, Action]:
 
 
 def take_state(position: Position) -> tuple[Position, Transfer]:
-    """The position once the peer has taken the confirmed state whole.
+    """The position after the download of the confirmed state.
 
-    First apply the transfer to u, then local = state - u. Raises ValueError if no state
-    is missing.
+    Apply the transfer to u first, then set local = state - u. Raises ValueError if no state is
+    missing.
     """
     if position.missing_state is None:
         raise ValueError(f"round {position.round}: no state is missing")
@@ -437,10 +436,10 @@ def take_state(position: Position) -> tuple[Position, Transfer]:
 
 
 def make_newest(position: Position, state: bytes) -> tuple[Position, Transfer]:
-    """The position once the missing blobs were applied to the confirmed state.
+    """The position after the missing blobs were applied to the confirmed state.
 
-    state: the hash of the result, on which the local weights stand from now on: local +=
-    result - confirmed, less the transfer. Raises ValueError unless the peer stands on the
+    state: the hash of the result, on which the local weights are based from now on: local +=
+    result - confirmed, less the transfer. Raises ValueError unless the peer holds the
     confirmed state and has not done this yet.
     """
     if position.held != position.confirmed or position.newest is not None:
@@ -453,11 +452,11 @@ def make_newest(position: Position, state: bytes) -> tuple[Position, Transfer]:
 
 
 def cut_blob(position: Position, number: int, blob_hash: bytes) -> Position:
-    """The position once a blob of round `number` was cut against `position.base`.
+    """The position after a blob of round `number` was cut against `position.base`.
 
-    Save it with the blob, q and e before the record is committed. Raises ValueError if
-    the round before is not settled, there is no state to cut against, or this round
-    already has its blob: a restart serves the old one and never cuts a second.
+    Save it with the blob, q and e before the record is committed. Raises ValueError if the
+    round before is not settled, there is no state to cut against, or this round already has a
+    blob: a restarted peer serves the old one and never cuts a second.
     """
     if position.round != number - 1:
         raise ValueError(f"no cut in round {number}: the newest settled one is {position.round}")
@@ -469,13 +468,13 @@ def cut_blob(position: Position, number: int, blob_hash: bytes) -> Position:
 
 
 def restart(position: Position, states: Collection[bytes]) -> Position:
-    """The position of a checkpoint after a restart that has only `states` left on disk.
+    """The position of a checkpoint after a restart with only `states` available.
 
-    Without both of its states the peer stands on none: it takes the confirmed one whole.
+    Without both of its states the peer holds none, and downloads the confirmed one.
     """
     return position if position.states_to_keep <= set(states) else replace(position, held=None)
 
 
 def _is_void(position: Position, parent: bytes) -> bool:
-    """Whether naming `parent` makes the last counted round void."""
+    """Whether naming `parent` voids the last counted round."""
     return parent == position.confirmed and parent != position.newest

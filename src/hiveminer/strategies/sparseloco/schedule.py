@@ -1,4 +1,4 @@
-"""When things are due in a round, in blocks, and whether a schedule works on a subnet."""
+"""The deadlines of a round in blocks, and whether a schedule works on a subnet."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Self
 from hiveminer.config.run import SparselocoSection
 
 CALL_BYTES = 100
-"""What the chain charges for a commitment of up to this many bytes; ours are shorter."""
+"""The space that the chain charges for a commitment of up to this size; ours are shorter."""
 
 SPACE_BYTES = 3100
-"""What one hotkey may commit in one epoch of the subnet, where the chain does not say."""
+"""The space that a hotkey has in one epoch of the subnet, unless the chain says otherwise."""
 
 MAX_ROUND_BLOCKS = 200
-"""A pruned node keeps the state of about 256 blocks, and the snapshot of a round's first
-block must still be there when the round is decided."""
+"""A pruned node keeps the state of about 256 blocks, and a round's first block must still be among
+them when the round is decided."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Latency:
 
     @property
     def blocks(self) -> int:
-        """The whole way: a record and a mark each have to be included and become final."""
+        """All stages; a record and a mark each have to be included and become final."""
         return self.encode + 2 * (self.inclusion + self.finality) + self.fetch + self.apply
 
 
@@ -62,7 +62,7 @@ class Schedule:
         return cls(section.round_blocks, section.mark_blocks, section.cut_blocks)
 
     def round_at(self, block: int) -> int:
-        """The round that the block is part of."""
+        """The round of a block."""
         return block // self.round_blocks
 
     def first_block(self, number: int) -> int:
@@ -70,7 +70,7 @@ class Schedule:
         return number * self.round_blocks
 
     def cut_block(self, number: int) -> int:
-        """The cut is the first step boundary from this block on."""
+        """The cut happens after the first step that ends at this block or later."""
         return self.records_block(number) - self.cut_blocks
 
     def records_block(self, number: int) -> int:
@@ -82,7 +82,7 @@ class Schedule:
         return (number + 1) * self.round_blocks
 
     def newest_final_round(self, final_block: int) -> int:
-        """The newest round that can be decided; -1 before there is one."""
+        """The newest round that can be decided; -1 if there is none yet."""
         return final_block // self.round_blocks - 1
 
 
@@ -94,7 +94,7 @@ def schedule_problems(
     latency: Latency = CHAIN_LATENCY,
     space_bytes: int | None = None,
 ) -> list[str]:
-    """What keeps this schedule from working on this subnet, one line each; empty if nothing.
+    """Why this schedule does not work on this subnet, one line per problem.
 
     tempo: the subnet's, in blocks; an epoch is one block longer. roles: 1 for a hotkey
     that mines or validates, 2 for one that does both. space_bytes: what a hotkey may commit in

@@ -1,4 +1,4 @@
-"""What a peer serves to others: blobs of the last rounds, and the states that it holds."""
+"""What a peer serves: the blobs of the last rounds, and the states that it holds."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from hiveminer.strategies.sparseloco.log import Log
 from hiveminer.strategies.sparseloco.pieces import Bytes, Manifest, Piece, manifest_of, piece_bytes
 
 SERVED_ROUNDS = 24
-"""Blobs are served for as long as a state on disk may be older than they are, and some more."""
+"""How long blobs are served: longer than any state on disk is older than them."""
 
 
 class Shelf:
-    """A `Source` of the exchange. Blobs lie in the log, states in memory.
+    """A `Source` for the exchange. Blobs are read from the log, states from memory.
 
-    A blob is not served before `serve` names it: an author's own stays secret until the
-    records' deadline is final. Any thread may call.
+    A blob is served only after `serve` was called for it: an author's own stays secret until the
+    records' deadline is final. Thread-safe.
     """
 
     def __init__(self, log: Log):
@@ -28,14 +28,14 @@ class Shelf:
         self._pieces: dict[bytes, tuple[State, Piece]] = {}
 
     def serve(self, number: int, uid: int, digest: bytes) -> None:
-        """From now on serve the blob that this uid recorded in this round."""
+        """Serve the blob that this uid recorded in this round."""
         with self._lock:
             self._rounds.setdefault(number, {})[uid] = digest
             for old in sorted(self._rounds)[:-SERVED_ROUNDS]:
                 del self._rounds[old]
 
     def serve_states(self, states: Iterable[State]) -> None:
-        """From now on serve these states and no others."""
+        """Serve these states, and no others."""
         known = {id(state): manifest for state, manifest in self._states.values()}
         served = [(state, known.get(id(state)) or manifest_of(state)) for state in states]
         with self._lock:

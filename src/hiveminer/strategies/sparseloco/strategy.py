@@ -1,8 +1,8 @@
-"""The strategy `sparseloco`: local steps, small updates, and the chain decides which count.
+"""The strategy `sparseloco`: local steps and small updates, of which the chain decides which count.
 
-The training thread only ever copies: at the end of a step it adds the move that a settled round
-left, and copies its weights when a cut is due. All else is done by the follower's thread and the
-exchange's. docs/sparseloco.md is the protocol.
+The training thread does little besides training: at the end of a step it adds the move of a settled
+round to its weights, and copies them when a cut is due. The rest happens in the threads of the
+follower and the exchange. The protocol is in docs/sparseloco.md.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from hiveminer.training.optimizer import inner_optimizer
 logger = logging.getLogger(__name__)
 
 JOIN_SECONDS = 60.0
-"""A start waits this long for the run's state; training begins without it otherwise, and what
-was trained on another state is dropped."""
+"""How long a start waits for the run's state. Training begins without it after that, and what is
+trained before it arrives is dropped."""
 
 JOURNAL = "cut.safetensors"
 
 
 class SparselocoStrategy(Strategy):
-    """A model that trains alone and learns from the updates that count.
+    """A model that trains locally and applies the updates that count.
 
     on_round: called in the training thread when a settled round has reached the weights.
     """
@@ -74,7 +74,7 @@ class SparselocoStrategy(Strategy):
 
     @property
     def epoch(self) -> int:
-        """The round that is under way."""
+        """The current round."""
         return self.follower.decided + 1
 
     @property
@@ -87,7 +87,7 @@ class SparselocoStrategy(Strategy):
         return self.link.address
 
     def step(self, *, batch_size: int) -> bool:
-        """False while the run's state is missing: what is trained before it arrives is lost."""
+        """False until the run's state has arrived: what is trained before that is lost."""
         with self._lock:
             self.optimizer.step()
             self._steps += 1
@@ -107,8 +107,8 @@ class SparselocoStrategy(Strategy):
         return self.replica.is_ready
 
     def recover(self) -> bool:
-        """Weights that are not finite are replaced by the global state: what was learned since
-        is lost."""
+        """Replace weights that are not finite by the global state; what was learned since is
+        lost."""
         with self._lock:
             if all(bool(torch.isfinite(each).all()) for each in self._parameters()):
                 return True
@@ -134,7 +134,7 @@ class SparselocoStrategy(Strategy):
             tensors = {f"u.{name}": each for name, each in zip(names, learned, strict=True)}
             weights = self.replica.state.weights
             counts = position.held is not None and position.held != self._start_hash
-            if not counts:  # then these are worth more
+            if not counts:  # the local weights are worth more
                 weights = {n: weights[n] - u for n, u in zip(names, learned, strict=True)}
             tensors |= {f"weights.{name}": value for name, value in weights.items()}
             tensors |= checkpoint.cuts_to_tensors(cuts, names)
@@ -146,7 +146,7 @@ class SparselocoStrategy(Strategy):
         names = self.replica.names
         position = checkpoint.position_from_json(metadata["position"])
         if position.hotkey != self.replica.position.hotkey:
-            raise ValueError("it is another hotkey's")
+            raise ValueError("it belongs to another hotkey")
         learned = [tensors[f"u.{name}"] for name in names]
         if any(each.shape != self.plan.shapes[n] for n, each in zip(names, learned, strict=True)):
             raise ValueError("it is of another model")
@@ -187,7 +187,7 @@ class SparselocoStrategy(Strategy):
             return
         self._closed = True
         self.follower.stop()
-        self.link.close()  # ends what is being fetched
+        self.link.close()  # ends running downloads
         self.follower.close()
 
     # The training thread ---------------------------------------------------------------
@@ -197,7 +197,7 @@ class SparselocoStrategy(Strategy):
         return [named[name].detach() for name in self.replica.names]
 
     def _at_boundary(self) -> None:
-        """Between two steps: make the pending move, and copy the weights if a cut is due."""
+        """Between two steps: apply the pending move, and copy the weights if a cut is due."""
         began = time.monotonic()
         moves = self.replica.apply_move(self._parameters())
         number, self._wanted = self._wanted, None
@@ -212,7 +212,7 @@ class SparselocoStrategy(Strategy):
     # The follower's thread ---------------------------------------------------------------
 
     def _copied_weights(self, number: int) -> tuple[int, list[Tensor]] | None:
-        """Called by the follower: a copy made for this round, or None and one is asked for."""
+        """Called by the follower: the copy for this round, or None, which requests one."""
         copy, self._copy = self._copy, None
         if copy is not None and copy[0] == number:
             self._cut_at = self._steps
@@ -222,7 +222,7 @@ class SparselocoStrategy(Strategy):
         return None
 
     def _has_trained(self) -> bool:
-        """Whether there is something that has not been sent."""
+        """Whether there is something that was not sent yet."""
         return self._steps > 0 and (
             self._steps > self._cut_at or self.replica.position.counted is None
         )

@@ -1,4 +1,4 @@
-"""One tensor of a blob: what is kept of it, how that becomes bytes, and how it is read back."""
+"""One tensor of a blob: selects its values, encodes them, and decodes them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from hiveminer.strategies.sparseloco.bits import (
 from hiveminer.strategies.sparseloco.levels import HIGHEST, LOWEST, SHIFT, SMALLEST, fit_levels
 
 RAW_BELOW = 32
-"""Elements below which a tensor is sent as it is."""
+"""Tensors with fewer elements are sent uncompressed."""
 
 _COUNT = struct.Struct("<I")
 
 
 @dataclass(frozen=True)
 class Compression:
-    """How much is kept: `density` of the values of each `chunk`, `bits` for each (1 to 4)."""
+    """Keeps the share `density` of the values of each `chunk`, with `bits` (1 to 4) per value."""
 
     density: float
     bits: int
@@ -49,7 +49,7 @@ class Compression:
             raise ValueError(f"chunk is {self.chunk}: it must be 1 to 65536")
 
     def kept(self, size: int) -> int:
-        """Values kept of a chunk of `size`, unless there are zeros among them."""
+        """Values to keep of a chunk of `size` elements; fewer if some of them are zero."""
         return max(1, round(self.density * size))
 
     def kept_of_tensor(self, size: int) -> int:
@@ -97,8 +97,8 @@ class Coded:
         return _coordinates(self.marked, count=self.count, size=self.size)
 
     def cells(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int]]:
-        """By pieces: coordinates, the cell of `levels` that each value has, and which value
-        is the first."""
+        """In pieces: coordinates, the cell of `levels` of each value, and the number of the
+        first value."""
         width = self.levels.shape[1]
         done, row, chunk_before = 0, -1, -1
         for where in self.kept():
@@ -113,7 +113,7 @@ class Coded:
             done += len(where)
 
     def uses(self) -> NDArray[np.int32]:
-        """How many values each level has, int32[chunks, levels]."""
+        """Number of values at each level, int32[chunks, levels]."""
         uses = np.zeros(self.levels.size, np.int32)
         width = self.levels.shape[1]
         for _, cell, _ in self.cells():
@@ -301,7 +301,7 @@ def _decode_levels(reader: Reader, chunks: int, width: int) -> NDArray[np.uint16
 def _coordinates(
     marked: NDArray[np.int32], *, count: int, size: int
 ) -> Iterator[NDArray[np.int64]]:
-    """The coordinates of `count` values, in pieces of which none is empty."""
+    """The coordinates of `count` values, in pieces that are never empty."""
     if not _by_others(count, size):
         for start in range(0, count, PIECE):
             yield marked[start : start + PIECE].astype(np.int64)

@@ -1,14 +1,12 @@
-"""What a peer has learned beyond the global state, and how that moves from round to round.
+"""What a peer has learned beyond the global state, and how rounds change it.
 
-One quantity describes it: u = θ - local, where θ is the global state that the peer stands
-on and `local` its own weights. Training moves `local`, and u follows by itself, so there is
-no separate error-feedback buffer that could lose learning or count it twice. A tensor of
-`local` may live on any device; the global state and everything kept here is float32 on the
-CPU. Only the global state must be the same bits for all peers: what is computed here is one
-peer's own, and rounding in it stays in its u.
+It is u = θ - local, where θ is the global state that the peer's own weights, `local`, are based
+on. Training changes `local`, and with it u, so there is no separate error-feedback buffer that
+could lose learning or count it twice. Tensors of `local` may be on any device; the global state
+and everything else is float32 on the CPU. Only the global state must be the same bits on all
+peers: rounding errors here stay in the peer's own u.
 
-After a cut, q is what the blob holds, e = u - q what it leaves out. For each peer, at any
-time and up to rounding:
+A cut sends q and leaves out e = u - q. For each peer, at any time and up to rounding:
 
     u + (its own q that count) + (what was forgotten) = -(the sum of its own training steps)
 """
@@ -28,8 +26,8 @@ Tensors = Sequence[Tensor]
 class Cut:
     """One cut, from the moment it is made until its round is confirmed.
 
-    sent: q, what everybody decodes from this peer's blob.
-    left: e = u - q. It is needed until the cut settles; see `settled`.
+    sent: q, which everybody decodes from this peer's blob. left: e = u - q, which is needed until
+    the cut settles; see `settled`.
     """
 
     sent: list[Tensor]
@@ -54,9 +52,9 @@ def learned(state: Tensors, local: Tensors) -> list[Tensor]:
 
 
 def cut(state: Tensors, local: Tensors, *, compress: Callable[[list[Tensor]], list[Tensor]]) -> Cut:
-    """Cut what was learned so far; `local` does not change.
+    """Cut what was learned so far, without changing `local`.
 
-    compress: u to q, the values that a decoder reads from the blob of u.
+    compress: u to q, the values that are decoded from the blob of u.
     """
     update = learned(state, local)
     sent = compress(update)
@@ -71,10 +69,10 @@ def settle(
     """Move `local` in place from the global state `old` to `new`: when a round is decided, and
     back again, with `give_back`, when it is void.
 
-    counted: the peer's own cut if its blob counts in `new`. In every other case (no mark, no
-        record, another parent, no cut) None: nothing is lost, since u does not change.
-    keep: the share of e that stays to be sent later; the rest is forgotten. 1 keeps all, and
-        nothing is ever forgotten from a cut that does not count.
+    counted: the peer's own cut, if its blob counts in `new`. Otherwise (no mark, no record,
+        another parent, no cut) u does not change, and nothing is lost.
+    keep: the share of e that is sent later; the rest is forgotten. Nothing is forgotten of a cut
+        that does not count.
     """
     for index, (own, before, after) in enumerate(zip(local, old, new, strict=True)):
         move = after.sub(before)
