@@ -1,3 +1,5 @@
+"""The command line: commands, help, and how a program ends."""
+
 from __future__ import annotations
 
 import importlib

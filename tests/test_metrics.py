@@ -1,3 +1,5 @@
+"""Metrics: JSON lines, Weights & Biases, and progress bars."""
+
 from __future__ import annotations
 
 import io

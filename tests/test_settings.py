@@ -1,3 +1,5 @@
+"""Settings: from flags, environment and file, with one-line errors."""
+
 from __future__ import annotations
 
 import subprocess
