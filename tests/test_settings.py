@@ -22,7 +22,7 @@ from hiveminer.config.settings import (
     parse,
 )
 from hiveminer.errors import ChainError, NotRegistered, OperatorError
-from hiveminer.runtime.program import exit_on_operator_error, run_program
+from hiveminer.runtime.program import run_program
 
 PEER_ID = "QmWhiaLrx3HRZfgXc2i7KW5nMUNK7P9tRc71yFJdGEZKkC"
 PEER = f"/ip4/192.0.2.1/tcp/8009/p2p/{PEER_ID}"
@@ -449,17 +449,6 @@ def test_a_program_ends_with_one_line_and_its_code(
 def test_a_bug_is_not_hidden() -> None:
     with pytest.raises(ZeroDivisionError):
         run_program(lambda: _raise(ZeroDivisionError()))
-
-
-def test_exit_on_operator_error_as_a_decorator(capsys: pytest.CaptureFixture[str]) -> None:
-    @exit_on_operator_error()
-    def start() -> None:
-        raise OperatorError("port 8091 is in use")
-
-    with pytest.raises(SystemExit) as end:
-        start()
-    assert end.value.code == 2
-    assert capsys.readouterr().err == "hiveminer: port 8091 is in use\n"
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

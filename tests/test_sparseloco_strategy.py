@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hiveminer.config.run import OptimizerSection
 from hiveminer.strategies.sparseloco.records import decode_record
 from hiveminer.strategies.sparseloco.replay import verify
+from hiveminer.strategies.sparseloco.update import Cut
 from hiveminer.training.model import load_model
 
 slow = pytest.mark.slow
@@ -30,14 +31,19 @@ def test_all_hold_the_same_states_and_learn(tmp_path: Path, name: str) -> None:
     peers = Peers(tmp_path, optimizer=section)
     before = peers.loss()
     seen = set()
+    steps = {uid: own_steps(peers, uid) for uid in peers.miners}
+    cuts: dict[bytes, Cut] = {}
     for _ in range(6):
         peers.round()
+        cuts |= open_cuts(peers)
         peers.block(4)
         states = peers.states()
         assert len(states) == 1
         seen |= states
         peers.block(SECTION.round_blocks - 4)
+        cuts |= open_cuts(peers)
     assert len(seen) == 6
+    assert_nothing_is_lost(peers, steps, cuts)
     assert counted(peers)[:6] == [(0, 1, 2)] * 6
     assert peers.loss() < 0.7 * before
     for peer in (*peers.miners.values(), peers.validator):
@@ -69,6 +75,41 @@ def test_nothing_is_lost_of_what_did_not_count(tmp_path: Path) -> None:
     peers.block(4)
     assert len(peers.states()) == 1
     assert counted(peers)[-1] == (0, 1, 2)
+
+
+def assert_nothing_is_lost(
+    peers: Peers, steps: dict[int, list[torch.Tensor]], cuts: dict[bytes, Cut]
+) -> None:
+    """u + (own q in the state) + (what rho forgot) = -(all own steps), for each miner."""
+    report = verify(peers.validator.follower.log, peers.validator.replica.plan)
+    blobs = [blob for each in report.rounds for blob in each.decision.contributions]
+    for uid, miner in peers.miners.items():
+        own = [cuts[blob.blob_hash] for blob in blobs if blob.uid == uid]
+        for index, u in enumerate(miner.replica.snapshot(parameters(peers, uid))[2]):
+            taken = sum(cut.taken(index, keep=miner.plan.keep) for cut in own)
+            torch.testing.assert_close(u + taken, -steps[uid][index], atol=1e-4, rtol=0)
+
+
+def open_cuts(peers: Peers) -> dict[bytes, Cut]:
+    own = [each for miner in peers.miners.values() for each in miner.replica.cuts.values()]
+    return {each.record.blob_hash: each.cut for each in own if each.cut.left}
+
+
+def own_steps(peers: Peers, uid: int) -> list[torch.Tensor]:
+    """The sums, from now on, of what the inner optimizer's steps do to the weights."""
+    totals = [torch.zeros_like(each) for each in parameters(peers, uid)]
+
+    def subtract(*_: object) -> None:
+        for total, own in zip(totals, parameters(peers, uid), strict=True):
+            total.sub_(own)
+
+    def add(*_: object) -> None:
+        for total, own in zip(totals, parameters(peers, uid), strict=True):
+            total.add_(own)
+
+    peers.miners[uid].optimizer.register_step_pre_hook(subtract)
+    peers.miners[uid].optimizer.register_step_post_hook(add)
+    return totals
 
 
 def parameters(peers: Peers, uid: int) -> list[torch.Tensor]:

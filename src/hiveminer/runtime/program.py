@@ -9,32 +9,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from hiveminer.errors import ChainError, HiveminerError, OperatorError, SwarmError
+from hiveminer.errors import ChainError, OperatorError, SwarmError
 from hiveminer.runtime.logs import report
 
 
 @contextmanager
-def exit_on_operator_error() -> Iterator[None]:
-    """End the program with one line on stderr after an OperatorError, ChainError or SwarmError.
-
-    Raises SystemExit with the error's exit code. Works as a decorator as well.
-    """
+def script() -> Iterator[None]:
+    """Context of a user's own `miner.py`. Raises SystemExit: after one line on stderr for an
+    OperatorError, ChainError or SwarmError, and with exit code 130 for Ctrl-C."""
+    fill_standard_descriptors()
     try:
         yield
     except (OperatorError, ChainError, SwarmError) as error:
-        report(_words(error))
+        report(" ".join(str(error).split()) or type(error).__name__)
         raise SystemExit(getattr(error, "exit_code", 1)) from error
-
-
-@contextmanager
-def script() -> Iterator[None]:
-    """Context of a user's own `miner.py`: one line for a mistake, exit code 130 for Ctrl-C."""
-    fill_standard_descriptors()
-    with exit_on_operator_error():
-        try:
-            yield
-        except KeyboardInterrupt:
-            raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
 
 
 def fill_standard_descriptors() -> None:
@@ -58,10 +48,6 @@ def rendered(*parts: Any, width: int | None = None) -> str:
         for part in parts:
             console.print(part)
     return capture.get().removesuffix("\n")
-
-
-def _words(error: HiveminerError) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def run_program(main: Callable[[], int | None]) -> int:
