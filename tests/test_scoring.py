@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hiveminer.protocol import Train
 from hiveminer.validation.curves import (
     FEWEST_STEPS,
     FULL_LEARNING,
@@ -23,7 +24,7 @@ from hiveminer.validation.curves import (
     ramp,
     score,
 )
-from hiveminer.validation.judge import Judge
+from hiveminer.validation.judge import EVASIONS, Judge, Sample
 from hiveminer.validation.scores import ScoreTable
 
 # As the built-in model shows them after its first few hundred rows: groups of rows differ
@@ -105,6 +106,7 @@ def test_an_invented_curve_is_worth_nothing(seed: int) -> None:
     assert answer(noisy(smooth, size=SPREAD, seed=100 + seed)) < 0.2
     assert answer([3.0] * STEPS) == 0.0
     assert answer([0.0] * STEPS) == 0.0
+    assert answer([0.0] * (STEPS - 1) + [1.7e308]) == 0.0
 
 
 @pytest.mark.parametrize("seed", range(1, 9))
@@ -387,6 +389,19 @@ def test_one_answer_that_shows_nothing_by_chance_costs_an_honest_miner_nothing()
     assert replays(idle) == [0.0] * len(REPLAYED)
     stopped = replays([shown[0], *idle[1:]])
     assert stopped[-1] == 0.0, "who has stopped working is seen after six replays"
+
+
+def test_a_request_that_is_too_short_to_be_judged_costs_nothing() -> None:
+    nothing: Any = None
+    judge = Judge(nothing, task=nothing, stopped=lambda: False)
+    for rows, judged in ((20, False), (21, True)):
+        answer = Train(
+            request_id="r", run_id="r", data_hash="d", dataset_indices=list(range(rows)),
+            batch_size=2, gradient_accumulation_steps=2, losses=[3.0] * 5, epoch_steps=5,
+        )  # fmt: skip
+        found = [judge.judge(Sample("5F", answer, answer), nothing) for _ in range(EVASIONS)]
+        told = [each.tells for each in found if each is not None]
+        assert told == ([True] if judged else [False] * EVASIONS)
 
 
 def test_no_answer_can_make_the_curves_flat() -> None:

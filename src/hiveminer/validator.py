@@ -41,7 +41,15 @@ from hiveminer.training.task import load_task
 from hiveminer.validation import curves
 from hiveminer.validation.curves import Evidence
 from hiveminer.validation.feed import Answered, Feed
-from hiveminer.validation.judge import Judge, Sample, Samples, States, credited, texts
+from hiveminer.validation.judge import (
+    Judge,
+    Sample,
+    Samples,
+    States,
+    credited,
+    texts,
+    warn_of_short_requests,
+)
 from hiveminer.validation.models import MODELS_FOLDER, KeptModels
 from hiveminer.validation.replay import Replayer
 from hiveminer.validation.scores import SavedScores, ScoreTable
@@ -168,6 +176,8 @@ class Validator:
             stopping=neuron.stopping,
         )
         self.states = States(self.observer.initial_state())
+        if self.observer.shares() is None:
+            warn_of_short_requests(settings.validator, rows=len(self.training_rows))
         self.samples = Samples(rate=settings.validator.sample_rate, chance=self._chance)
         self.feed = Feed(
             task=self.task,
@@ -300,7 +310,7 @@ class Validator:
         logger.info(
             "score of %s: %s (fit %s, learning %s), on average %.2f",
             hotkey[:8],
-            f"{value:.2f}" if judged else "none, the curves are too flat",
+            f"{value:.2f}" if judged else "none, the curves are too flat or too short",
             fit,
             learning,
             average,

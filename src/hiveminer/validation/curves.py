@@ -55,6 +55,9 @@ CLEAREST = 4.0
 TREND = 2
 """Degree of the polynomial that is subtracted from a curve as its trend."""
 
+MOST_LOSS = 1e9
+"""Larger losses, which only an invented curve has, count as this: their squares would overflow."""
+
 FEWEST_STEPS = 6
 """Shorter curves are not compared."""
 
@@ -65,6 +68,7 @@ class Evidence:
 
     answered, trained, untrained: loss by optimizer step, in nats per token, of equal length.
     claimed_samples, given_samples: rows the miner says it trained, and was given.
+    given_steps: optimizer steps in the request.
     """
 
     hotkey: str
@@ -78,6 +82,7 @@ class Evidence:
     tokens: int
     usual_learning: float = -math.inf
     """The mean learning of this miner's last replays, this one included; clear ones count most."""
+    given_steps: int = FEWEST_STEPS
 
     @property
     def explained_variance(self) -> float:
@@ -118,6 +123,8 @@ class Evidence:
     def tells(self) -> bool:
         """Whether these rows can tell an honest answer from an invented one, and an idle miner
         from a working one; if not, the answer is not judged."""
+        if self.given_steps < FEWEST_STEPS:
+            return False
         if self.problem is not None:
             return True
         if self._is_flat:
@@ -216,6 +223,7 @@ def ramp(value: float, low: float, high: float) -> float:
 
 def spread(values: Sequence[float]) -> float:
     """The standard deviation of a curve without its trend."""
+    values = np.clip(values, -MOST_LOSS, MOST_LOSS).tolist()
     places = np.linspace(-1.0, 1.0, len(values))
     degree = min(TREND, max(0, len(values) - 2))
     fitted = np.polynomial.polynomial.polyfit(places, values, degree)

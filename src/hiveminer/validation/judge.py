@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 
+from hiveminer.config.settings import WorkSettings
 from hiveminer.errors import HiveminerError, TrainingError
 from hiveminer.protocol import Train
 from hiveminer.strategies.base import GlobalState
@@ -14,6 +16,8 @@ from hiveminer.training.task import Task
 from hiveminer.validation.curves import FEWEST_STEPS, Evidence
 from hiveminer.validation.feed import Answered
 from hiveminer.validation.replay import Curves, Replayer
+
+logger = logging.getLogger(__name__)
 
 KEPT_STATES = 3
 """Epochs whose state is kept."""
@@ -52,10 +56,18 @@ class Sample:
         return tuple(self.answer.losses[: min(self.answer.epoch_steps, MAX_REPLAYED_STEPS)])
 
     @property
+    def given_steps(self) -> int:
+        """Optimizer steps in the request."""
+        return -(-len(self.request.dataset_indices) // self._step_rows)
+
+    @property
     def rows(self) -> list[int]:
         """The rows of that part."""
-        group = self.request.batch_size * self.request.gradient_accumulation_steps
-        return self.request.dataset_indices[: group * len(self.losses)]
+        return self.request.dataset_indices[: self._step_rows * len(self.losses)]
+
+    @property
+    def _step_rows(self) -> int:
+        return self.request.batch_size * self.request.gradient_accumulation_steps
 
 
 class States:
@@ -145,7 +157,8 @@ class Judge:
     def judge(self, sample: Sample, state: GlobalState) -> Evidence | None:
         """The evidence on one answer; None without any, or when stopped. Raises TrainingError."""
         if len(sample.losses) < FEWEST_STEPS:
-            return evidence(sample, Curves((), ())) if self._evades(sample.hotkey) else None
+            known = sample.given_steps < FEWEST_STEPS or self._evades(sample.hotkey)
+            return evidence(sample, Curves((), ())) if known else None
         self._evasions.pop(sample.hotkey, None)
         curves = self.replayer.curves(
             state,
@@ -173,6 +186,19 @@ class Judge:
         return count == EVASIONS
 
 
+def warn_of_short_requests(work: WorkSettings, *, rows: int) -> None:
+    """Warn if no answer can be judged. rows: to train on, in the data."""
+    rows = min(rows, work.rows)
+    steps = -(-rows // (work.batch_size * work.gradient_accumulation_steps))
+    if steps < FEWEST_STEPS:
+        logger.warning(
+            "a request of %d rows is %d optimizer steps, and answers are judged from %d steps on: "
+            "every miner that answers is paid; raise --validator.rows, or lower "
+            "--validator.batch_size or --validator.gradient_accumulation_steps",
+            rows, steps, FEWEST_STEPS,
+        )  # fmt: skip
+
+
 def evidence(sample: Sample, curves: Curves) -> Evidence:
     """An answer beside its replay."""
     return Evidence(
@@ -185,6 +211,7 @@ def evidence(sample: Sample, curves: Curves) -> Evidence:
         claimed_samples=sample.answer.samples,
         given_samples=len(sample.request.dataset_indices),
         tokens=sample.answer.tokens,
+        given_steps=sample.given_steps,
     )
 
 
