@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from hiveminer.training.model import encode, weights_hash
 from hiveminer.training.optimizer import build_optimizer, parameter_groups
 from hiveminer.training.trainer import LocalStep, Trainer
 from hiveminer.validation.curves import Evidence, score
+from hiveminer.validation.judge import States
 from hiveminer.validation.replay import Curves, Replayer
 
 RUN = Run()
@@ -156,6 +158,21 @@ def test_accumulation_is_replayed_as_it_was_trained(replayer: Replayer, state: G
     found = curves(replayer, state, rows, gradient_accumulation_steps=2)
     assert len(found.trained) == len(found.untrained) == 6
     assert answered == pytest.approx(found.trained, rel=1e-5)
+
+
+def test_moments_that_hold_the_rows_gradients_are_not_used(
+    replayer: Replayer, state: GlobalState
+) -> None:
+    rows = texts(0)
+    miner = miner_at(state)
+    answered = miner.train(rows)
+    late = replace(state, epoch=4, optimizer=miner.state().optimizer)
+    states = States(GlobalState(0, state.weights, adamw(miner.model).state_dict()))
+    assert states.add(state, wanted=())
+    assert states.add(late, wanted=())
+    assert set(states.epochs) == {0, 4}, "the first gives its moments only"
+    assert curves(replayer, states[4], rows).trained == pytest.approx(answered)
+    assert sum(curves(replayer, late, rows).trained) < sum(answered) - 0.1
 
 
 def test_a_replay_leaves_the_state_as_it_was(replayer: Replayer, state: GlobalState) -> None:

@@ -7,6 +7,7 @@ import random
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 from hiveminer.config.settings import WorkSettings
 from hiveminer.errors import HiveminerError, TrainingError
@@ -71,17 +72,22 @@ class Sample:
 
 
 class States:
-    """The global states of the last epochs; at first the run's initial one."""
+    """The global states of the last epochs; at first the run's initial one.
+
+    The optimizer's moments in a state are of some time after its epoch began, so they may hold the
+    gradients of the very rows that are replayed, which would then seem to teach far more than a
+    miner can learn from them. So a state is used with the moments of the one before it, and the
+    first that was downloaded only gives its own.
+    """
 
     def __init__(self, first: GlobalState):
         self._states = {first.epoch: first}
-
-    @property
-    def newest(self) -> int:
-        return max(self._states)
+        self._moments: dict[str, Any] | None = None
+        self.newest = first.epoch
 
     @property
     def epochs(self) -> Collection[int]:
+        """Epochs whose answers can be replayed."""
         return self._states.keys()
 
     def __getitem__(self, epoch: int) -> GlobalState:
@@ -90,9 +96,14 @@ class States:
     def add(self, state: GlobalState, *, wanted: Collection[int]) -> bool:
         """Add a state, and drop old ones, those of wanted epochs a little later. False for an
         epoch that is known already."""
-        if state.epoch in self._states:
+        if state.epoch <= self.newest:
             return False
-        self._states[state.epoch] = state
+        self.newest = state.epoch
+        moments, self._moments = self._moments, state.optimizer.get("state", {})
+        if moments is not None:
+            self._states[state.epoch] = replace(
+                state, optimizer=state.optimizer | {"state": moments}
+            )
         for old in sorted(self._states)[:-KEPT_STATES]:
             if old not in wanted or old < state.epoch - 2 * KEPT_STATES:
                 del self._states[old]
