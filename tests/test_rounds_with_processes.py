@@ -45,12 +45,30 @@ cut_blocks = {SCHEDULE.cut_blocks}
 density = 1.0
 """
 
+FROZEN = "model.embed_tokens.weight"
+FREEZING = """
+from hiveminer import {cls}
+from hiveminer.strategies.registry import open_{part}
+
+def opened(context):
+    context.task.model.model.embed_tokens.requires_grad_(False)
+    return open_{part}(context)
+
+with {cls}({part}=opened) as neuron:
+    neuron.run()
+"""
+"""A user's own program that leaves the embeddings as they are."""
+
 
 class Swarm:
-    """Miners and a validator as programs, and their chain as it can be seen from outside."""
+    """Miners and a validator as programs, and their chain as it can be seen from outside.
 
-    def __init__(self, network: Network):
+    scripts: the folder of `miner.py` and `validator.py`.
+    """
+
+    def __init__(self, network: Network, *, scripts: Path):
         self.network = network
+        self.scripts = scripts
         self.names = iter(range(100))
         self.published: dict[tuple[str, int], set[bytes]] = {}
         self.validator = self.start("validator")
@@ -63,7 +81,7 @@ class Swarm:
     def start(self, role: str) -> Program:
         blocks = ("--subtensor.block_seconds", str(BLOCK_SECONDS))
         flags = ("--validator.weights_seconds", "5") if role == "validator" else ()
-        script = ROOT / f"{role}.py"
+        script = self.scripts / f"{role}.py"
         return self.network.start(f"{role}-{next(self.names)}", *flags, *blocks, script=script)
 
     # The chain ------------------------------------------------------------------
@@ -231,13 +249,13 @@ class Swarm:
 
 
 @contextlib.contextmanager
-def swarm_in(folder: Path, *, architecture: str) -> Iterator[Swarm]:
-    """A swarm of `miner.py` and `validator.py`, with a local folder of a tiny model."""
+def swarm_in(folder: Path, *, architecture: str, scripts: Path = ROOT) -> Iterator[Swarm]:
+    """A swarm that trains a local folder of a tiny model."""
     (folder / "run").mkdir()
     base = small_run(folder / "run").read_text()
     save_tiny(architecture, folder / "run" / "model")
     with Network(folder / "net", run=RUN.format(base=base)) as network:
-        swarm = Swarm(network)
+        swarm = Swarm(network, scripts=scripts)
         with contextlib.closing(swarm.db):
             yield swarm
 
@@ -267,7 +285,9 @@ def test_who_is_killed_and_restarted_delays_nobody(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_stops_a_stall_junk_a_joiner_and_the_end_of_half(tmp_path: Path) -> None:
-    swarm_of_qwens = swarm_in(tmp_path, architecture="qwen2")
+    (tmp_path / "miner.py").write_text(FREEZING.format(cls="Miner", part="strategy"))
+    (tmp_path / "validator.py").write_text(FREEZING.format(cls="Validator", part="observer"))
+    swarm_of_qwens = swarm_in(tmp_path, architecture="qwen2", scripts=tmp_path)
     with swarm_of_qwens as swarm, caller(tmp_path / "net" / "network") as junk:
         join_embedded(junk, stake_tao=1000.0)
         one, two = swarm.miners
@@ -306,6 +326,9 @@ def test_stops_a_stall_junk_a_joiner_and_the_end_of_half(tmp_path: Path) -> None
         swarm.kill(two, three)
         newest = swarm.wait_counted(one, after=newest)
         swarm.wait_counted(one, after=newest)
+        shapes = swarm.log_of(one).plan()[1].shapes
+        assert shapes
+        assert FROZEN not in shapes  # neither sent nor hashed
         swarm.end(one, swarm.validator)
 
 
