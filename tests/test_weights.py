@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_neurons import Recorded, small_validator
 
-from hiveminer.chain.weights import clipped, filled, same, version_key
+from hiveminer.chain.weights import clipped, same, version_key
 from hiveminer.validation.scores import DOUBTS, ScoreTable
 from hiveminer.validator import weights_of
 
@@ -90,13 +90,14 @@ def test_a_half_filled_table_sets_nothing(subnet: Subnet) -> None:
     subnet.clock.blocks(1000)
     assert subnet.setter.set_if_due(lambda graph: None) is None
     assert subnet.substrate.weights_set == 0
-    late = {"waited_seconds": 601.0, "patience": 600.0}
-    early = {"waited_seconds": 1.0, "patience": 600.0}
-    assert not filled(["a", "b"], replayed=["a"], **early)
-    assert not filled([], replayed=["a"], **early)
-    assert filled(["a", "b"], replayed=["b", "a", "c"], **early)
-    assert filled(["a", "b"], replayed=[], **late)
-    assert filled([], replayed=[], **late)
+    table = ScoreTable()
+    table.add_score("a", 1.0)
+    table.add_work("a", 10)
+    for live in ({"a", "b"}, set[str]()):
+        assert weights_of(table, live, waited_seconds=1, patience=600) is None
+        assert weights_of(table, live, waited_seconds=601, patience=600) == {"a": 1.0}
+    table.add_score("b", 0.0)
+    assert weights_of(table, {"a", "b"}, waited_seconds=1, patience=600) == {"a": 1.0}
 
 
 def test_an_old_version_is_told_and_sends_nothing(

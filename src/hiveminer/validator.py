@@ -22,7 +22,7 @@ from typing import Self, TypeVar
 from bittensor import Metagraph
 
 from hiveminer.chain import Chain
-from hiveminer.chain.weights import EMBEDDED_FILL_SECONDS, FILL_SECONDS, WeightSetter, filled
+from hiveminer.chain.weights import EMBEDDED_FILL_SECONDS, FILL_SECONDS, WeightSetter
 from hiveminer.config.run import load_run
 from hiveminer.config.settings import ValidatorSettings, parse
 from hiveminer.errors import HiveminerError
@@ -381,10 +381,10 @@ async def _again(act: Callable[[], Awaitable[None]], *, pause_seconds: float) ->
 def weights_of(
     table: ScoreTable, live: Collection[str], *, waited_seconds: float, patience: float
 ) -> dict[str, float] | None:
-    """Weights by hotkey; None while too few of the live miners were replayed."""
-    paid = [who for who, standing in list(table.standings.items()) if standing.is_known]
-    enough = filled(live, replayed=paid, waited_seconds=waited_seconds, patience=patience)
-    return table.weights() if enough else None
+    """Weights by hotkey; None until every live miner was replayed, or the wait is over."""
+    replayed = {who for who, standing in list(table.standings.items()) if standing.is_known}
+    everybody = bool(live) and replayed.issuperset(live)
+    return table.weights() if everybody or waited_seconds >= patience else None
 
 
 def main(settings: ValidatorSettings) -> int:

@@ -66,14 +66,6 @@ class Sent:
     burnt: bool = False
 
 
-def filled(
-    live: Collection[str], *, replayed: Collection[str], waited_seconds: float, patience: float
-) -> bool:
-    """Whether weights may be set: every live miner was replayed, or the wait is over."""
-    everybody = bool(live) and set(live) <= set(replayed)
-    return everybody or waited_seconds >= patience
-
-
 def version_key(version: str) -> int:
     """The number by which the chain compares versions: 1.2.3 is 1023."""
     major, minor, patch = Version(version).release[:3]

@@ -55,17 +55,14 @@ class Endpoint:
         return f"http://{host}:{self.port}"
 
 
-def endpoint_of(neuron: Any) -> Endpoint | None:
-    """The endpoint of a metagraph's neuron; None if it serves no axon."""
-    if not neuron.axon:
-        return None
-    ip, _, port = neuron.axon.rpartition(":")
-    return Endpoint(hotkey=neuron.hotkey, ip=ip.strip("[]"), port=int(port))
-
-
 def endpoints_of(neurons: Iterable[Any]) -> list[Endpoint]:
-    """Where these neurons serve an axon, as far as they do."""
-    return [found for neuron in neurons if (found := endpoint_of(neuron)) is not None]
+    """The endpoints of the neurons of a metagraph that serve an axon."""
+    found = []
+    for neuron in neurons:
+        if neuron.axon:
+            ip, _, port = neuron.axon.rpartition(":")
+            found.append(Endpoint(hotkey=neuron.hotkey, ip=ip.strip("[]"), port=int(port)))
+    return found
 
 
 class Dendrite:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import fcntl
 import ipaddress
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import hivemind
@@ -25,6 +24,7 @@ from hivemind.utils.multiaddr import Multiaddr
 
 from hiveminer.errors import OperatorError, SwarmError, first_line
 from hiveminer.runtime.events import tell
+from hiveminer.runtime.locks import Held, hold
 from hiveminer.swarm.identity import Authorizer, Identity, change_admitted, guard, identify
 from hiveminer.swarm.processes import (
     before_fork,
@@ -345,30 +345,23 @@ class Peer:
 
     def _release_port(self) -> None:
         if self._claim is not None:
-            os.close(self._claim)
-            self._claim = None
+            self._claim.release()
 
 
-def _claim_port(port: int) -> int | None:
+def _claim_port(port: int) -> Held | None:
     """Lock a port among the peers of this machine; None for port 0. Raises OperatorError.
 
     The daemon listens with SO_REUSEPORT, so two that start together would share the port.
     """
     if port == 0:
         return None
-    path = os.path.join(tempfile.gettempdir(), f"hiveminer-peer-{port}.lock")
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        held = hold(Path(tempfile.gettempdir()) / f"hiveminer-peer-{port}.lock")
     except OSError as error:
         raise OperatorError(f"--dht.port {port}: {error}; choose another") from None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise PortTaken(
-            f"--dht.port {port}: another peer on this machine has it; choose another"
-        ) from None
-    return descriptor
+    if isinstance(held, str):
+        raise PortTaken(f"--dht.port {port}: the peer of process {held} has it; choose another")
+    return held
 
 
 def addresses_in(committed: str) -> list[str]:

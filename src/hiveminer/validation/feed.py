@@ -15,7 +15,7 @@ from hiveminer.__version__ import __version__
 from hiveminer.config.settings import WorkSettings
 from hiveminer.errors import HiveminerError, MinerError
 from hiveminer.protocol import IsAlive, Train
-from hiveminer.rpc.dendrite import Dendrite, Endpoint, endpoint_of
+from hiveminer.rpc.dendrite import Dendrite, Endpoint, endpoints_of
 from hiveminer.runtime.metrics import Metrics
 from hiveminer.training.task import Task
 
@@ -101,7 +101,7 @@ class Feed:
         for task in (task for miner in self._miners.values() for task in miner.tasks):
             if task.done():
                 task.result()
-        endpoints = [each for neuron in neurons if (each := endpoint_of(neuron)) is not None]
+        endpoints = endpoints_of(neurons)
         alive = await asyncio.gather(*(self._probe(dendrite, each) for each in endpoints))
         live = {each.hotkey: each for each, good in zip(endpoints, alive, strict=True) if good}
         for hotkey in set(self._miners) - set(live):
