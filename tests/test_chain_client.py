@@ -216,7 +216,7 @@ def test_reads_are_tried_again_writes_are_not_and_both_have_deadlines(tmp_path: 
             chain.block()
         assert substrate.failures == 99 - 3
         substrate.failures = 2
-        with pytest.raises(ChainError, match="the connection is lost; it may still go through"):
+        with pytest.raises(ChainError, match="the connection is lost; it may still be included"):
             chain.commit(b"once")
         assert substrate.failures == 1
         substrate.failures = 0
