@@ -153,9 +153,16 @@ def test_the_address_is_asked_for_once_and_put_on_the_chain(tmp_path: Path) -> N
         program.thread.join(10)
     assert asked == [1]
     assert program.error is None
+
     # Another time the services cannot be reached: what stands on the chain is kept.
-    with network.open() as chain, quiet(), SmallMiner(settings, chain=chain) as miner:
-        miner._ask_outside = lambda: addresses.ask_outside(services=("http://127.0.0.1:1/",))
+    def nobody() -> str:
+        return addresses.ask_outside(services=("http://127.0.0.1:1/",))
+
+    with (
+        network.open() as chain,
+        quiet(),
+        SmallMiner(settings, chain=chain, ask_outside=nobody) as miner,
+    ):
         assert miner.public_ip == "93.184.216.34"
 
 
