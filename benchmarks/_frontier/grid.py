@@ -336,10 +336,6 @@ FINALISTS = [
     *sweep(AT_500_9, SHORTER, rate=(0.02,)),
     *sweep(AT_1000_9, keep=(0.85,)),
 ]
-AGAIN = [
-    *(cell for base in FINALISTS for cell in seeds(base, 1, 2)),
-    *(cell for base in sweep(DP_ADAMW, rate=(0.01,)) for cell in seeds(base, 1, 2)),
-]
 AT_1M = [large(cell) for cell in FINALISTS]
 
 # The third part: what helped at one number of bytes, together and at the others.
@@ -351,12 +347,22 @@ AT_40_LATE = replace(
 TABLES_2 = "a larger rate for the embeddings"
 AT_500_10 = replace(rounds(AT_500, 10, 150, rate=0.02), name="h10-150")
 AT_160_10 = vary(AT_160_9, "lr0.02-keep0.9-a0.75", TOGETHER, rate=0.02, keep=0.9, power=0.75)
-THIRD = [
-    AT_40_LATE,
-    vary(AT_500_10, "tables2", TABLES_2, embedding_rate=2.0),
+AT_250_10 = rounds(AT_250, 10, 360, rate=0.02)
+BEST = [
     vary(AT_40_LATE, "tables2", TABLES_2, embedding_rate=2.0),
     vary(AT_160_10, "tables2", TABLES_2, embedding_rate=2.0),
+    vary(AT_250_10, "tables2", TABLES_2, embedding_rate=2.0),
+    vary(AT_500_10, "tables2", TABLES_2, embedding_rate=2.0),
+]
+THIRD = [
+    AT_40_LATE,
+    *BEST,
     vary(AT_500_9, "lr0.02-keep0.95-tables2", TOGETHER, rate=0.02, keep=0.95, embedding_rate=2.0),
+    vary(FINALISTS[0], "tables2", TABLES_2, embedding_rate=2.0),
+]
+AGAIN = [
+    *(cell for base in [*FINALISTS, *BEST] for cell in seeds(base, 1, 2)),
+    *(cell for base in sweep(DP_ADAMW, rate=(0.01,)) for cell in seeds(base, 1, 2)),
 ]
 
 CELLS = [
