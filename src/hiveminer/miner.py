@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import torch
 from transformers import BatchEncoding
@@ -86,7 +87,8 @@ class Miner(BaseMinerNeuron):
                 unfinished.callback(self.abandon)
                 self.metrics = metrics or self.neuron.open_metrics(self.run_file)
                 unfinished.callback(self.metrics.close)
-                self._build(strategy, unfinished, memory_left)
+                self._memory_left = memory_left
+                self._build(strategy, unfinished)
                 unfinished.pop_all()
 
     def encode(self, examples: model.Examples) -> BatchEncoding:
@@ -221,12 +223,7 @@ class Miner(BaseMinerNeuron):
         self.progress.close()
         self.metrics.close()
 
-    def _build(
-        self,
-        strategy: StrategyFactory,
-        unfinished: contextlib.ExitStack,
-        memory_left: Callable[[torch.device], int],
-    ) -> None:
+    def _build(self, strategy: StrategyFactory, unfinished: contextlib.ExitStack) -> None:
         # The strategy before any device or thread: it may fork.
         settings, run = self.settings, self.run_file
         self.task = load_task(run, threads=self.neuron.threads)
@@ -234,22 +231,17 @@ class Miner(BaseMinerNeuron):
         self.dataset, self.run_id = self.task.dataset, self.task.run_id
         length = run.model.sequence_length
         needed = memory_needed(self.model, sequence_length=length)
-        check_machine(needed, settings.neuron.device, left=memory_left)
+        check_machine(needed, settings.neuron.device, left=self._memory_left)
         self.neuron.go_on()
         self.swarm = strategy(
-            Context(
-                self.neuron,
-                self.task,
-                public_ip=lambda: self.public_ip,
-                on_round=self._on_round,
-            )
+            Context(self.neuron, self.task, lambda: self.public_ip, on_round=self._on_round)
         )
         unfinished.callback(self.swarm.close)
         self.neuron.go_on()
         self.device = model.choose_device(settings.neuron.device)
         bfloat16 = has_bfloat16(self.device)
         needed = memory_needed(self.model, sequence_length=length, bfloat16=bfloat16)
-        check_device(needed, self.device, left=memory_left)
+        check_device(needed, self.device, left=self._memory_left)
         self.swarm.move_to(self.device)
         self.trainer = Trainer(
             self.model,
@@ -323,14 +315,7 @@ class Miner(BaseMinerNeuron):
             if ended.group_size > 1
             else "alone",
         )
-        self.metrics.log(
-            "epoch",
-            {
-                "epoch": ended.epoch,
-                "group_size": ended.group_size,
-                "seconds": round(ended.seconds, 3),
-            },
-        )
+        self.metrics.log("epoch", asdict(ended) | {"seconds": round(ended.seconds, 3)})
 
     def _tell(self, synapse: Train, result: TrainResult, *, seconds: float) -> None:
         loss = "none" if result.loss is None else f"{result.loss:.3f}"

@@ -28,7 +28,7 @@ from hiveminer.config.settings import ValidatorSettings, parse
 from hiveminer.errors import HiveminerError
 from hiveminer.neuron import Neuron
 from hiveminer.rpc.dendrite import Dendrite
-from hiveminer.runtime import addresses, events
+from hiveminer.runtime import events
 from hiveminer.runtime.metrics import Metrics
 from hiveminer.runtime.program import script
 from hiveminer.strategies.base import Context, GlobalState, ObserverFactory
@@ -149,9 +149,7 @@ class Validator:
         self.scores = SavedScores(neuron.checkpoints(SCORES_FOLDER), run_id=str(self.run_id))
         self.table = self.scores.load() if settings.neuron.resume else ScoreTable()
         neuron.go_on()
-        self.observer = observer(
-            Context(neuron, self.task, public_ip=addresses.ask_outside, on_round=lambda _: None)
-        )
+        self.observer = observer(Context(neuron, self.task))
         parts.callback(self.observer.close)
         neuron.go_on()
         self.replayer = Replayer(

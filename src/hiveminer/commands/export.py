@@ -17,7 +17,6 @@ from hiveminer.config.run import Run, RunId, load_run
 from hiveminer.config.settings import ExportSettings
 from hiveminer.errors import SwarmError
 from hiveminer.neuron import Neuron
-from hiveminer.runtime import addresses
 from hiveminer.runtime.metrics import progress_bar
 from hiveminer.strategies.base import Context, GlobalState, Observer
 from hiveminer.strategies.registry import open_observer
@@ -92,9 +91,7 @@ def from_swarm(settings: ExportSettings, run: Run) -> tuple[Found, int]:
         neuron = Neuron(settings, role="observer")
         parts.callback(neuron.close)
         task = load_task(run, threads=neuron.threads)
-        observer = open_observer(
-            Context(neuron, task, public_ip=addresses.ask_outside, on_round=lambda _: None)
-        )
+        observer = open_observer(Context(neuron, task))
         parts.callback(observer.close)
         neuron.keep_in_sync(lambda: observer.sync(working=0))
         state = _fetched(observer, neuron)

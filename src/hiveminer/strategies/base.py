@@ -23,6 +23,7 @@ from hiveminer.chain import Chain
 from hiveminer.config.run import OptimizerSection
 from hiveminer.config.settings import Settings
 from hiveminer.errors import SwarmError
+from hiveminer.runtime.addresses import ask_outside
 from hiveminer.swarm import Identity
 from hiveminer.training.optimizer import build_optimizer, parameter_groups
 from hiveminer.training.task import Task
@@ -91,8 +92,8 @@ class Context:
 
     host: Host
     task: Task
-    public_ip: Callable[[], str]
-    on_round: Callable[[RoundResult], None]
+    public_ip: Callable[[], str] = ask_outside
+    on_round: Callable[[RoundResult], None] = lambda _: None
 
 
 class Strategy(ABC):

@@ -1,5 +1,1 @@
 """The embedded network: a chain in one SQLite file, as a `bittensor.Substrate`."""
-
-from hiveminer.chain.embedded.substrate import EmbeddedSubstrate
-
-__all__ = ["EmbeddedSubstrate"]

@@ -320,7 +320,8 @@ class Follower(ABC):
         decision = replica.decision
         assert decision is not None
         size = sum(each.blob_bytes for each in missing)
-        seconds = self._seconds(size, blocks=until - 1 - self.chain.head())
+        blocks = until - 1 - self.chain.head()
+        seconds = download_seconds(size, blocks=blocks, block_seconds=self.chain.block_seconds)
         self._fetch_blobs(decision.round, missing, seconds=seconds)
         blobs = load_blobs(self.log, missing)
         if blobs is None:
@@ -359,10 +360,11 @@ class Follower(ABC):
         size = 4 * sum(shape.numel() for shape in self.plan.shapes.values())
         schedule, head = self.plan.rules.schedule, self.chain.head()
         decided = schedule.marks_block(schedule.round_at(head)) + DECIDED_BLOCKS
-        seconds = self._seconds(size, blocks=decided - head)
+        blocks, block_seconds = decided - head, self.chain.block_seconds
+        seconds = download_seconds(size, blocks=blocks, block_seconds=block_seconds)
         return self.exchange.fetch_state(digest, self.plan.shapes, timeout_seconds=seconds)
 
-    def _seconds(self, size: int, *, blocks: int) -> float:
-        """Timeout of a download of `size` bytes with this many blocks left."""
-        left = max(1, blocks) * self.chain.block_seconds
-        return min(FETCH_SECONDS + size / FETCH_BYTES, left)
+
+def download_seconds(size: int, *, blocks: int, block_seconds: float) -> float:
+    """Timeout of a download of `size` bytes with this many blocks left."""
+    return min(FETCH_SECONDS + size / FETCH_BYTES, max(1, blocks) * block_seconds)

@@ -80,18 +80,8 @@ class Log:
         self.folder = folder
         self.max_bytes = max_bytes
         self.keep_rounds = keep_rounds
-
-    @property
-    def _rounds(self) -> Path:
-        return self.folder / "rounds"
-
-    @property
-    def _blobs(self) -> Path:
-        return self.folder / "blobs"
-
-    @property
-    def _states(self) -> Path:
-        return self.folder / "states"
+        self._rounds, self._blobs = folder / "rounds", folder / "blobs"
+        self._states = folder / "states"
 
     # Writing ----------------------------------------------------------------------
 
