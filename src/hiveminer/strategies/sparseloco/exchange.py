@@ -119,6 +119,7 @@ class Exchange:
         self._name = f"sparseloco.1.{run.hex()}"
         self._admission = Admission(dht)
         self._streams: Counter[str] = Counter()
+        self._silent: set[str] = set()
         self._random = random.SystemRandom()
         self._loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self._loop.run_forever, name="exchange", daemon=True)
@@ -295,13 +296,15 @@ class Exchange:
             await asyncio.sleep(AGAIN_SECONDS)
 
     async def _peers(self) -> list[PeerID]:
-        """The peers that have proved a registered hotkey, in random order."""
+        """The peers that have proved a registered hotkey, in random order; last those that did
+        not answer the last call."""
         proved = await asyncio.wait_for(
             self._dht.run_coroutine(proved_peers, return_future=True), OPEN_SECONDS
         )
         peers = [PeerID.from_base58(name) for name in sorted(proved)]
         self._random.shuffle(peers)
-        return peers
+        self._silent &= proved.keys()
+        return sorted(peers, key=lambda peer: str(peer) in self._silent)
 
     async def _holders(self, number: int, *, timeout_seconds: float) -> dict[int, list[PeerID]]:
         """By uid, the peers that serve its blob of this round, in random order."""
@@ -313,8 +316,11 @@ class Exchange:
                 async with asyncio.timeout(timeout_seconds):
                     request = REQUEST.pack(HAVE, _NO_HASH, number)
                     await self._call(peer, request, _MASK_BYTES, mask)
-            except (_Failed, TimeoutError) as error:
-                logger.debug("peer %s did not say what it has: %r", peer, error)
+            except TimeoutError:
+                self._silent.add(str(peer))
+                return
+            except _Failed as error:
+                logger.debug("peer %s did not say what it has: %s", peer, error)
                 return
             for uid in unpack_uids(bytes(mask)):
                 holders[uid].append(peer)
@@ -364,11 +370,13 @@ class Exchange:
             with contextlib.closing(writer):
                 writer.write(request)
                 answer = await asyncio.wait_for(reader.readexactly(ANSWER.size), OPEN_SECONDS)
+                self._silent.discard(str(peer))
                 status, length = ANSWER.unpack(answer)
                 if status != OK or length != size:
                     raise _Failed("absent" if status == ABSENT else f"{length} bytes, not {size}")
                 await _receive(reader, size, into)
         except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+            self._silent.add(str(peer))
             raise _Failed(repr(error)) from None
         except _Failed:
             raise
