@@ -164,15 +164,19 @@ def test_moments_that_hold_the_rows_gradients_are_not_used(
     replayer: Replayer, state: GlobalState
 ) -> None:
     rows = texts(0)
+    state = replace(state, donor="donor")
     miner = miner_at(state)
     answered = miner.train(rows)
     late = replace(state, epoch=4, optimizer=miner.state().optimizer)
     states = States(GlobalState(0, state.weights, adamw(miner.model).state_dict()))
     assert states.add(state, wanted=())
     assert states.add(late, wanted=())
-    assert set(states.epochs) == {0, 4}, "the first gives its moments only"
-    assert curves(replayer, states[4], rows).trained == pytest.approx(answered)
+    assert states.replayed(3, hotkey="donor") is None, "nothing is known of earlier moments"
+    found = states.replayed(4, hotkey="donor")
+    assert found is not None
+    assert curves(replayer, found, rows).trained == pytest.approx(answered)
     assert sum(curves(replayer, late, rows).trained) < sum(answered) - 0.1
+    assert states.replayed(4, hotkey="another") is late
 
 
 def test_a_replay_leaves_the_state_as_it_was(replayer: Replayer, state: GlobalState) -> None:

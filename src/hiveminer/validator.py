@@ -288,7 +288,9 @@ class Validator:
         sample = self.samples.next(self.states, replays=lambda who: self.table.of(who).replays)
         if sample is None:
             return
-        state = self.states[sample.epoch]
+        state = self.states.replayed(sample.epoch, hotkey=sample.hotkey)
+        if state is None:
+            return
         evidence = await self._in(self._compute, lambda: self.judge.judge(sample, state))
         if evidence is not None:
             self._record(evidence)

@@ -45,11 +45,15 @@ class RoundResult:
 
 @dataclass(frozen=True)
 class GlobalState:
-    """A copy of the global state: weights by name, and the inner optimizer's `state_dict`."""
+    """A copy of the global state: weights by name, and the inner optimizer's `state_dict`.
+
+    donor: the hotkey that handed it out, where the optimizer is its own.
+    """
 
     epoch: int
     weights: dict[str, Tensor]
     optimizer: dict[str, Any]
+    donor: str | None = None
 
 
 class Host(Protocol):

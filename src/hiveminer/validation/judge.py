@@ -74,24 +74,35 @@ class Sample:
 class States:
     """The global states of the last epochs; at first the run's initial one.
 
-    The optimizer's moments in a state are of some time after its epoch began, so they may hold the
-    gradients of the very rows that are replayed, which would then seem to teach far more than a
-    miner can learn from them. So a state is used with the moments of the one before it, and the
-    first that was downloaded only gives its own.
+    A donor hands out its state some time after the epoch began, so its optimizer's moments hold the
+    gradients of the rows that it has trained. With those, a replay of the same rows would seem to
+    gain far more than a miner can. So a donor's own answers are replayed with the moments of the
+    state before.
     """
 
     def __init__(self, first: GlobalState):
         self._states = {first.epoch: first}
         self._moments: dict[str, Any] | None = None
+        self._earlier: dict[int, dict[str, Any] | None] = {}
         self.newest = first.epoch
 
     @property
     def epochs(self) -> Collection[int]:
-        """Epochs whose answers can be replayed."""
+        """Epochs whose state is known."""
         return self._states.keys()
 
     def __getitem__(self, epoch: int) -> GlobalState:
         return self._states[epoch]
+
+    def replayed(self, epoch: int, *, hotkey: str) -> GlobalState | None:
+        """The state to replay this miner's answers from; None if there is none for a donor."""
+        state = self._states[epoch]
+        if state.donor != hotkey:
+            return state
+        moments = self._earlier[epoch]
+        if moments is None:
+            return None
+        return replace(state, optimizer=state.optimizer | {"state": moments})
 
     def add(self, state: GlobalState, *, wanted: Collection[int]) -> bool:
         """Add a state, and drop old ones, those of wanted epochs a little later. False for an
@@ -99,14 +110,13 @@ class States:
         if state.epoch <= self.newest:
             return False
         self.newest = state.epoch
-        moments, self._moments = self._moments, state.optimizer.get("state", {})
-        if moments is not None:
-            self._states[state.epoch] = replace(
-                state, optimizer=state.optimizer | {"state": moments}
-            )
+        self._earlier[state.epoch] = self._moments
+        self._moments = state.optimizer.get("state", {})
+        self._states[state.epoch] = state
         for old in sorted(self._states)[:-KEPT_STATES]:
             if old not in wanted or old < state.epoch - 2 * KEPT_STATES:
                 del self._states[old]
+                self._earlier.pop(old, None)
         return True
 
     def is_timely(self, epoch: int | None, *, now: int) -> bool:

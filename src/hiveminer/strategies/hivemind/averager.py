@@ -36,7 +36,7 @@ from hiveminer.runtime.events import tell
 from hiveminer.strategies.hivemind.bounds import Bounds
 from hiveminer.strategies.hivemind.failure_detector import Group
 from hiveminer.strategies.hivemind.records import averager_prefix
-from hiveminer.strategies.hivemind.round_server import SHUNNED, RoundServer
+from hiveminer.strategies.hivemind.round_server import DONOR, SHUNNED, RoundServer
 from hiveminer.strategies.hivemind.sketch import sketch_of
 from hiveminer.strategies.hivemind.state_transfer import tame_moments
 from hiveminer.swarm.peer import START_SECONDS
@@ -92,6 +92,7 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
         self._news_lock = threading.Lock()
         self._shunned: set[str] = set()
         self._group = Group()
+        self._donor = ""
         self._step_seconds = multiprocessing.Value("d", 0.0)
         before = set(threading.enumerate())
         super().__init__(prefix=averager_prefix(run_id), **kwargs)
@@ -233,8 +234,16 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
             kind, *rest = MSGPackSerializer.loads(self._news_here.recv_bytes(MAX_NEWS_BYTES))
             if kind == SHUNNED:
                 self._shunned.update(rest)
+            elif kind == DONOR:
+                self._donor = rest[0]
             else:
                 self._group = Group(rest[0], frozenset(rest[1:]))
+
+    def donor(self) -> str:
+        """The peer whose state was last downloaded; "" before."""
+        with self._news_lock:
+            self._read_news()
+            return self._donor
 
     def set_step_seconds(self, seconds: float) -> None:
         """How long a step of ours takes: members of a group may be that late."""

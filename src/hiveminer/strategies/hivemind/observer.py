@@ -85,7 +85,9 @@ class HivemindObserver(Observer):
 
     def fetch(self, *, timeout_seconds: float = 30.0) -> GlobalState | None:
         self._averager.load_state_from_peers(timeout=timeout_seconds)
-        return self._copy() if self._averager.loaded else None
+        if not self._averager.loaded:
+            return None
+        return self._copy(self.membership.peer.hotkey_of(self._averager.donor()))
 
     def local_step(self, model: nn.Module, state: GlobalState) -> Step:
         return local_step(model, state, section=self.run.optimizer)
@@ -108,13 +110,14 @@ class HivemindObserver(Observer):
         self._averager.shutdown()
         self.membership.close()
 
-    def _copy(self) -> GlobalState:
+    def _copy(self, donor: str | None = None) -> GlobalState:
         named = self.model.named_parameters()
         weights = {name: value.detach().clone() for name, value in named}
         return GlobalState(
             epoch=int(self._averager.local_epoch),
             weights=weights,
             optimizer=_clone(self._averager.optimizer.state_dict()),
+            donor=donor,
         )
 
 

@@ -49,7 +49,7 @@ STALL_SECONDS = 10.0
 
 CHECK_SECONDS = 0.25
 
-SHUNNED, GROUP = "shunned", "group"
+SHUNNED, GROUP, DONOR = "shunned", "group", "donor"
 """Reports of the averager's process to the program."""
 
 
@@ -77,6 +77,7 @@ class RoundServer(StateDownload):
             stub_of=lambda peer: self.get_stub(self._p2p, peer, namespace=self.prefix),
             weights=len(self.main_parameters),
             all_bytes=self.state_bytes,
+            on_state=lambda donor: self._report(DONOR, donor),
         )
         super().run()
 

@@ -140,7 +140,8 @@ class StateInspector:
     dht, run_id: where the peers of the run declare themselves. own_id: is not asked.
     stub_of: how to call a peer's averager.
     weights: the number of weight tensors; all_bytes: the size of a whole state.
-    attempts: how often the peers are asked, once per second.
+    on_state: called with the donor of each state that passed. attempts: how often the peers are
+    asked, once per second.
     """
 
     def __init__(
@@ -152,6 +153,7 @@ class StateInspector:
         stub_of: Callable[[PeerID], Any],
         weights: int,
         all_bytes: int,
+        on_state: Callable[[str], None] = lambda _: None,
         attempts: int = VOUCH_ATTEMPTS,
     ):
         self._dht = dht
@@ -160,6 +162,7 @@ class StateInspector:
         self._stub_of = stub_of
         self._weights = weights
         self._all_bytes = all_bytes
+        self._on_state = on_state
         self._attempts = attempts
         self._vouches: dict[str, Vouch] = {}
         self._reporting: set[str] = set()
@@ -189,6 +192,7 @@ class StateInspector:
             problem = await self._problem_with(state.epoch, state.sketch.numbers, str(donor))
             if problem is not None:
                 raise AllreduceException(problem)
+            self._on_state(str(donor))
         except AllreduceException as error:
             tell(logger, "state_download", f"the state of peer {donor} is refused: {error}")
             raise
