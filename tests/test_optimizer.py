@@ -65,7 +65,8 @@ def test_a_frozen_matrix_is_not_trained() -> None:
 
 def test_each_parameter_takes_the_step_of_its_own_optimizer() -> None:
     model, reference = tiny_model("llama"), tiny_model("llama")
-    optimizer = inner_optimizer(model, MUON)
+    section = MUON.model_copy(update={"momentum": 0.9, "embedding_rate": 2.0})
+    optimizer = inner_optimizer(model, section)
     hidden = hidden_matrices(reference)
     inside = {id(each) for each in hidden}
     rest = [each for each in reference.parameters() if id(each) not in inside]
@@ -74,8 +75,10 @@ def test_each_parameter_takes_the_step_of_its_own_optimizer() -> None:
         {"params": [each for each in rest if each.dim() < 2], "weight_decay": 0.0},
     ]
     parts = [
-        torch.optim.Muon(hidden, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(groups, lr=0.01, betas=MUON.betas, eps=MUON.eps, fused=True),
+        torch.optim.Muon(
+            hidden, lr=0.01, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(groups, lr=0.02, betas=MUON.betas, eps=MUON.eps, fused=True),
     ]
     for seed in range(3):
         set_gradients(model, seed=seed)

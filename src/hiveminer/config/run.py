@@ -89,6 +89,10 @@ class OptimizerSection(_Section):
     """`muon` is Muon for the matrices inside the model and AdamW for everything else. It
     moves a weight about as far per step as AdamW does at the same learning rate."""
     learning_rate: Positive = 3e-3
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Muon's, for the matrices inside the model."""
+    embedding_rate: Positive = 1.0
+    """With Muon, the learning rate of everything else as a multiple of `learning_rate`."""
     # TOML knows lists and no tuples.
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.95)
     eps: Positive = 1e-8

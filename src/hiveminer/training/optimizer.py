@@ -58,11 +58,14 @@ class MuonAndAdamW(torch.optim.Optimizer):
                     hidden,
                     lr=section.learning_rate,
                     weight_decay=section.weight_decay,
+                    momentum=section.momentum,
                     adjust_lr_fn="match_rms_adamw",
                 )
             )
         if rest:
-            self._inner.append(build_optimizer(rest, section))
+            rate = section.learning_rate * section.embedding_rate
+            others = section.model_copy(update={"learning_rate": rate})
+            self._inner.append(build_optimizer(rest, others))
         super().__init__([group for inner in self._inner for group in inner.param_groups], {})
         self._share()
 
