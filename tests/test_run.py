@@ -35,6 +35,8 @@ OTHER_VALUES: dict[str, Any] = {
     "data.shard_rows": 10,
     "data.held_out": 0.02,
     "optimizer.learning_rate": 1e-3,
+    "optimizer.momentum": 0.9,
+    "optimizer.embedding_rate": 2.0,
     "optimizer.betas": [0.9, 0.99],
     "optimizer.eps": 1e-7,
     "optimizer.weight_decay": 0.0,
