@@ -111,10 +111,12 @@ class Peers:
         return miner.step(batch_size=4)
 
     def round(self, count: int = 1) -> None:
-        self.block(count * SECTION.round_blocks)
+        """With training in every third block."""
+        for number in range(count * SECTION.round_blocks):
+            self.block(training=number % 3 == 0)
 
     def short_round(self, count: int = 1) -> None:
-        """As `round`, with a single step of training in each."""
+        """With a single step of training in each."""
         for _ in range(count):
             self.block()
             self.block(SECTION.round_blocks - 1, training=False)
