@@ -114,21 +114,20 @@ def test_the_idle_and_the_lying_earn_under_a_fifth_of_the_honest(tmp_path: Path)
         validator = parts.enter_context(Validator(settings, metrics=metrics, observer=hub.observer))
         keys = {name: miner.neuron.hotkey for name, miner in miners.items()}
 
-        def judged() -> bool:
-            # The honest one is paid in full for rows that tell nothing; the others have to be seen.
+        def told_apart() -> bool:
+            # The honest one is paid in full for rows that tell nothing; the others have to be
+            # seen, and a first replay has nothing to compare their learning with.
             lines = metrics.of("evidence")
             seen = Counter(
                 x["hotkey"] for x in lines if x["judged"] or x["hotkey"] == keys["honest"]
             )
-            return all(seen[key] >= 2 for key in keys.values())
+            earned = validator.table.weights()
+            most = max(earned.get(keys[name], 0.0) for name in set(keys) - {"honest"})
+            enough = all(seen[key] >= 2 for key in keys.values())
+            return enough and most < 0.2 * earned.get(keys["honest"], 0.0)
 
         with serving(*miners.values(), validator):
-            wait_for(judged, seconds=120)
-        earned = validator.table.weights()
-    told = f"{keys}\n{earned}\n{metrics.of('evidence')}"
-    assert earned[keys["honest"]] > 0, told
-    for name in set(keys) - {"honest"}:
-        assert earned.get(keys[name], 0.0) < 0.2 * earned[keys["honest"]], told
+            wait_for(told_apart, seconds=120)
 
 
 def test_both_run_where_an_event_loop_runs_already(tmp_path: Path) -> None:

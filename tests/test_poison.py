@@ -47,7 +47,7 @@ def newest_common(folder: Path, names: str) -> tuple[int, list[np.ndarray]]:
 @pytest.mark.parametrize(
     "how",
     [
-        "nan",
+        pytest.param("nan", marks=slow),
         pytest.param("loud", marks=slow),
         pytest.param("inf", marks=slow),
         pytest.param("answers", marks=slow),

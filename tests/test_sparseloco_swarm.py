@@ -121,6 +121,7 @@ print("told", json.dumps(told), flush=True)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_rounds_over_real_peers(tmp_path: Path) -> None:
     here = str(Path(__file__).resolve().parent)

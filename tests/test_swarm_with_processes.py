@@ -84,6 +84,7 @@ def test_two_peers_hold_the_same_weights_after_an_epoch(tmp_path: Path) -> None:
         start = first
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_terminals_without_a_flag(tmp_path: Path) -> None:
     """`python miner.py` twice and `python validator.py`: keys and ports by themselves,

@@ -330,36 +330,42 @@ class Exchange:
             self._random.shuffle(peers)
         return holders
 
-    async def _download(self, digest: bytes, size: int, holders: Iterable[PeerID]) -> bytes | None:
+    async def _download(self, digest: bytes, size: int, holders: Sequence[PeerID]) -> bytes | None:
         """Bytes by their hash, from the first holder that has them.
 
         What came before a failure is completed by the next one. If that proves wrong, nobody
         knows who lied, and each holder is asked for the whole.
         """
-        data = bytearray()
-        givers: set[str] = set()
-        resumes = True
-        for peer in holders:
-            if not await self._admission.admits(peer):
-                continue
-            before = len(data)
-            try:
-                request = REQUEST.pack(GET, digest, before)
-                await self._call(peer, request, size - before, data)
-            except _Failed as error:
-                logger.debug("peer %s did not send %s: %s", peer, digest.hex()[:16], error)
-            if len(data) > before:
-                givers.add(str(peer))
-            if len(data) == size:
-                if await asyncio.to_thread(_has_hash, data, digest):
-                    return bytes(data)
-                if len(givers) == 1:
-                    self._admission.shun(peer, "what it sent has another hash")
-                resumes = False
-            if len(data) == size or not resumes:
-                data.clear()
-                givers.clear()
+        for resumes in (True, False):
+            data = bytearray()
+            givers: list[PeerID] = []
+            for peer in holders:
+                if not resumes:
+                    data.clear()
+                    givers.clear()
+                if await self._append(peer, digest, size, data):
+                    givers.append(peer)
+                if len(data) == size:
+                    if await asyncio.to_thread(_has_hash, data, digest):
+                        return bytes(data)
+                    if len(givers) == 1:
+                        self._admission.shun(peer, "what it sent has another hash")
+                    if resumes:
+                        break
+            if len(data) < size:
+                break
         return None
+
+    async def _append(self, peer: PeerID, digest: bytes, size: int, data: bytearray) -> bool:
+        """Ask a peer for what is still missing; whether anything came."""
+        if not await self._admission.admits(peer):
+            return False
+        before = len(data)
+        try:
+            await self._call(peer, REQUEST.pack(GET, digest, before), size - before, data)
+        except _Failed as error:
+            logger.debug("peer %s did not send %s: %s", peer, digest.hex()[:16], error)
+        return len(data) > before
 
     async def _call(self, peer: PeerID, request: bytes, size: int, into: bytearray) -> None:
         """Append the `size` bytes of a peer's answer to `into`. Raises _Failed, and keeps what was
