@@ -14,13 +14,14 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from xdist.scheduler import LoadScopeScheduling
 
 from programs import ROOT, close_preloaded
 
-# Before torch is imported: threads of several tests that wait for each other on two cores cost
-# twice the time.
+# Threads of several tests that wait for each other on two cores cost twice the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 MARK = "TESTS_OF_HIVEMINER"
 """A variable that our processes inherit, so that an orphan is known to be ours."""
