@@ -119,7 +119,10 @@ class SwarmSection(_Section):
 
 
 class SparselocoSection(_Section):
-    """Rounds of strategy `sparseloco`; docs/sparseloco.md says what they are."""
+    """Rounds of strategy `sparseloco`; docs/sparseloco.md says what they are.
+
+    The defaults of what is sent are the cell `h5-61-m0.9-lr0.02` of `scripts/bench frontier`.
+    """
 
     round_blocks: Annotated[int, Field(ge=1, le=200)] = 50
     """Blocks per round. The embedded network's blocks are short: 15 there."""
