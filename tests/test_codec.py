@@ -460,6 +460,7 @@ def supported() -> list[str]:
     return [*CAPABILITIES[: CAPABILITIES.index(best) + 1]] if best in CAPABILITIES else ["default"]
 
 
+@pytest.mark.slow
 def test_bits_are_the_same_on_every_instruction_set_and_thread_count(tmp_path: Path) -> None:
     tensors = {
         name: draw(number, *shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,20 @@ def test_a_speedup_is_read_off_the_runs_of_one_replica() -> None:
     assert report.speedup(2.2, settings, alone) == 0.5
     assert report.speedup(1.1, settings, alone) == 4
     assert report.speedup(1.8, settings, alone[:1]) is None
+
+
+@pytest.mark.slow  # two programs that import torch
+def test_several_cells_at_once_and_one_that_fails_stops_no_other(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "values.py").write_text("value = 1 + 1\n" * 9000, encoding="utf-8")
+    options = Namespace(jobs=2, device="cpu", text=tmp_path, state=tmp_path / "state")
+    impossible = replace(TINY, name="impossible", power=0.3)
+    other = replace(TINY, name="other", share_tables=0.2, ahead=0.5)
+    found = list(frontier.run_all([impossible, TINY, other], options))
+    assert sorted(each["name"] for each in found) == ["other", "tiny"]
+    assert all(each["loss"] < 5.6 and each["ran_on"] for each in found)
+    assert "impossible failed: ValueError" in capfd.readouterr().err
 
 
 def test_an_ended_cell_is_kept_and_not_run_again(

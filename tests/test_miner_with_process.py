@@ -119,7 +119,7 @@ def test_what_a_validator_may_send_a_miner(tmp_path: Path) -> None:
         assert "Traceback" not in program.words, program.words
 
 
-@pytest.mark.parametrize("name", ["miner.py", "validator.py"])
+@pytest.mark.parametrize("name", ["miner.py", pytest.param("validator.py", marks=pytest.mark.slow)])
 def test_an_example_tells_its_flags(name: str) -> None:
     words = [sys.executable, str(ROOT / "examples" / name), "--help"]
     told = subprocess.run(words, capture_output=True, text=True, timeout=150, check=True).stdout
