@@ -333,5 +333,6 @@ assert not torch.cuda.is_initialized()
 """
 
 
+@pytest.mark.slow
 def test_importing_touches_no_cuda() -> None:
     subprocess.run([sys.executable, "-c", IMPORT], check=True, timeout=120)

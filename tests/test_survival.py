@@ -178,6 +178,7 @@ def test_the_same_death_freezes_the_stock_optimizer(
         swarm.wait(frozen, 150)
 
 
+@slow
 @pytest.mark.timeout(240)
 def test_the_first_peer_is_killed_and_a_late_one_equals_the_others(tmp_path: Path) -> None:
     with Workers(tmp_path, size=3) as swarm:

@@ -177,11 +177,9 @@ def _save_model(kind: str, folder: Path) -> None:
     builtin_tokenizer().save_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(
-    ("kind", "suffix"),
-    [("llama", "jsonl"), pytest.param("qwen", "parquet", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("kind", "suffix"), [("llama", "jsonl"), ("qwen", "parquet")])
 def test_a_local_model_and_local_data_train_as_well(kind: str, suffix: str, tmp_path: Path) -> None:
     from datasets import Dataset
 
