@@ -351,13 +351,13 @@ AT_250_10 = rounds(AT_250, 10, 360, rate=0.02)
 BEST = [
     vary(AT_40_LATE, "tables2", TABLES_2, embedding_rate=2.0),
     vary(AT_160_10, "tables2", TABLES_2, embedding_rate=2.0),
-    vary(AT_250_10, "tables2", TABLES_2, embedding_rate=2.0),
     vary(AT_500_10, "tables2", TABLES_2, embedding_rate=2.0),
 ]
 THIRD = [
     AT_40_LATE,
     *BEST,
     vary(AT_500_9, "lr0.02-keep0.95-tables2", TOGETHER, rate=0.02, keep=0.95, embedding_rate=2.0),
+    vary(AT_250_10, "tables2", TABLES_2, embedding_rate=2.0),
     vary(FINALISTS[0], "tables2", TABLES_2, embedding_rate=2.0),
 ]
 AGAIN = [

@@ -23,6 +23,7 @@ REQUIRED = (
 AIMS = {"loss_ratio_muon": {"40": 1.02, "100": 1.04, "250": 1.06, "500": 1.08}}
 SETTING = ("size", "replicas", "rows", "length", "steps")
 """What two cells must share for their losses to be compared."""
+USUAL = ("0.2M", 4, 8, 128, 850)
 
 
 def points(cells: Sequence[Done]) -> list[dict[str, Any]]:
@@ -116,7 +117,7 @@ def summary(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ours = [
         point
         for point in found
-        if (point["size"], point["replicas"], point["rows"], point["length"]) == ("0.2M", 4, 8, 128)
+        if tuple(point[key] for key in SETTING) == USUAL
         and point["settings"]["method"] == "sparseloco"
     ]
     rows = []
@@ -138,11 +139,7 @@ def plot(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Loss over the bytes' ratio, a color per method; the best of each number of bytes joined."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axis = figure.subplots()
-    usual = [
-        point
-        for point in found
-        if (point["size"], point["replicas"], point["rows"], point["length"]) == ("0.2M", 4, 8, 128)
-    ]
+    usual = [point for point in found if tuple(point[key] for key in SETTING) == USUAL]
     for label in sorted({_label(point) for point in usual}):
         these = [point for point in usual if _label(point) == label]
         axis.scatter(
