@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import multiprocessing
 import os
 import runpy
 import select
@@ -160,6 +161,7 @@ def run(job: dict[str, Any]) -> None:
     os.dup2(log, 2)
     os.close(log)
     gc.unfreeze()
+    own_locks()
     # An interpreter reads this at its start, which was the server's.
     sys.path[1:1] = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     words = job["words"]
@@ -171,6 +173,19 @@ def run(job: dict[str, Any]) -> None:
         sys.argv = words
         sys.path[0] = str(Path(words[0]).parent)
         runpy.run_path(words[0], run_name="__main__")
+
+
+def own_locks() -> None:
+    """Replace the locks between processes that Hivemind makes when it is imported.
+
+    All forked programs would share them, and one that is stopped or killed while it holds one
+    would block the others for good.
+    """
+    from hivemind.utils.asyncio import _AsyncContextWrapper
+    from hivemind.utils.mpfuture import MPFuture
+
+    MPFuture.reset_backend()
+    _AsyncContextWrapper.EXECUTOR_LOCK = multiprocessing.Lock()
 
 
 def main() -> None:

@@ -137,6 +137,15 @@ print(multiprocessing.util.get_temp_dir(), flush=True)
 time.sleep(60)
 """
 
+LOCKS = """
+import gc, sys, time
+from multiprocessing.synchronize import SemLock
+locks = [each for each in gc.get_objects() if isinstance(each, SemLock)]
+free = [each.acquire(timeout=5) for each in locks]
+print(f"held: {len(locks)}, all: {all(free)}", flush=True)
+time.sleep(60)
+"""
+
 
 def dead_number() -> int:
     """The number of a process that has ended."""
@@ -225,6 +234,15 @@ def test_the_folder_of_a_killed_program_is_swept(tmp_path: Path) -> None:
         program.process.wait(10)
         sweep()
         assert not folder.exists()
+
+
+def test_the_tests_programs_share_no_lock(tmp_path: Path) -> None:
+    """They are forked from one that has imported Hivemind, which makes some when it is imported:
+    a program that is stopped while it holds one must not stop the others."""
+    with started(LOCKS, folder=tmp_path / "a") as first:
+        assert "all: True" in first.says("held: ")
+        with started(LOCKS, folder=tmp_path / "b") as second:
+            assert "all: True" in second.says("held: ")
 
 
 @dataclass
