@@ -225,6 +225,25 @@ def test_memory_that_was_freed_is_returned() -> None:
     assert int(done.stdout) > 20e6
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_a_thread_that_trains_keeps_the_memory_of_its_last_step() -> None:
+    code = (
+        "import resource, threading\n"
+        "from hiveminer.runtime import machine\n"
+        "machine.keep_freed_memory()\n"
+        "def step():\n"
+        "    return [b'x' * 2**22 for _ in range(12)]\n"
+        "def train():\n"
+        "    step(), step()\n"
+        "    before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt\n"
+        "    step()\n"
+        "    print(resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before)\n"
+        "threading.Thread(target=train).start()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert int(done.stdout) < 1000, done.stderr  # of 12,288 pages
+
+
 # --- keys ----------------------------------------------------------------------------------------
 
 

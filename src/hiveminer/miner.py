@@ -23,6 +23,7 @@ from hiveminer.config.run import Run, load_run
 from hiveminer.config.settings import MinerSettings, parse
 from hiveminer.errors import Refused, TrainingError
 from hiveminer.protocol import IsAlive, Train
+from hiveminer.runtime import machine
 from hiveminer.runtime.events import tell
 from hiveminer.runtime.metrics import Metrics, progress_bar
 from hiveminer.runtime.program import script
@@ -243,6 +244,7 @@ class Miner(BaseMinerNeuron):
         needed = memory_needed(self.model, sequence_length=length, bfloat16=bfloat16)
         check_device(needed, self.device, left=self._memory_left)
         self.swarm.move_to(self.device)
+        machine.keep_freed_memory()  # after the strategy, whose processes do not train
         self.trainer = Trainer(
             self.model,
             encode=self._tensors,

@@ -25,6 +25,9 @@ NEEDED_DESCRIPTORS = 256
 
 WANTED_DESCRIPTORS = 4096
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+"""Of glibc's malloc.h."""
+
 
 def check_temporary_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """The folder of temporary files. Raises OperatorError if it cannot be used."""
@@ -70,3 +73,17 @@ def return_free_memory() -> None:
     """
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def keep_freed_memory() -> None:
+    """Keep memory that is freed for what is allocated next, where the C library is glibc.
+
+    The arenas of threads other than the main one give everything back as soon as it is free. A
+    training step in such a thread would get each page of its gradients anew from the system: a
+    twentieth of its CPU time on a small model. `return_free_memory` still returns it.
+    """
+    with contextlib.suppress(AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(M_TRIM_THRESHOLD, 2**30)
+        mallopt(M_TOP_PAD, 64 * 2**20)
