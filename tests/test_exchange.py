@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import pytest
 
+from hiveminer.strategies.sparseloco.exchange import MAX_STREAMS, MAX_STREAMS_PER_PEER, Streams
 from programs import started
 
 SCRIPT = """
@@ -221,3 +223,19 @@ def test_registered_peers_exchange_blobs_and_states(tmp_path: Path) -> None:
     assert told.pop("met").pop("stranger") == 0, words
     assert told.pop("stranger") == [], words
     assert all(told.values()), words
+
+
+def test_a_few_peers_cannot_take_all_streams() -> None:
+    streams = Streams()
+    with contextlib.ExitStack() as served:
+        taken = [
+            served.enter_context(streams.of(name)) for name in "abc" for _ in range(MAX_STREAMS)
+        ]
+        assert taken.count(True) == MAX_STREAMS
+        assert taken[:MAX_STREAMS].count(True) == MAX_STREAMS_PER_PEER
+        with streams.of("d") as first, streams.of("d") as second:
+            assert first
+            assert not second
+    with streams.of("d") as first, streams.of("d") as second:
+        assert first
+        assert second

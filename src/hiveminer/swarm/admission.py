@@ -16,7 +16,7 @@ from typing import Any
 from hivemind.p2p import PeerID
 
 from hiveminer.runtime.events import tell
-from hiveminer.swarm.identity import identify
+from hiveminer.swarm.identity import identify, known_hotkey
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,8 @@ SHUN_SECONDS = 300.0
 """How long a peer that sent poison is treated as a stranger."""
 
 MAX_CONCURRENT = 16
-"""Strangers that are asked for their proof at the same time; more are turned away."""
+"""Unknown peers that are asked for their proof at the same time; more are turned away. Whoever
+has proved a hotkey before is not among them, so strangers do not keep it out."""
 
 MAX_CACHED = 4096
 """Proofs and refusals in the cache; strangers may be many."""
@@ -69,19 +70,24 @@ class Admission:
         until, admitted = self._cache.get(name, (0.0, False))
         if now < until:
             return admitted
-        if self._identifying >= MAX_CONCURRENT:
-            return False
-        self._identifying += 1
-        try:
-            task = partial(identify, peer_id=name, timeout_seconds=IDENTIFY_SECONDS)
-            future = self._dht.run_coroutine(task, return_future=True)
-            admitted = await asyncio.wait_for(future, IDENTIFY_SECONDS + 1) is not None
-        except Exception as error:  # noqa: BLE001 - who cannot be identified is a stranger
-            logger.debug("peer %s could not be identified: %r", name, error)
-            admitted = False
-        finally:
-            self._identifying -= 1
+        admitted = await self._ask(partial(known_hotkey, peer_id=name))
+        if not admitted and self._identifying < MAX_CONCURRENT:
+            self._identifying += 1
+            try:
+                task = partial(identify, peer_id=name, timeout_seconds=IDENTIFY_SECONDS)
+                admitted = await self._ask(task)
+            finally:
+                self._identifying -= 1
         if len(self._cache) >= MAX_CACHED:
             self._cache.clear()
         self._cache[name] = (now + (CACHE_SECONDS if admitted else CACHE_SECONDS / 5), admitted)
         return admitted
+
+    async def _ask(self, task: Callable[..., Any]) -> bool:
+        """Whether this coroutine, run in the DHT's process, finds a hotkey."""
+        try:
+            future = self._dht.run_coroutine(task, return_future=True)
+            return await asyncio.wait_for(future, IDENTIFY_SECONDS + 1) is not None
+        except Exception as error:  # noqa: BLE001 - who cannot be identified is a stranger
+            logger.debug("a peer could not be identified: %r", error)
+            return False

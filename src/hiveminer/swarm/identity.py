@@ -401,6 +401,12 @@ async def proved_peers(_dht: Any, node: Any) -> dict[str, str]:
     return found
 
 
+async def known_hotkey(_dht: Any, node: Any, *, peer_id: str) -> str | None:
+    """Runs in the DHT's process: as `identify`, but nobody is asked."""
+    authorizer = node.protocol.authorizer
+    return "" if authorizer is None else authorizer.hotkey_of(peer_id)
+
+
 async def identify(_dht: Any, node: Any, *, peer_id: str, timeout_seconds: float) -> str | None:
     """Runs in the DHT's process: the admitted hotkey that this peer id has proved, or None.
 

@@ -25,7 +25,16 @@ import struct
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -72,8 +81,6 @@ SLOWEST_BYTES = 62_500.0
 OPEN_SECONDS."""
 
 MAX_STREAMS = 16
-"""Streams to serve at the same time."""
-
 MAX_STREAMS_PER_PEER = 6
 
 MAX_CALLS = 64
@@ -106,6 +113,28 @@ class _Failed(Exception):
     """A call failed; another peer may have the data."""
 
 
+class Streams:
+    """The streams that are served at the same time, by caller: at most MAX_STREAMS, of which no
+    caller has more than MAX_STREAMS_PER_PEER. A caller that has none always gets one, so a few
+    cannot shut out the others."""
+
+    def __init__(self) -> None:
+        self._open: Counter[str] = Counter()
+
+    @contextlib.contextmanager
+    def of(self, caller: str) -> Iterator[bool]:
+        """Context of a stream; False if it must not be served."""
+        own, is_full = self._open[caller], self._open.total() >= MAX_STREAMS
+        if own and (is_full or own >= MAX_STREAMS_PER_PEER):
+            yield False
+            return
+        self._open[caller] += 1
+        try:
+            yield True
+        finally:
+            self._open -= Counter([caller])
+
+
 class Exchange:
     """Serves a `Source` to the registered peers of a run, and fetches from them.
 
@@ -118,7 +147,7 @@ class Exchange:
         self._source = source
         self._name = f"sparseloco.1.{run.hex()}"
         self._admission = Admission(dht)
-        self._streams: Counter[str] = Counter()
+        self._streams = Streams()
         self._silent: set[str] = set()
         self._random = random.SystemRandom()
         self._loop = asyncio.new_event_loop()
@@ -208,19 +237,15 @@ class Exchange:
     ) -> None:
         caller = str(info.peer_id)
         with contextlib.closing(writer):
-            if (
-                self._streams[caller] >= MAX_STREAMS_PER_PEER
-                or self._streams.total() >= MAX_STREAMS
-            ):
+            if not await self._admission.admits(info.peer_id):
                 return
-            self._streams[caller] += 1
-            try:
-                if await self._admission.admits(info.peer_id):
+            with self._streams.of(caller) as is_free:
+                if not is_free:
+                    return
+                try:
                     await self._answer(reader, writer)
-            except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-                logger.debug("a stream to %s ended early: %r", caller, error)
-            finally:
-                self._streams -= Counter([caller])
+                except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
+                    logger.debug("a stream to %s ended early: %r", caller, error)
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         request = await asyncio.wait_for(reader.readexactly(REQUEST.size), OPEN_SECONDS)
