@@ -14,14 +14,13 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
+from preloaded import Preloaded, sessions
 from xdist.scheduler import LoadScopeScheduling
 
-from programs import ROOT, close_preloaded
+from programs import ROOT
 
 # Threads of several tests that wait for each other on two cores cost twice the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 MARK = "TESTS_OF_HIVEMINER"
 """A variable that our processes inherit, so that an orphan is known to be ours."""
@@ -30,6 +29,19 @@ SHARED_MEMORY = Path("/dev/shm")
 
 STARTS = re.compile(r"\b(Network|Program|Workers|started)\(")
 """What starts programs, in the source of a test."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One server of programs for all workers."""
+    if not hasattr(config, "workerinput"):
+        config.add_cleanup(Preloaded().close)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    import torch  # not at the top: xdist's controller needs none of it
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,7 +102,6 @@ def nothing_left_behind(own_environment: None) -> Iterator[None]:
     """At the end, no process and no shared memory of ours is left."""
     before = _shared_memory()
     yield
-    close_preloaded()
     deadline = time.monotonic() + 10
     while (left := _left(before)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -112,8 +123,10 @@ def _is_ours(process: psutil.Process) -> bool:
     try:
         if process.status() == psutil.STATUS_ZOMBIE or "resource_tracker" in _command(process):
             return False  # dead already; Python's own helper, which ends with this process
+        if os.getsid(process.pid) in sessions:
+            return True
         return process.environ().get(MARK) == os.environ[MARK]
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return False  # gone meanwhile, or another user's
 
 

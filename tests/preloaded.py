@@ -1,15 +1,17 @@
 """A server that has imported the large packages once and forks the tests' programs from itself.
 
 Importing torch, hivemind, transformers and bittensor costs five CPU-seconds in each program.
-Here they are imported once for each test worker. A forked program gets its own session,
-environment, working directory and output, and runs and ends as `python WORDS...` would.
+Here they are imported once for all test workers, when the first program is wanted. A forked
+program gets its own session, environment, working directory and output, and runs and ends as
+`python WORDS...` would.
 
-Run: `python preloaded.py SOCKET`; it ends when the connection of its maker is closed.
+Run: `python preloaded.py SOCKET FD`; it ends when its maker closes the other end of FD.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import multiprocessing
@@ -26,7 +28,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-IMPORT_SECONDS = 120.0
+ADDRESS = "PRELOADED_ADDRESS"
+START_SECONDS = 170.0
 POLL_SECONDS = 0.02
 
 
@@ -34,38 +37,46 @@ POLL_SECONDS = 0.02
 
 
 class Preloaded:
-    """The server, and a way to start programs in it."""
+    """The server of a test run; the workers find it by their environment."""
 
     def __init__(self) -> None:
         # A short path: a socket's may not exceed a hundred characters.
         self._folder = tempfile.TemporaryDirectory(prefix="preloaded-", dir="/tmp")
-        self.address = str(Path(self._folder.name) / "socket")
+        address = str(Path(self._folder.name) / "socket")
         self._alive, theirs = socket.socketpair()
         with theirs:
             self._server = subprocess.Popen(
-                [sys.executable, __file__, self.address, str(theirs.fileno())],
+                [sys.executable, __file__, address, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
             )
-        self._alive.settimeout(IMPORT_SECONDS)
+        self._alive.settimeout(START_SECONDS)
         assert self._alive.recv(1), "the server of preloaded programs did not start"
-
-    def start(
-        self, words: Sequence[str], *, folder: Path, env: Mapping[str, str], log: Path
-    ) -> Forked:
-        """Start `python WORDS...` in the folder, with its output in the log."""
-        connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(30)
-        connection.connect(self.address)
-        job = {"words": list(words), "folder": str(folder), "env": dict(env), "log": str(log)}
-        connection.sendall(json.dumps(job).encode() + b"\n")
-        return Forked(connection)
+        os.environ[ADDRESS] = address
 
     def close(self) -> None:
         self._alive.close()
         self._server.wait(30)
         self._folder.cleanup()
+
+
+def start_forked(
+    words: Sequence[str], *, folder: Path, env: Mapping[str, str], log: Path
+) -> Forked:
+    """Start `python WORDS...` in the folder, with its output in the log."""
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(START_SECONDS)
+    connection.connect(os.environ[ADDRESS])
+    job = {"words": list(words), "folder": str(folder), "env": dict(env), "log": str(log)}
+    connection.sendall(json.dumps(job).encode() + b"\n")
+    forked = Forked(connection)
+    sessions.add(forked.pid)
+    return forked
+
+
+sessions: set[int] = set()
+"""Of the programs that this worker has had forked: their environment in /proc is the server's."""
 
 
 class Forked:
@@ -110,27 +121,24 @@ class Forked:
 def serve(address: str, maker: socket.socket) -> dict[str, Any] | None:
     """Fork a program for each connection. Returns the job in a forked process, and None in
     the server, when its maker is gone."""
-    import hiveminer.commands.demo
-    import hiveminer.miner
-    import hiveminer.validator  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
     running: dict[int, socket.socket] = {}
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address)
         server.listen(64)
         maker.sendall(b"+")
         while True:
-            ready = select.select([server, maker], [], [], POLL_SECONDS)[0]
-            if maker in ready:  # also when it was killed: its programs must not outlive it
-                for pid in running:
+            ready = select.select([server, maker, *running.values()], [], [], POLL_SECONDS)[0]
+            # Whoever started a program and was killed: its programs must not outlive it.
+            for pid, connection in running.items():
+                if maker in ready or connection in ready:
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(pid, signal.SIGKILL)
+            if maker in ready:
                 return None
             if server in ready:
                 connection, _ = server.accept()
                 job = json.loads(connection.makefile("r").readline())
+                import_packages()
                 pid = os.fork()
                 if pid == 0:
                     for inherited in (connection, server, maker, *running.values()):
@@ -139,6 +147,16 @@ def serve(address: str, maker: socket.socket) -> dict[str, Any] | None:
                 running[pid] = connection
                 connection.sendall(f"{pid}\n".encode())
             report_ended(running)
+
+
+@functools.cache
+def import_packages() -> None:
+    import hiveminer.commands.demo
+    import hiveminer.miner
+    import hiveminer.validator  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 def report_ended(running: dict[int, socket.socket]) -> None:

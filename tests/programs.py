@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import signal
@@ -15,9 +14,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import psutil
-from preloaded import Preloaded
-
-from hiveminer.swarm.processes import sweep
+from preloaded import start_forked
 
 ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
@@ -31,18 +28,6 @@ def wait_for(what: Callable[[], T], *, seconds: float, about: str = "") -> T:
             raise AssertionError(f"not within {seconds} s: {about or what}")
         time.sleep(0.05)
     return value
-
-
-@functools.cache
-def preloaded() -> Preloaded:
-    """This worker's server of programs, started when the first is wanted."""
-    return Preloaded()
-
-
-def close_preloaded() -> None:
-    if preloaded.cache_info().currsize:
-        preloaded().close()
-        preloaded.cache_clear()
 
 
 def start_fresh(
@@ -79,11 +64,8 @@ class Program:
         self.log = folder / "log"
         self.log.write_bytes(b"")
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"} | (env or {})
-        self.process = (
-            start_fresh(words, folder=folder, env=env, log=self.log)
-            if fresh
-            else preloaded().start(words, folder=folder, env=env, log=self.log)
-        )
+        start = start_fresh if fresh else start_forked
+        self.process = start(words, folder=folder, env=env, log=self.log)
 
     @property
     def words(self) -> str:
@@ -116,6 +98,8 @@ class Program:
         return self.process.wait(seconds)
 
     def end(self) -> None:
+        from hiveminer.swarm.processes import sweep  # xdist's controller needs no hivemind
+
         family = self.family()
         for process in family:
             with contextlib.suppress(psutil.Error):
