@@ -122,4 +122,4 @@ def serving(folders: Mapping[str, Path]) -> Iterator[Hub]:
             yield hub
         finally:
             hub.shutdown()
-            thread.join(10)
+            thread.join(60)

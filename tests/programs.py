@@ -104,7 +104,7 @@ class Program:
         for process in family:
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
         psutil.wait_procs(family, timeout=10)
         sweep()  # who is killed cannot clean up
 

@@ -55,7 +55,7 @@ STANDINGS = {
 
 
 def until(condition: Callable[[], object]) -> None:
-    wait_for(condition, seconds=10)
+    wait_for(condition, seconds=60)
 
 
 def ns(seconds: float) -> int:

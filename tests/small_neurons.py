@@ -146,7 +146,7 @@ class Running:
             self.error = error
 
     def endpoint(self) -> Endpoint:
-        axon = wait_for(lambda: self.miner.axon, seconds=10, about="the axon")
+        axon = wait_for(lambda: self.miner.axon, seconds=60, about="the axon")
         assert axon is not None
         return Endpoint(self.miner.neuron.hotkey, "127.0.0.1", axon.port)
 
@@ -172,7 +172,7 @@ def running(settings: MinerSettings, chain: Chain | None = None) -> Iterator[Run
             yield program
         finally:
             miner.neuron.stopping.set()
-            program.thread.join(15)
+            program.thread.join(60)
             assert not program.thread.is_alive()
 
 

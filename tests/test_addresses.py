@@ -80,7 +80,7 @@ def service() -> Iterator[Service]:
         thread.start()
         yield made
         made.shutdown()
-        thread.join(5)
+        thread.join(60)
 
 
 def test_two_services_that_agree_are_believed(service: Service) -> None:
@@ -147,10 +147,10 @@ def test_the_address_is_asked_for_once_and_put_on_the_chain(tmp_path: Path) -> N
     ):
         program = Running(miner)
         wanted = f"93.184.216.34:{program.endpoint().port}"
-        wait_for(lambda: chain.metagraph().neuron(0).axon == wanted, seconds=10)
+        wait_for(lambda: chain.metagraph().neuron(0).axon == wanted, seconds=60)
         assert miner.public_ip == "93.184.216.34"
         miner.neuron.stopping.set()
-        program.thread.join(10)
+        program.thread.join(60)
     assert asked == [1]
     assert program.error is None
 

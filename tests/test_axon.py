@@ -268,7 +268,7 @@ def test_is_alive_is_answered_while_the_worker_is_busy(served: Served) -> None:
         assert served.alive().json()["completion"] is True
         assert served.queue.busy
         served.gate.set()
-        assert training.result(10).status_code == 200
+        assert training.result(60).status_code == 200
 
 
 def test_the_same_request_trains_once_also_at_the_same_time(served: Served) -> None:
@@ -277,7 +277,7 @@ def test_the_same_request_trains_once_also_at_the_same_time(served: Served) -> N
         calls = [pool.submit(served.call, train("same")) for _ in range(6)]
         until(lambda: served.axon._callers.remembered == 6)
         served.gate.set()
-        answers = {call.result(10).content for call in calls}
+        answers = {call.result(60).content for call in calls}
     answers.add(served.call(train("same")).content)
     assert len(answers) == 1
     assert served.call(train("same"), by=OTHER).status_code == 200
@@ -294,7 +294,7 @@ def test_another_body_under_the_same_request_id_is_refused(served: Served) -> No
         others = [train("same", dataset_indices=[7]), train("next", batch_size=4)]
         assert [served.call(body).status_code for body in others] == [409, 409]
         served.gate.set()
-        assert [each.result(10).status_code for each in (running, waiting)] == [200, 200]
+        assert [each.result(60).status_code for each in (running, waiting)] == [200, 200]
     other = served.call(others[0])
     assert (other.status_code, "another request" in other.json()["detail"]) == (409, True)
     # The same content in another order is the same request; another caller's is its own.
@@ -315,7 +315,7 @@ def test_the_highest_stake_is_trained_for_first(served: Served) -> None:
             calls.append(pool.submit(served.call, train(name), by=who))
             until(lambda place=place: served.queue.waiting == place)  # type: ignore[misc]
         served.gate.set()
-        assert {call.result(10).status_code for call in calls} == {200}
+        assert {call.result(60).status_code for call in calls} == {200}
     assert served.trained == ["running", "high", "middle", "low"]
 
 
@@ -333,7 +333,7 @@ def test_a_full_queue_says_when_to_come_again_and_others_have_their_share() -> N
         other = pool.submit(served.call, train("other"), by=OTHER)
         until(lambda: served.queue.waiting == 2)
         served.gate.set()
-        assert other.result(10).status_code == 200
+        assert other.result(60).status_code == 200
 
 
 def test_who_hangs_up_frees_the_place_and_stops_no_training(served: Served) -> None:

@@ -69,5 +69,5 @@ def test_a_miner_whose_axon_has_died_ends_and_names_it(tmp_path: Path) -> None:
         assert axon is not None
         assert axon._server is not None
         axon._server.should_exit = True
-        wait_for(lambda: not program.thread.is_alive(), seconds=20)
+        wait_for(lambda: not program.thread.is_alive(), seconds=60)
     assert "the thread 'axon' has died" in str(program.error)

@@ -99,7 +99,7 @@ def test_after_kill_9_in_mid_work_the_same_bytes_are_refused_and_a_fresh_request
         with sent(first, port=port) as connection:
             assert line_of(process) == "killed"
             process.send_signal(signal.SIGKILL)
-            process.wait(10)
+            process.wait(60)
             assert status_of(connection) == 0
     with another_process(port=port, train_seconds=0) as process:
         assert int(line_of(process)) == port
@@ -171,8 +171,8 @@ def test_stop_tells_who_waits_and_cuts_off_who_is_silent() -> None:
         until(lambda: served.queue.waiting == 1)
         silent = served.raw()
         assert served.queue.stop(0.01) == ["waiting", "running"]
-        assert waiting.result(10).status_code == 503
+        assert waiting.result(60).status_code == 503
         served.axon.stop(0.3)
-        assert running.result(10).status_code == 503
+        assert running.result(60).status_code == 503
         assert status_of(silent) == 0
         silent.close()

@@ -66,7 +66,7 @@ def test_a_chain_does_all_that_a_neuron_does(chain: Chain, tmp_path: Path) -> No
     with pytest.raises(ValueError, match="513"):
         chain.commit(bytes(513))
     joined = chain.block()
-    wait_for(lambda: chain.block() >= joined + 5, seconds=10)
+    wait_for(lambda: chain.block() >= joined + 5, seconds=60)
     chain.set_weights({0: 1.0})
     assert chain.metagraph().neuron(0).incentive == 1.0
     settings(tmp_path, weights_rate_limit=1_000_000)
@@ -131,7 +131,7 @@ def test_a_chain_is_safe_in_threads_and_when_it_is_closed_under_way(chain: Chain
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert seen == [1] * 160
 
     outcome: list[Exception] = []
@@ -144,10 +144,10 @@ def test_a_chain_is_safe_in_threads_and_when_it_is_closed_under_way(chain: Chain
 
     thread = threading.Thread(target=wait)
     thread.start()
-    wait_for(thread.is_alive, seconds=10)
+    wait_for(thread.is_alive, seconds=60)
     chain.close()
     chain.close()
-    thread.join(10)
+    thread.join(60)
     assert len(outcome) == 1
     with pytest.raises(ChainError, match="closed"):
         chain.block()

@@ -165,7 +165,7 @@ def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_key(tmp_path:
         name, _, child = line(process).split()
         try:
             os.kill(process.pid, signal.SIGKILL)
-            process.wait(30)
+            process.wait(60)
             with embedded_wallet(tmp_path, prefix="miner") as mine:
                 assert mine.hotkey_name == name == "miner-0"
         finally:

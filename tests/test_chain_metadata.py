@@ -104,7 +104,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         chain.block_seconds()
         chain.read("reading the time", lambda client: client.timestamp())
         rounds = SubnetRounds(chain)
-        rounds.commitments(wait_for(rounds.final_head, seconds=10))
+        rounds.commitments(wait_for(rounds.final_head, seconds=60))
         rounds.snapshot(rounds.final_head())
         # Commit-reveal needs a beacon, which this network has not: only its reads are made.
         substrate.set_hyperparameters(1, commit_reveal_weights_enabled=1)

@@ -285,7 +285,7 @@ def test_kill_9_in_the_middle_of_writing_always_leaves_a_sound_one(tmp_path: Pat
     (tmp_path / "kept").mkdir()
     with started(KILLED, str(tmp_path / "kept"), "11", folder=tmp_path / "killed") as killed:
         told = killed.says("sound each time", seconds=150)
-        assert killed.process.wait(20) == 0, told
+        assert killed.process.wait(60) == 0, told
 
 
 # --- a validator's scores -------------------------------------------------------------------------

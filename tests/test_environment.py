@@ -85,7 +85,7 @@ from hiveminer.runtime.signals import Signals
 taken = Signals(threading.Event())
 taken.take()
 print("ready", flush=True)
-taken.stopping.wait(60)
+taken.stopping.wait(600)
 print("stopped in order", flush=True)
 taken.give_back()
 """
@@ -96,7 +96,7 @@ def test_a_closed_terminal_stops_in_order(tmp_path: Path) -> None:
     with Program([str(tmp_path / "stops.py")], folder=tmp_path / "run") as program:
         program.says("ready")
         program.process.send_signal(signal.SIGHUP)
-        assert program.process.wait(30) == 0
+        assert program.process.wait(60) == 0
         assert "stopped in order" in program.words
 
 
@@ -106,7 +106,7 @@ def test_a_program_started_with_nohup_outlives_its_terminal(tmp_path: Path) -> N
         program.says("ready")
         program.process.send_signal(signal.SIGHUP)
         program.process.send_signal(signal.SIGTERM)  # ends it at once, if it is the second
-        assert program.process.wait(30) == 0
+        assert program.process.wait(60) == 0
 
 
 # --- the log for machines ------------------------------------------------------------------------

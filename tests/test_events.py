@@ -165,7 +165,7 @@ def test_a_request_that_hangs_is_reported_once_with_the_calls_of_its_thread(
         job = miner.queue.submit(
             lambda: miner._forward(asked), caller="5", key="1", priority=1, expires_seconds=60
         )
-        wait_for(lambda: told(caplog, "stall"), seconds=20)
+        wait_for(lambda: told(caplog, "stall"), seconds=60)
         calls = ""
 
         def dumped() -> bool:
@@ -173,10 +173,10 @@ def test_a_request_that_hangs_is_reported_once_with_the_calls_of_its_thread(
             calls += capfd.readouterr().err
             return "wait_for_what_never_comes" in calls
 
-        wait_for(dumped, seconds=20)
+        wait_for(dumped, seconds=60)
         (words,) = told(caplog, "stall")
         miner.released.set()
-        assert job.result(20) is asked
+        assert job.result(60) is asked
     assert words.startswith("request request1 of ")
     assert "restart this neuron" in words
     assert any("has ended after all" in line for line in caplog.messages)
@@ -387,7 +387,7 @@ def test_a_real_miner_and_its_log(tmp_path: Path) -> None:
         miner.says("serving on", seconds=90)
         network.start("validator", "--validator.batch_size", "8", "--validator.rows", "16")
         miner.says("a step of request", seconds=120)
-        assert miner.interrupt(seconds=20) == 0
+        assert miner.interrupt(seconds=60) == 0
         lines = [json.loads(line) for line in miner.words.splitlines() if line.startswith("{")]
     assert {line["neuron"] for line in lines} == {"miner-0"}
     wanted = ["embedded_chain", "peer_start", "batch_meaning"]

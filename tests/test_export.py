@@ -39,7 +39,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
         network.wait_for_numbers(
             "held_out", lambda lines: any(line["epoch"] >= 1 for line in lines), seconds=240
         )
-        assert validator.interrupt(seconds=20) == 0
+        assert validator.interrupt(seconds=60) == 0
         yield network
 
 

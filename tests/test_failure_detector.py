@@ -72,11 +72,11 @@ def test_a_peer_lost_twice_in_one_step_is_reported_twice() -> None:
     thread = threading.Thread(target=step)
     thread.start()
     try:
-        wait_for(lambda: len(lost) == 1, seconds=20)
+        wait_for(lambda: len(lost) == 1, seconds=60)
         swarm.seconds, swarm.alive = {"c": 2.0}, {"c"}
         group = Group(b"1", frozenset("c"))
         swarm.alive = set()
-        wait_for(lambda: len(lost) == 2, seconds=20)
+        wait_for(lambda: len(lost) == 2, seconds=60)
         assert lost == [{"c"}, {"c"}]
     finally:
         ended.set()

@@ -125,7 +125,7 @@ def test_the_miner_lives_and_weights_are_set_once(
     miner = subnet.chain(flaky)
     with running(miner_settings(tmp_path), miner) as program:
         program.endpoint()
-        wait_for(lambda: subnet.validator.metagraph().neuron(1).axon, seconds=5)
+        wait_for(lambda: subnet.validator.metagraph().neuron(1).axon, seconds=60)
         subnet.clock.blocks(1000)
         fault(subnet.substrate)
         fault(flaky)
@@ -207,9 +207,9 @@ def test_a_miner_that_loses_its_uid_says_so_and_ends(subnet: Subnet, tmp_path: P
     miner = subnet.chain(flaky)
     with running(miner_settings(tmp_path), miner) as program:
         program.endpoint()
-        wait_for(lambda: ours(miner).axon, seconds=10, about="its address on the chain")
+        wait_for(lambda: ours(miner).axon, seconds=60, about="its address on the chain")
         flaky.give_away(miner.hotkey)
-        wait_for(lambda: not program.thread.is_alive(), seconds=10)
+        wait_for(lambda: not program.thread.is_alive(), seconds=60)
     assert isinstance(program.error, NotRegistered)
     assert program.error.exit_code == 3
     assert "has lost its uid" in str(program.error)
@@ -229,12 +229,12 @@ def test_an_outage_at_start_changes_nothing_for_neurons_already_known(
     away = subnet.chain(flaky, keys, must_connect=False)
     with running(miner_settings(tmp_path, axon={"port": port}), away) as program:
         # The validator is known from the disk, a stranger is not.
-        assert wait_for(lambda: program.alive(subnet.validator.wallet), seconds=10)
+        assert wait_for(lambda: program.alive(subnet.validator.wallet), seconds=60)
         assert not program.alive(new_keys())
         assert program.miner.neuron.uid == 1
         flaky.down = False
         newcomer = subnet.join()
-        wait_for(lambda: program.alive(newcomer), seconds=10, about="the chain is back")
+        wait_for(lambda: program.alive(newcomer), seconds=60, about="the chain is back")
     assert program.error is None
 
 
@@ -260,13 +260,13 @@ def test_what_a_reorganisation_took_is_put_there_again(subnet: Subnet, tmp_path:
     with running(miner_settings(tmp_path), chain) as program:
         program.miner.neuron.keep_committed(b"mine")
         axon = f"127.0.0.1:{program.endpoint().port}"
-        wait_for(lambda: subnet.validator.metagraph().neuron(1).axon == axon, seconds=5)
+        wait_for(lambda: subnet.validator.metagraph().neuron(1).axon == axon, seconds=60)
         with contextlib.closing(sqlite3.connect(subnet.path)) as db:
             db.execute("UPDATE neurons SET ip = '0', port = 0 WHERE uid = 1")
             db.execute("DELETE FROM commitments")
             db.commit()
-        wait_for(lambda: subnet.validator.metagraph().neuron(1).axon == axon, seconds=15)
-        wait_for(lambda: subnet.validator.commitments() == {chain.hotkey: b"mine"}, seconds=15)
+        wait_for(lambda: subnet.validator.metagraph().neuron(1).axon == axon, seconds=60)
+        wait_for(lambda: subnet.validator.commitments() == {chain.hotkey: b"mine"}, seconds=60)
 
 
 def test_without_a_snapshot_an_outage_at_start_is_one_line(subnet: Subnet, tmp_path: Path) -> None:

@@ -449,4 +449,4 @@ def test_a_stranger_gets_nothing_and_is_not_asked() -> None:
 
 
 def _in_its_loop(exchange: Exchange, dht: MemoryDHT, peer: str, request: bytes) -> bytes:
-    return asyncio.run_coroutine_threadsafe(dht.ask(peer, request), exchange._loop).result(10)
+    return asyncio.run_coroutine_threadsafe(dht.ask(peer, request), exchange._loop).result(60)

@@ -171,7 +171,7 @@ def said(script: str, folder: Path) -> tuple[str, list[str]]:
     """The whole log of a script, and the lines that it said itself."""
     with started(script, RUN, OTHER_RUN, folder=folder / "peers") as program:
         words = program.says("# closed", seconds=120)
-        assert program.process.wait(20) == 0, words
+        assert program.process.wait(60) == 0, words
     return words, [line[2:] for line in words.splitlines() if line.startswith("# ")]
 
 
@@ -238,6 +238,6 @@ def test_a_miner_lets_in_who_is_registered_and_puts_out_who_is_no_longer(tmp_pat
         assert run is not None, miner
         with started(GUEST, run[1], "", *network.flags, folder=tmp_path / "guest") as guest:
             words = guest.says("# closed", seconds=150)
-            assert guest.process.wait(20) == 0, words
+            assert guest.process.wait(60) == 0, words
     for line in ("let in True", "put out True", "stores False"):
         assert f"# {line}\n" in words, words

@@ -117,7 +117,7 @@ def test_only_registered_peers_get_state_and_groups(tmp_path: Path) -> None:
     here = str(Path(__file__).resolve().parent)
     with started(SCRIPT, here, folder=tmp_path / "log") as peers:
         words = peers.says("told {", seconds=200)
-        assert peers.process.wait(20) == 0, words
+        assert peers.process.wait(60) == 0, words
     told = json.loads(words.partition("told {")[2].splitlines()[0].join(["{", ""]))
     assert told["friend"], words
     assert told["stranger"]["state"] == 0, words

@@ -137,8 +137,8 @@ def killed(network: Network, program: Program, ports: dict[str, int]) -> Iterato
     left = Left.of(program)
     yield
     program.process.kill()
-    descendants_gone(left.family, seconds=5)
-    wait_for(lambda: all_free(network, ports), seconds=5, about="key and ports to be free")
+    descendants_gone(left.family, seconds=60)
+    wait_for(lambda: all_free(network, ports), seconds=60, about="key and ports to be free")
     sweep()
     assert left.files == []
 
@@ -186,7 +186,7 @@ def test_a_neuron_whose_child_dies_ends_and_says_so(
         family = program.family()
         pythons(program)[number].kill()
         assert program.process.wait(40) == 1
-        descendants_gone(family, seconds=5)
+        descendants_gone(family, seconds=60)
         assert f"hiveminer: {name}" in program.words
         assert "has ended, and without it there is no swarm" in program.words
 
@@ -224,7 +224,7 @@ def test_kill_9_of_miners_that_train_and_average(tmp_path: Path) -> None:
         wait_for(lambda: len(network.numbers("train")) > trained, seconds=90, about=other.words)
         left = Left.of(other)
         other.process.kill()  # while it trains
-        descendants_gone(left.family, seconds=5)
+        descendants_gone(left.family, seconds=60)
         sweep()
         assert left.files == []
 
@@ -247,5 +247,5 @@ def test_programs_of_a_killed_test_run_end_with_it(tmp_path: Path) -> None:
         pid = int(run.says("program ", seconds=120).split("program ")[1].split()[0])
         assert psutil.pid_exists(pid)
         run.process.kill()
-        run.process.wait(10)
-        wait_for(lambda: not psutil.pid_exists(pid), seconds=20, about="the program's end")
+        run.process.wait(60)
+        wait_for(lambda: not psutil.pid_exists(pid), seconds=60, about="the program's end")

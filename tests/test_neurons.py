@@ -55,7 +55,7 @@ def serving(*neurons: Miner | Validator) -> Iterator[None]:
         for each in neurons:
             each.neuron.stopping.set()
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
         assert not any(thread.is_alive() for thread in threads)
 
 

@@ -36,7 +36,7 @@ def test_final_blocks_say_who_was_there_and_what_was_committed(chain: Chain) -> 
     committed = rounds.head()
     with pytest.raises(ChainError, match="not final yet"):
         rounds.commitments(rounds.head())
-    wait_for(lambda: rounds.final_head() >= committed, seconds=10)
+    wait_for(lambda: rounds.final_head() >= committed, seconds=60)
     rounds.commit(b"two")
 
     block, neurons = rounds.snapshot(committed)
@@ -88,10 +88,10 @@ def test_writes_take_turns_and_the_urgent_one_comes_first() -> None:
     assert holds.wait(10)
     for count, thread in enumerate(threads[1:], 1):
         thread.start()
-        wait_for(lambda count=count: len(turns._waiting) == count, seconds=10)
+        wait_for(lambda count=count: len(turns._waiting) == count, seconds=60)
     with pytest.raises(ChainError), turns.take(timeout_seconds=0.01):
         pass
     may_end.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert order == ["first", "mark", "weights"]

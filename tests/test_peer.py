@@ -61,7 +61,7 @@ def test_a_broken_address_names_no_peer(text: str) -> None:
 def test_peers_meet_over_quic_and_over_tcp(tmp_path: Path) -> None:
     with started(MEET, ID, folder=tmp_path / "peers") as peers:
         words = peers.says("closed", seconds=90)
-        assert peers.process.wait(20) == 0, words
+        assert peers.process.wait(60) == 0, words
     assert "quic alone (1, 1)" in words
     assert "both ways (1, 1)" in words
     assert "nobody (0, 1)" in words

@@ -59,7 +59,7 @@ def a_miner(folder: Path, *, run_id: str = "r-1-2-3") -> SimpleNamespace:
 
 def settled(made: SimpleNamespace) -> str | None:
     """The newest checkpoint, once nothing is being written."""
-    wait_for(lambda: not made.kept.writing, seconds=30)
+    wait_for(lambda: not made.kept.writing, seconds=60)
     name: str | None = made.kept.newest
     return name
 

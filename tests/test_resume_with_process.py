@@ -165,7 +165,7 @@ epoch_samples = 1000000
 def test_training_on_after_a_restart_gives_the_same_bits(tmp_path: Path) -> None:
     with started(SAME, str(tmp_path / "kept"), folder=tmp_path / "same") as same:
         told = same.says("the same", seconds=150)
-        assert same.process.wait(20) == 0, told
+        assert same.process.wait(60) == 0, told
 
 
 # --- a whole miner ----------------------------------------------------------------------------
@@ -254,8 +254,8 @@ def test_a_miner_goes_on_where_it_was(tmp_path: Path) -> None:
         def end(program: Program) -> None:
             family = program.family()
             program.process.send_signal(signal.SIGTERM)
-            assert program.process.wait(15) == 0, program.words
-            descendants_gone(family, seconds=5)
+            assert program.process.wait(60) == 0, program.words
+            descendants_gone(family, seconds=60)
             assert "Traceback" not in program.words, program.words
 
         first = start("miner-0")
@@ -288,7 +288,7 @@ def test_a_miner_goes_on_where_it_was(tmp_path: Path) -> None:
         assert talk_to(third, chain, lambda talk: next_loss(talk, "third")) == same(loss)
         family = third.family()
         third.process.kill()
-        descendants_gone(family, seconds=5)
+        descendants_gone(family, seconds=60)
 
         fourth = start("miner-0-anew", "--no-neuron.resume")
         assert "resumed" not in fourth.words

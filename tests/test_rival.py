@@ -128,7 +128,7 @@ joiner.optimizer.load_state_from_peers()
 told["joined"] = bool(joiner.optimizer.state_averager.loaded)
 stop.set()
 for thread in threads:
-    thread.join(30)
+    thread.join(60)
 for swarm in (joiner, *swarms):
     swarm.close()
 print("told", json.dumps(told), flush=True)

@@ -156,7 +156,7 @@ class Swarm:
         for program in programs:
             program.process.kill()
         for family in families:
-            descendants_gone(family, seconds=20)
+            descendants_gone(family, seconds=60)
 
     def restart(self, program: Program) -> Program:
         """Start a killed one again, with its hotkey and its folder."""

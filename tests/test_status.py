@@ -35,7 +35,7 @@ def validator(miner: Running, tmp_path: Path) -> Iterator[Chain]:
     ):
         join_embedded(chain, stake_tao=5000)
         chain.commit(b"run r-1-2-3")
-        wait_for(lambda: miner.alive(claimed.wallet), seconds=10)
+        wait_for(lambda: miner.alive(claimed.wallet), seconds=60)
         yield chain
 
 
@@ -54,7 +54,7 @@ def test_the_table_joins_chain_probes_and_what_neurons_wrote(
     score = {"score": 0.5, "replays": 3, "tokens": 9.0}
     kept = Checkpoints(folder / theirs / SCORES_FOLDER)
     assert kept.save(None, {"run_id": "r", "scores": {ours: score}})
-    wait_for(lambda: validator.metagraph().by_hotkey(ours).axon, seconds=5)  # type: ignore[union-attr]
+    wait_for(lambda: validator.metagraph().by_hotkey(ours).axon, seconds=60)  # type: ignore[union-attr]
     rows = {row.hotkey: row for row in status.gather(miner_settings(tmp_path), clock=lambda: 1010)}
     mine, other = rows[ours], rows[theirs]
     assert (mine.alive, mine.epoch, mine.score, mine.refusals) == (True, 7, 0.5, 3)

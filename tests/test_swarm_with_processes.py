@@ -118,7 +118,7 @@ def test_two_terminals_without_a_flag(tmp_path: Path) -> None:
 
             orphans = second.family()
             second.process.kill()
-            descendants_gone(orphans, seconds=5)
+            descendants_gone(orphans, seconds=60)
             first.says("trained", seconds=60)
             wait_for(
                 lambda: "is gone" in validator.words, seconds=60, about="the validator notices"
@@ -128,12 +128,12 @@ def test_two_terminals_without_a_flag(tmp_path: Path) -> None:
                 third.says("(key miner-1)", seconds=60)  # the key is free again, and taken
                 third.says("serving on", seconds=90)
                 family = third.family()
-                assert third.interrupt(seconds=10) == 0
-                descendants_gone(family, seconds=5)
+                assert third.interrupt(seconds=60) == 0
+                descendants_gone(family, seconds=60)
         families = first.family() + validator.family()
-        assert first.interrupt(seconds=10) == 0
-        assert validator.interrupt(seconds=10) == 0
-        descendants_gone(families, seconds=5)
+        assert first.interrupt(seconds=60) == 0
+        assert validator.interrupt(seconds=60) == 0
+        descendants_gone(families, seconds=60)
         for program in (first, validator, third):
             assert "Traceback" not in program.words, program.words
 
@@ -141,8 +141,8 @@ def test_two_terminals_without_a_flag(tmp_path: Path) -> None:
         with Program([str(ROOT / "validator.py")], folder=tmp_path / "again", env=home) as again:
             again.says("resumed", seconds=60)
             family = again.family()
-            assert again.interrupt(seconds=10) in (0, 130)  # 130: in the middle of its start
-            descendants_gone(family, seconds=5)
+            assert again.interrupt(seconds=60) in (0, 130)  # 130: in the middle of its start
+            descendants_gone(family, seconds=60)
 
 
 @pytest.mark.timeout(120)
@@ -156,8 +156,8 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
         time.sleep(0.3)  # what counts as a second one, not the same twice
         if miner.process.poll() is None:
             miner.process.send_signal(signal.SIGTERM)
-        miner.process.wait(5)
-        descendants_gone(family, seconds=5)
+        miner.process.wait(60)
+        descendants_gone(family, seconds=60)
 
 
 def _save_model(kind: str, folder: Path) -> None:
@@ -219,8 +219,8 @@ def test_ctrl_c_in_the_middle_of_a_demo(tmp_path: Path) -> None:
         wait_for(lambda: len(demo.family()) > 6, seconds=60, about="the programs to start")
         family = demo.family()
         os.kill(demo.process.pid, signal.SIGINT)
-        assert demo.process.wait(30) == 130, demo.words
-        descendants_gone(family, seconds=5)
+        assert demo.process.wait(60) == 130, demo.words
+        descendants_gone(family, seconds=60)
         assert "Traceback" not in demo.words
 
 
