@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import logging
 import os
 import re
@@ -32,7 +33,8 @@ STARTS = re.compile(r"\b(Network|Program|Workers|started)\(")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One server of programs for all workers."""
+    """One server of programs for all workers; and no look for garbage while they import."""
+    gc.disable()
     if not hasattr(config, "workerinput"):
         config.add_cleanup(Preloaded().close)
 
@@ -42,6 +44,8 @@ def one_thread() -> None:
     import torch  # not at the top: xdist's controller needs none of it
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    gc.freeze()  # what was imported stays
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

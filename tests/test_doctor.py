@@ -280,13 +280,15 @@ def test_a_temporary_folder_that_a_start_would_refuse_fails(
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
     exam = Examination(miner_settings(tmp_path))
-    check = within(lambda: machine.limits(exam), seconds=5)
+    check = within(lambda: machine.limits(exam), seconds=60)
     assert check.verdict == "failed"
     assert "does not exist" in check.found
 
 
-@pytest.mark.parametrize("how", ["password", "public"])
-def test_a_hotkey_that_cannot_sign_fails(tmp_path: Path, how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "found"), [("password", "has a password"), ("public", "only a public key")]
+)
+def test_a_hotkey_that_cannot_sign_fails(tmp_path: Path, how: str, found: str) -> None:
     wallet = bt.Wallet("w", "h", str(tmp_path / "wallets"))
     password = "made-Up-4-this!" if how == "password" else None
     wallet.create_new_hotkey(
@@ -294,16 +296,17 @@ def test_a_hotkey_that_cannot_sign_fails(tmp_path: Path, how: str) -> None:
     )
     if how == "public":
         file = Path(wallet.hotkey_file.path)
-        address = json.loads(file.read_bytes())["ss58Address"]
-        file.write_text(json.dumps({"ss58Address": address}))
+        said = json.loads(file.read_bytes())
+        file.write_text(json.dumps({name: said[name] for name in ("ss58Address", "publicKey")}))
     settings = miner_settings(
         tmp_path,
         subtensor={"network": "test"},
         wallet={"name": "w", "hotkey": "h", "path": tmp_path / "wallets"},
     )
-    check = within(lambda: chain_checks.wallet(Examination(settings)), seconds=30)
+    check = within(lambda: chain_checks.wallet(Examination(settings)), seconds=60)
     assert check.verdict == "failed"
     assert "the hotkey at" in check.found
+    assert found in check.found
 
 
 def test_memory_is_read_off_the_models_configuration(tmp_path: Path) -> None:

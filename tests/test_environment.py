@@ -9,13 +9,10 @@ import resource
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
-import bittensor as bt
 import pytest
 
-from hiveminer.chain import open_wallet
 from hiveminer.errors import OperatorError
 from hiveminer.runtime import json_filter, machine
 from programs import Program
@@ -184,10 +181,10 @@ def test_a_temporary_folder_that_cannot_be_used_is_one_line(tmp_path: Path) -> N
 
 def test_a_program_refuses_a_temporary_folder_that_is_not_there(tmp_path: Path) -> None:
     env = {"TMPDIR": str(tmp_path / "none"), "HIVEMINER_SUBTENSOR__PATH": str(tmp_path / "net")}
-    done = run("miner", env=os.environ | env, stdout=subprocess.PIPE)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("hiveminer: the temporary folder ")
-    assert "Traceback" not in done.stderr
+    with Program(["-m", "hiveminer", "miner"], folder=tmp_path / "run", env=env) as program:
+        assert program.process.wait(60) == 2
+        assert program.words.splitlines()[-1].startswith("hiveminer: the temporary folder ")
+        assert "Traceback" not in program.words
 
 
 def test_too_few_descriptors_are_one_line_and_more_are_taken_where_allowed() -> None:
@@ -242,27 +239,3 @@ def test_a_thread_that_trains_keeps_the_memory_of_its_last_step() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert int(done.stdout) < 1000, done.stderr  # of 12,288 pages
-
-
-# --- keys ----------------------------------------------------------------------------------------
-
-
-def test_a_hotkey_with_a_password_is_refused_without_a_question(tmp_path: Path) -> None:
-    wallet = bt.Wallet("w", "h", str(tmp_path))
-    wallet.create_new_hotkey(
-        use_password=True, hotkey_password="made-Up-4-this!", overwrite=True, suppress=True
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # getpass warns when it asks without a terminal
-        with pytest.raises(OperatorError, match="has a password"):
-            open_wallet("w", "h", tmp_path)
-
-
-def test_a_hotkeys_public_half_is_refused(tmp_path: Path) -> None:
-    wallet = bt.Wallet("w", "h", str(tmp_path))
-    wallet.create_new_hotkey(use_password=False, overwrite=True, suppress=True)
-    file = Path(wallet.hotkey_file.path)
-    said = json.loads(file.read_bytes())
-    file.write_text(json.dumps({name: said[name] for name in ("ss58Address", "publicKey")}))
-    with pytest.raises(OperatorError, match="only a public key"):
-        open_wallet("w", "h", tmp_path)

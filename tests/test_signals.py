@@ -26,7 +26,9 @@ threading.Event().wait(600)
 """
 
 
-@pytest.mark.parametrize(("allowed", "seconds"), [(["0.5"], 0.5), (["1.5", "3"], 3.0), (["0.5", "0.1"], 0.5)])
+@pytest.mark.parametrize(
+    ("allowed", "seconds"), [(["0.5"], 0.5), (["1.5", "3"], 3.0), (["0.5", "0.1"], 0.5)]
+)
 def test_a_program_that_hangs_ends_at_its_deadline(
     tmp_path: Path, allowed: list[str], seconds: float
 ) -> None:
