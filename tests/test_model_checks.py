@@ -82,13 +82,27 @@ def test_weights_that_are_missing_are_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-def test_tied_weights_are_not_missing_and_others_are_not_needed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "key",
+    ["lm_head__bias", "model__norm__bias", "model__layers__0__self_attn__q_proj__lora_A__weight"],
+)
+def test_weights_of_the_models_own_parts_are_never_left_out(tmp_path: Path, key: str) -> None:
+    save_tiny("llama", tmp_path)
+    change_weights(tmp_path, **{key: torch.zeros(4, 4)})
+    refused(tmp_path, f"hold {key.replace('__', '.')}, which the model .* does not compute with")
+
+
+@pytest.mark.usefixtures("offline")
+def test_tied_weights_are_not_missing_and_others_are_not_needed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = tf.LlamaConfig(**small(tie_word_embeddings=True))
     saved = tf.LlamaForCausalLM(config)
     saved.save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     change_weights(tmp_path, v_head__summary__weight=torch.zeros(1, 32))
     loaded = load_model(str(tmp_path))
+    assert "weights that it does not have: v_head.summary.weight" in caplog.text
     assert weights_hash(loaded) == weights_hash(saved) == weights_hash(load_model(str(tmp_path)))
 
 
@@ -101,6 +115,11 @@ def test_weights_of_another_shape_or_kind_are_refused_by_name(tmp_path: Path) ->
     norm = torch.ones(16, dtype=torch.int8)
     change_weights(tmp_path / "integers", model__norm__weight=norm)
     refused(tmp_path / "integers", r"model\.norm\.weight in model\.safetensors is I8")
+    save_tiny("llama", tmp_path / "pickled")
+    weights = load_file(tmp_path / "pickled" / "model.safetensors")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save(weights | {"model.norm.weight": norm}, tmp_path / "pickled" / "pytorch_model.bin")
+    refused(tmp_path / "pickled", r"model\.norm\.weight in pytorch_model\.bin is int8")
     save_tiny("llama", tmp_path / "infinite")
     change_weights(tmp_path / "infinite", model__norm__weight=torch.full((16,), torch.inf))
     refused(tmp_path / "infinite", r"model\.norm\.weight holds numbers that are not finite")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ from row_files import all_texts, load, refused, write_lines, write_parquet
 
 from hiveminer.config.run import DataSection
 from hiveminer.errors import OperatorError
-from hiveminer.training.data import load_rows
+from hiveminer.training.data import load_rows, read_records
 from hiveminer.training.readers import find_files
 
 TEXTS = [f"row {number}: " + "word " * (number % 7) for number in range(25)]
@@ -65,6 +66,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345
     [
         ("a.txt", b"one\ntwo\n" + LATIN, "line 3: not UTF-8 .byte 0xe9"),
         ("a.txt", "one\n".encode("utf-16"), "line 1: UTF-16"),
+        ("a.txt", "one\n".encode("utf-32"), "line 1: UTF-32"),
         ("a.txt", "one\ntwo\n".encode("utf-16-le"), "line 1: a NUL byte"),
         ("a.txt", b"one\ntw\0o\n", "line 2: a NUL byte"),
         ("a.txt", b"\xed\xa0\xbd\n", "line 1: not UTF-8"),
@@ -78,7 +80,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345
         ("a.jsonl", b'{"text": "one"}\n\n{"text": "tw', "line 3: not JSON: Unterminated"),
         ("a.jsonl", b'{"text": "one"}\n{"text": "two"} 3\n', "line 2: not JSON: Extra data"),
         ("a.json", b'[{"text": "one"},\n{"text": }]', "line 2: not JSON"),
-        ("a.json", b'[{"text": "one"}]\n[]', "more follows after the array"),
+        ("a.json", b'[{"text": "one"}]\n[]', "line 2: not JSON: more follows after the array"),
         ("a.jsonl", b'{"text": "a", "text": "b"}\n', "line 1: not JSON: key 'text' twice"),
         ("a.json", b'[{"text": "a", "text": "b"}]', "key 'text' twice"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', r"line 2: .*half a character, .ud83d"),
@@ -110,6 +112,40 @@ def test_one_file_of_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> No
     write_lines(tmp_path / "records" / "a.jsonl", TEXTS)
     write_lines(tmp_path / "records" / "b.jsonl", TEXTS, column="body")
     assert "b.jsonl" in refused(tmp_path / "records", "no column 'text'; it has body, number")
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.jsonl", TEXTS)
+    rows = read_records([path], "json", "text", hashlib.sha256(), [])
+    next(rows)
+    path.write_text(path.read_text() + '{"text": "one more"}\n')
+    with pytest.raises(OperatorError, match=r"a\.jsonl: it changed while it was read"):
+        list(rows)
+
+
+def test_files_without_rows_and_missing_shards_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("json", "text", "shards"):
+        (tmp_path / name).mkdir()
+    write_lines(tmp_path / "json" / "a.jsonl", TEXTS)
+    (tmp_path / "json" / "b.jsonl").write_text("\n")
+    (tmp_path / "text" / "a.txt").write_text("text\n")
+    (tmp_path / "text" / "b.txt").touch()
+    for number in (0, 2):
+        write_parquet(tmp_path / "shards" / f"train-0000{number}-of-00003.parquet", TEXTS)
+    for name, words in (
+        ("json", "no row in: b.jsonl"),
+        ("text", "no row in: b.txt"),
+        ("shards", "only 2 of the 3 files train-*-of-00003.parquet are here"),
+    ):
+        caplog.clear()
+        load(tmp_path / name)
+        assert caplog.messages == [f"data {tmp_path / name}: {words}"]
+    write_parquet(tmp_path / "shards" / "train-00001-of-00003.parquet", TEXTS)
+    caplog.clear()
+    assert len(load(tmp_path / "shards")) == 3 * len(TEXTS)
+    assert caplog.messages == []
 
 
 TEXT_TYPES = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +282,8 @@ def test_values_are_read(tmp_path: Path) -> None:
         ('name = "With-Dash"', "name"),
         ('strategy = "alone"', "strategy"),
         ('oldest_version = "1.0"', "oldest_version"),
+        ("data = 'a.txt'", "data: must be a section"),
+        ("[data]\nnam = 'a.txt'", "data.nam: there is no such key"),
     ],
 )
 def test_a_bad_key_is_told_in_one_line(tmp_path: Path, text: str, key: str) -> None:
@@ -299,7 +302,7 @@ def test_a_bad_key_is_told_in_one_line(tmp_path: Path, text: str, key: str) -> N
         (b"name = ", "not TOML"),
         (b'name = "a"\nname = "b"', "not TOML"),
         (b"{}", "not TOML"),
-        (b"\xff\xfe", "cannot be read"),
+        ('name = "a"'.encode("utf-16"), r"not UTF-8 \(byte 0xff\); save it as UTF-8"),
     ],
 )
 def test_what_is_no_toml_is_told_in_one_line(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -314,8 +317,10 @@ def test_what_is_no_toml_is_told_in_one_line(tmp_path: Path, content: bytes, rea
 def test_a_missing_file_and_a_folder_are_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(OperatorError, match=r"absent\.toml: no such file; --neuron\.run"):
         load_run(tmp_path / "absent.toml")
-    with pytest.raises(OperatorError, match="cannot be read"):
-        load_run(tmp_path)
+    os.mkfifo(tmp_path / "pipe.toml")
+    for path in (tmp_path, tmp_path / "pipe.toml"):
+        with pytest.raises(OperatorError, match="cannot be read: not a regular file"):
+            load_run(path)
 
 
 def run_id(**changed: str) -> RunId:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
 from hiveminer.cli import main
@@ -52,7 +53,7 @@ def test_a_new_run_has_the_hash_of_the_data_and_checks_out(
         ({"optimizer": {"learning_rate": 1e-9}}, "unwise: optimizer.learning_rate 1e-09 is low"),
         ({"swarm": {"epoch_samples": 8}}, "unwise: swarm.epoch_samples 8 is less than the 64"),
         ({"limits": {"rows": 8}}, "unwise: limits.rows 8 is less than the 64 rows"),
-        ({"model": {"sequence_length": 4096}}, "unwise: model.sequence_length 4096 is longer"),
+        ({"data": {"rows": 9, "revision": "1"}}, "unwise: data.rows changes nothing here"),
         ({"data": {"held_out": 0.0}}, "unwise: data.held_out 0"),
         ({}, "unwise: data.hash is empty"),
     ],
@@ -75,11 +76,22 @@ def test_what_is_wrong_is_named_and_is_an_error(
     tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "run.toml"
+    save_tiny("llama", tmp_path / "tiny")
+    weights = load_file(tmp_path / "tiny" / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "tiny" / "model.safetensors", metadata={"format": "pt"})
     for table, said in (
         ({"data": {"name": str(tmp_path / "none.txt")}}, "none.txt"),
         ({"data": {"name": str(text_file), "hash": "0" * 64}}, "its hash is"),
         ({"data": {"name": str(text_file)}, "model": {"name": str(tmp_path)}}, "config.json"),
+        ({"model": {"sequence_length": 4096}}, "is 4096, the model's longest is 512; lower it"),
+        ({"model": {"name": "/no/model\n\x1b[31m"}}, r"model /no/model \x1b[31m: no such folder"),
+        (
+            {"model": {"name": str(tmp_path / "tiny"), "sequence_length": 32}},
+            "tiny: its weights lack lm_head.weight",
+        ),
     ):
+        table.setdefault("data", {"name": str(text_file)})
         path.write_text(to_toml(Run.model_validate(table)))
         assert main(["run", "check", str(path)]) == 1
         lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("wrong: ")]
@@ -100,9 +112,7 @@ def test_a_models_size_is_read_without_its_weights(
     path = tmp_path / "run.toml"
     path.write_text(to_toml(Run.model_validate(table)))
     main(["run", "check", str(path)])
-    assert "model.sequence_length 512 is longer than the model's 64 positions" in (
-        capsys.readouterr().out
-    )
+    assert "model.sequence_length is 512, the model's longest is 64" in capsys.readouterr().out
 
 
 def test_the_text_of_a_run_reads_back_as_the_run() -> None:

@@ -82,5 +82,19 @@ class MinerError(HiveminerError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type, for one-line messages."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first line of an error's message, with the next after a colon; or its type."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:200]
+
+
+def printable(text: object) -> str:
+    """A text with line ends, escape sequences and whatever else is not printed escaped."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in str(text)
+    )
+
+
+def one_line(said: object) -> str:
+    """An error or a text as one printable line; an error without a message as its type."""
+    return printable(" ".join(str(said).split())) or type(said).__name__

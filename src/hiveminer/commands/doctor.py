@@ -20,7 +20,7 @@ from rich.table import Table
 from hiveminer.commands.checks import chain, machine, rounds, training
 from hiveminer.commands.checks.base import Check, Examination, failed
 from hiveminer.config.settings import MinerSettings
-from hiveminer.errors import ChainError, OperatorError
+from hiveminer.errors import ChainError, OperatorError, one_line
 from hiveminer.runtime.program import rendered
 
 TOTAL_SECONDS = 28.0
@@ -93,10 +93,13 @@ def within(check: Callable[[], Check], *, seconds: float) -> Check:
     except concurrent.futures.TimeoutError:
         return failed(f"no answer within {seconds:.0f} s", "check the network, and try again")
     except (OperatorError, ChainError) as error:
-        found, _, cure = " ".join(str(error).split()).partition("; ")
-        return failed(found, cure or "try again in a minute")
+        found, _, cure = one_line(error).partition("; ")
+        again = (
+            "try again in a minute" if isinstance(error, ChainError) else "fix it, then try again"
+        )
+        return failed(found, cure or again)
     except Exception as error:  # noqa: BLE001 - one broken check must not hide the others
-        return failed(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", "report it")
+        return failed(f"{type(error).__name__}: {one_line(error)[:200]}", "report it")
 
 
 MARKS = {"passed": "[green]passed[/]", "warned": "[yellow]warned[/]", "failed": "[red]failed[/]"}

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
-from hiveminer.config.run import Run, load_run
+import torch
+
+from hiveminer.config.run import BUILTIN, DataSection, Run, is_local, load_run
 from hiveminer.config.settings import RunCheckSettings, WorkSettings
-from hiveminer.errors import OperatorError
+from hiveminer.errors import OperatorError, one_line
 from hiveminer.training.data import load_rows, split_held_out
+from hiveminer.training.memory import FLOAT32, memory_left
 from hiveminer.training.model import parameter_count, shape_of_model
+from hiveminer.training.model_checks import check_length
 from hiveminer.training.optimizer import usual_learning_rate
+from hiveminer.training.task import load_model
 
 
 def main(settings: RunCheckSettings) -> int:
     """Print what is wrong or unwise; 0 when nothing is wrong."""
     run = load_run(settings.file)
     run.check_version()
-    remarks = [*about_swarm(run)]
+    remarks = [*about_swarm(run), *about_unused(run.data)]
     wrong: list[str] = []
-    try:
+    with _listed(wrong):
         model = shape_of_model(run.model.name, revision=run.model.revision)
-    except OperatorError as error:
-        wrong.append(str(error))
-    else:
-        positions = getattr(model.config, "max_position_embeddings", None)
         parameters = parameter_count(model.parameters())
-        remarks += about_model(run, parameters=parameters, positions=positions)
-    try:
+        remarks += about_learning_rate(run, parameters=parameters)
+        check_length(model.config, run.model.sequence_length)
+        if 2 * FLOAT32 * parameters < memory_left(torch.device("cpu")):
+            load_model(run)
+        else:
+            remarks.append(f"model {run.model.name} is too large to check its weights here")
+    with _listed(wrong):
         rows = load_rows(run.data)
-    except OperatorError as error:
-        wrong.append(str(error))
-    else:
         remarks += about_data(run, rows=len(rows), data_hash=rows.hash)
     for line in wrong:
         print(f"wrong: {line}")
@@ -41,8 +45,15 @@ def main(settings: RunCheckSettings) -> int:
     return 1 if wrong else 0
 
 
-def about_model(run: Run, *, parameters: int, positions: int | None) -> Iterator[str]:
-    """Remarks on the learning rate and the sequence length."""
+@contextmanager
+def _listed(wrong: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except OperatorError as error:
+        wrong.append(one_line(error))
+
+
+def about_learning_rate(run: Run, *, parameters: int) -> Iterator[str]:
     rate, usual = run.optimizer.learning_rate, usual_learning_rate(parameters)
     size = f"a model of {parameters / 1e6:,.1f} million parameters"
     if rate > 5 * usual:
@@ -54,12 +65,6 @@ def about_model(run: Run, *, parameters: int, positions: int | None) -> Iterator
         yield (
             f"optimizer.learning_rate {rate:g} is low: about {usual:.1e} is usual for {size} "
             "from scratch, and a tenth of that for one that is trained already"
-        )
-    length = run.model.sequence_length
-    if positions is not None and length > positions:
-        yield (
-            f"model.sequence_length {length} is longer than the model's {positions} positions: "
-            "every neuron will refuse to start"
         )
 
 
@@ -77,6 +82,15 @@ def about_swarm(run: Run) -> Iterator[str]:
             f"limits.rows {run.limits.rows} is less than the {rows} rows that a validator asks "
             "for by default: its requests are refused, unless it sets --validator.rows"
         )
+
+
+def about_unused(data: DataSection) -> Iterator[str]:
+    """Remarks on keys that change nothing."""
+    on_hub = data.name != BUILTIN and not is_local(data.name)
+    for key, used in (("config", on_hub), ("revision", on_hub), ("rows", data.streaming)):
+        if getattr(data, key) and not used:
+            kind = "streaming source" if key == "rows" else "hub data set"
+            yield f"data.{key} changes nothing here: it is for a {kind}"
 
 
 def about_data(run: Run, *, rows: int, data_hash: str) -> Iterator[str]:

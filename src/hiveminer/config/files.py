@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tomllib
 from pathlib import Path
@@ -29,4 +30,11 @@ def expanded(path: str | Path) -> Path:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file's table. Raises OSError; ValueError when it is not TOML or not UTF-8."""
-    return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without the mark
+    if not path.is_file():
+        path.stat()  # raises for one that is not there
+        raise OSError(errno.EINVAL, "not a regular file")  # reading from a pipe may never end
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # with or without the mark
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"not UTF-8 (byte 0x{byte:02x}); save it as UTF-8") from None

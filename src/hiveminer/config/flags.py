@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, CliSettingsSource
 
 from hiveminer.config import files
-from hiveminer.errors import OperatorError
+from hiveminer.errors import OperatorError, one_line
 
 PREFIX = "HIVEMINER_"
 """Every variable with this prefix must be a known one."""
@@ -71,12 +71,12 @@ def read(
         key = next((key for key in _prefixes(first["loc"]) if key in mine), None)
         words = _reason(first, mine.get(key or ""))
         if key is None:  # a check across several settings, which names them itself
-            raise OperatorError(_one_line(words)) from None
+            raise OperatorError(one_line(words)) from None
         for given, name in sources:
             if key in given:
                 words = f"{name(key)}: {words}, not {_shown(first['input'])}"
-                raise OperatorError(_one_line(words)) from None
-        raise OperatorError(_one_line(f"--{key}: {words}")) from None
+                raise OperatorError(one_line(words)) from None
+        raise OperatorError(one_line(f"--{key}: {words}")) from None
 
 
 def options(tree: type[BaseModel], place: str = "") -> dict[str, FieldInfo]:
@@ -134,7 +134,7 @@ class _Parser(argparse.ArgumentParser):
         if message.startswith("argument "):  # --a/--b: expected one argument
             flags, _, words = message.removeprefix("argument ").partition(": ")
             message = f"{flags.split('/')[0]}: {words.replace('argument', 'value')}"
-        raise OperatorError(_one_line(message))
+        raise OperatorError(one_line(message))
 
 
 def _from_flags(tree: type[BaseSettings], parser: _Parser, words: Sequence[str]) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def _from_file(path: str, source: str, known: Iterable[str]) -> dict[str, Any]:
         reason = error.strerror or "an error"
         raise OperatorError(f"{source}: cannot read {_shown(path)}: {reason}") from None
     except (ValueError, RecursionError) as error:  # not TOML, or not UTF-8
-        raise OperatorError(f"{path}: not a TOML file: {_one_line(str(error))}") from None
+        raise OperatorError(f"{path}: not a TOML file: {one_line(error)}") from None
     allowed = [key for key in known if key != CONFIG]
     for key in values:
         if any(each.startswith(f"{key}.") for each in allowed):
@@ -277,7 +277,3 @@ def _key(name: str) -> str:
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:76]} ...'"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

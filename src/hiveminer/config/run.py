@@ -296,11 +296,14 @@ def load_run(path: Path | None) -> Run:
         said = files.read_toml(files.expanded(path))
     except FileNotFoundError:
         raise OperatorError(f"{path}: no such file; --neuron.run wants a run.toml") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise OperatorError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise OperatorError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise OperatorError(f"{path}: not TOML: {error}") from None
     return run_from_table(said, source=str(path))
+
+
+_WORDS = {"extra_forbidden": "there is no such key", "model_type": "must be a section"}
 
 
 def run_from_table(table: dict[str, Any], *, source: str) -> Run:
@@ -310,7 +313,7 @@ def run_from_table(table: dict[str, Any], *, source: str) -> Run:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"]) or "the run"
-        words = first["msg"].removeprefix("Value error, ")
+        words = _WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
         raise OperatorError(f"{source}: {key}: {words}") from None
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from hiveminer.errors import ChainError, OperatorError, SwarmError
+from hiveminer.errors import ChainError, OperatorError, SwarmError, one_line
 from hiveminer.runtime.logs import report
 
 
@@ -21,7 +21,7 @@ def script() -> Iterator[None]:
     try:
         yield
     except (OperatorError, ChainError, SwarmError) as error:
-        report(" ".join(str(error).split()) or type(error).__name__)
+        report(one_line(error))
         raise SystemExit(getattr(error, "exit_code", 1)) from error
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -32,12 +32,13 @@ from hiveminer.errors import OperatorError, TrainingError, first_line
 from hiveminer.training.readers import (
     check_type,
     find_files,
-    left_out_words,
+    missing_shards,
     read_json,
     read_parquet,
     read_text,
     refuse,
     refuse_column,
+    remarks,
 )
 
 logger = logging.getLogger(__name__)
@@ -312,14 +313,16 @@ def _local_rows(section: DataSection) -> StoredRows:
     except RuntimeError as error:
         raise OperatorError(f"data {section.name}: {error}") from None
     kind, files, left_out = find_files(path, split=section.split)
-    if left_out:
-        logger.warning("%s", left_out_words(path, left_out))
+    empty: list[Path] = []
     if kind == "text":
         root = path if path.is_dir() else path.parent
-        rows = _text_rows(root, ((file, read_text(file)) for file in files))
+        rows = _text_rows(root, _texts(files, empty))
     else:
         digest = hashlib.sha256(f"records, column {section.column}\n".encode())
-        rows = StoredRows(_records(files, kind, section.column, digest), digest)
+        rows = StoredRows(read_records(files, kind, section.column, digest, empty), digest)
+    if path.is_dir():
+        for line in (*remarks(path, left_out=left_out, empty=empty), *missing_shards(path, files)):
+            logger.warning("%s", line)
     if section.streaming and section.rows:
         if section.rows > len(rows):
             refuse(path, f"data.rows is {section.rows}, and it has {len(rows)} rows")
@@ -327,16 +330,36 @@ def _local_rows(section: DataSection) -> StoredRows:
     return rows
 
 
-def _records(files: Iterable[Path], kind: str, column: str, digest: Any) -> Iterator[str]:
+def _texts(files: Iterable[Path], empty: list[Path]) -> Iterator[tuple[Path, str]]:
+    for file in files:
+        text = read_text(file)
+        if not text.strip():
+            empty.append(file)
+        yield file, text
+
+
+def read_records(
+    files: Iterable[Path], kind: str, column: str, digest: Any, empty: list[Path]
+) -> Iterator[str]:
+    """The texts of all files, which are added to the digest; those without a row to `empty`."""
     read = read_json if kind == "json" else read_parquet
     for file in files:
         try:
             with file.open("rb") as stream:
+                before = os.fstat(stream.fileno())
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
                 stream.seek(0)
-                yield from read(file, stream, column)
+                count = 0
+                for text in read(file, stream, column):
+                    count += 1
+                    yield text
+                after = os.fstat(stream.fileno())
         except OSError as error:
             refuse(file, f"cannot be read: {error.strerror or error}")
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            refuse(file, "it changed while it was read; start again when it is complete")
+        if not count:
+            empty.append(file)
 
 
 # The hub -----------------------------------------------------------------------------------

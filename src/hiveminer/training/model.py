@@ -69,10 +69,12 @@ def load_model(name: str = BUILTIN, *, revision: str = "") -> PreTrainedModel:
     source, config = _source(name, "model"), load_config(name, revision=revision)
     if not sys.stderr.isatty():
         disable_progress_bar()  # type: ignore[no-untyped-call]
-    if is_local(name):
-        model_checks.check_dtypes(name, Path(source))
     model_checks.configure_without_noise(config)
+    # It reports unused weights over many lines; `check_weights` does in one.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
+        if is_local(name):
+            model_checks.check_dtypes(name, Path(source))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -84,6 +86,8 @@ def load_model(name: str = BUILTIN, *, revision: str = "") -> PreTrainedModel:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
+    except OperatorError:
+        raise
     except Exception as error:
         raise _unreadable("model", name, error) from error
     model: PreTrainedModel

@@ -6,6 +6,7 @@ files, each pass must give the same loss, and no token may depend on a later one
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from hiveminer.errors import OperatorError, first_line
 from hiveminer.training.readers import LFS_POINTER
 
+logger = logging.getLogger(__name__)
+
 NOISE = re.compile(r"drop|jitter|noise")
 """Found in the names of settings for noise."""
 
@@ -27,7 +30,8 @@ PROBE_TOKENS = 16
 TOLERANCE = 1e-5
 """Relative to the largest output, for passes that should agree."""
 
-FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
+FLOATING = frozenset({"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"})
+"""Types of weights, as safetensors and PyTorch write them."""
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
@@ -63,7 +67,7 @@ def check_folder(name: str, folder: Path, *, what: str) -> None:
     for path in sorted(folder.iterdir()):
         if path.is_file() and _begins_with(path, LFS_POINTER):
             raise OperatorError(
-                f"{what} {name}: {path.name} is a Git LFS pointer, not the file itself: run "
+                f"{what} {name}: {path.name} is a Git LFS pointer, not the file itself; run "
                 "git lfs pull in the folder"
             )
     if what == "tokenizer" and not any((folder / file).is_file() for file in TOKENIZER_FILES):
@@ -74,18 +78,28 @@ def check_folder(name: str, folder: Path, *, what: str) -> None:
 
 def check_dtypes(name: str, folder: Path) -> None:
     """Refuse weights that are not floating-point numbers."""
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                kinds = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise refuse(name, f"{path.name} cannot be read: {str(error)[:200]}") from None
-        for key, kind in kinds.items():
+    paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    for path in paths:
+        for key, kind in _dtypes(name, path).items():
             if kind not in FLOATING and key.endswith((".weight", ".bias")):
                 raise refuse(
                     name,
                     f"{key} in {path.name} is {kind}; give the model in a floating-point format",
                 )
+
+
+def _dtypes(name: str, path: Path) -> dict[str, str]:
+    """The types of a file's weights, which are not read themselves."""
+    if path.suffix == ".bin":
+        weights = torch.load(path, map_location="meta", weights_only=True)
+        return {key: str(each.dtype).removeprefix("torch.") for key, each in weights.items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise refuse(
+            name, f"{path.name} cannot be read ({str(error)[:200]}); download it again"
+        ) from None
 
 
 def check_config(name: str, config: PreTrainedConfig) -> None:
@@ -143,14 +157,24 @@ def check_weights(name: str, model: nn.Module, info: Mapping[str, Any]) -> None:
             f"its weights lack {_listed(info['missing_keys'])}; each machine would fill these at "
             "random: give a complete causal language model",
         )
+    unused = sorted(info["unexpected_keys"])
     kinds = {_kind(key) for key in model.state_dict()}
-    dropped = [key for key in info["unexpected_keys"] if _kind(key) in kinds]
-    if dropped:
+    if more := [key for key in unused if _kind(key) in kinds]:
         raise refuse(
             name,
-            f"its weights hold {_listed(dropped)}, for which its config.json has no place: it has "
+            f"its weights hold {_listed(more)}, for which its config.json has no place: it has "
             "more layers than config.json says",
         )
+    # Those that have weights of their own, by their names without numbers.
+    layers = {kind.rpartition(".")[0] for kind in kinds}
+    if parts := [key for key in unused if layers.intersection(_above(_kind(key)))]:
+        raise refuse(
+            name,
+            f"its weights hold {_listed(parts)}, which the model of its config.json does not "
+            "compute with; merge adapters, or give the config.json that belongs to the weights",
+        )
+    if unused:
+        logger.warning("model %s: weights that it does not have: %s", name, _listed(unused))
     for key, value in model.named_parameters():
         if not bool(torch.isfinite(value).all()):
             raise refuse(name, f"{key} holds numbers that are not finite")
@@ -160,6 +184,13 @@ def _listed(keys: Iterable[str]) -> str:
     keys = sorted(keys)
     more = len(keys) - SHOWN
     return ", ".join(keys[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _above(key: str) -> Iterator[str]:
+    """The names of the modules that hold a parameter."""
+    while "." in key:
+        key = key.rpartition(".")[0]
+        yield key
 
 
 def _kind(key: str) -> str:
@@ -237,12 +268,17 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_le
     tokens = max(len(tokenizer), 1 + max(highest, default=0))
     if tokens > vocabulary:
         raise OperatorError(
-            f"the tokenizer has {tokens} tokens and the model a place for {vocabulary}: "
-            "they do not belong together"
+            f"the tokenizer has {tokens} tokens and the model a place for {vocabulary}; "
+            "give the tokenizer that belongs to the model"
         )
-    positions = getattr(model.config, "max_position_embeddings", None)
+    check_length(model.config, max_length)
+
+
+def check_length(config: PreTrainedConfig, max_length: int) -> None:
+    """Refuse a sequence length that is too large for the model."""
+    positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and max_length > positions:
         raise OperatorError(
-            f"model.sequence_length is {max_length}, the model's longest is {positions}: lower it "
+            f"model.sequence_length is {max_length}, the model's longest is {positions}; lower it "
             "in run.toml"
         )

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NoReturn
 import pyarrow
 import pyarrow.parquet
 
-from hiveminer.errors import OperatorError, first_line
+from hiveminer.errors import OperatorError, first_line, printable
 
 KINDS = {
     ".txt": "text",
@@ -41,8 +41,16 @@ SPLITS = {
 }
 """Words in the name of a file or folder that name a split."""
 
+NUMBERED = re.compile(r"(.+)-\d{5}-of-(\d{5})")
+"""The name of one of several files that hold one data set."""
+
 EVERY_SPLIT = "all"
 """`data.split` for all files."""
+
+UTF = {
+    32: (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),  # first: one of its marks begins like UTF-16's
+    16: (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """The beginning of a file that Git LFS has not fetched yet."""
@@ -50,16 +58,8 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 NAMES_SHOWN, NAME_LETTERS = 3, 80
 
 
-def shown(path: Path) -> str:
-    """A path as printable text."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in str(path)
-    )
-
-
 def refuse(path: Path, reason: str) -> NoReturn:
-    raise OperatorError(f"data {shown(path)}: {reason}")
+    raise OperatorError(f"data {printable(path)}: {reason}")
 
 
 # Files -------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def find_files(path: Path, *, split: str) -> tuple[str, list[Path], list[Path]]:
             return _kind_of_file(path), [path], []
         entries = sorted(_walk(path, ()))
     except OSError as error:
-        refuse(path, f"cannot be read: {error.strerror or error}")
+        refuse(Path(error.filename or path), f"cannot be read: {error.strerror or error}")
     files = [entry for entry in entries if _kind(entry) is not None]
     if not files:  # a folder of notes; beside other data, Markdown is about the data
         files = [entry for entry in entries if _is_markdown(entry)]
@@ -167,13 +167,29 @@ def _split(path: Path) -> str | None:
 
 
 def _names(folder: Path, files: Sequence[Path]) -> str:
-    names = [shown(file.relative_to(folder))[:NAME_LETTERS] for file in files[:NAMES_SHOWN]]
+    names = [printable(file.relative_to(folder))[:NAME_LETTERS] for file in files[:NAMES_SHOWN]]
     more = len(files) - len(names)
     return ", ".join(names) + (f" and {more} more" if more else "")
 
 
-def left_out_words(path: Path, files: Sequence[Path]) -> str:
-    return f"data {shown(path)}: not read: {_names(path, files)}"
+def remarks(path: Path, *, left_out: Sequence[Path], empty: Sequence[Path]) -> Iterator[str]:
+    """What to report about files of a folder that give no rows."""
+    for files, what in ((left_out, "not read"), (empty, "no row in")):
+        if files:
+            yield f"data {printable(path)}: {what}: {_names(path, files)}"
+
+
+def missing_shards(path: Path, files: Sequence[Path]) -> Iterator[str]:
+    """What to report about files that are numbered, as `x-00001-of-00004`, and not all there."""
+    found: dict[tuple[Path, int], int] = {}
+    for file in files:
+        if match := NUMBERED.fullmatch(file.stem):
+            all_of_them = file.with_stem(f"{match[1]}-*-of-{match[2]}"), int(match[2])
+            found[all_of_them] = found.get(all_of_them, 0) + 1
+    for (shards, count), here in found.items():
+        if here < count:
+            name = printable(shards.relative_to(path))
+            yield f"data {printable(path)}: only {here} of the {count} files {name} are here"
 
 
 # Plain text --------------------------------------------------------------------------------
@@ -194,11 +210,13 @@ def read_text(path: Path) -> str:
 
 
 def check_start(path: Path, data: bytes) -> None:
-    """Refuse a Git LFS pointer and UTF-16, by their first bytes."""
+    """Refuse a Git LFS pointer, UTF-16 and UTF-32, by their first bytes."""
     if data.startswith(LFS_POINTER):
         refuse(path, "a Git LFS pointer, not the file itself: run git lfs pull")
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        refuse(path, "line 1: UTF-16, not UTF-8; convert it with iconv -f utf-16 -t utf-8")
+    for bits, marks in UTF.items():
+        if data.startswith(marks):
+            reason = f"line 1: UTF-{bits}, not UTF-8; convert it with iconv -f utf-{bits} -t utf-8"
+            refuse(path, reason)
 
 
 def _decode(path: Path, data: bytes, *, line: int) -> str:
@@ -316,7 +334,8 @@ def _values(path: Path, data: bytes) -> Iterator[tuple[str, object]]:
         place = _skip_space(text, place)
         if is_array:
             if place < len(text):
-                refuse(path, "not JSON: more follows after the array")
+                line = text.count("\n", 0, place) + 1
+                refuse(path, f"line {line}: not JSON: more follows after the array")
             yield from ((f"row {row}", record) for row, record in enumerate(value))
             return
         yield f"row {number}", value
@@ -354,8 +373,10 @@ def read_parquet(path: Path, stream: BinaryIO, column: str) -> Iterator[str]:
     try:
         file = pyarrow.parquet.ParquetFile(stream)
         schema = file.schema_arrow
-        if schema.names.count(column) != 1:
+        if column not in schema.names:
             refuse_column(path, column, schema.names)
+        if schema.names.count(column) > 1:
+            refuse(path, f"more than one column {column!r}")
         check_type(path, column, schema.field(column).type)
         for batch in file.iter_batches(batch_size=256, columns=[column], use_threads=False):
             values = batch.column(column)

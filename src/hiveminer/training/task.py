@@ -53,6 +53,15 @@ def check_start(run: Run, model: PreTrainedModel) -> None:
         )
 
 
+def load_model(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load and check a run's model and tokenizer. Raises OperatorError."""
+    model = models.load_model(run.model.name, revision=run.model.revision)
+    check_start(run, model)
+    tokenizer = models.load_tokenizer(run.model.name, revision=run.model.revision)
+    check_fit(model, tokenizer, run.model.sequence_length)
+    return model, tokenizer
+
+
 def load_task(run: Run, *, threads: int | None = None) -> Task:
     """Load and check a run's model, tokenizer and data. Raises OperatorError.
 
@@ -61,11 +70,8 @@ def load_task(run: Run, *, threads: int | None = None) -> Task:
     if threads is not None:
         torch.set_num_threads(threads)
     dataset = load_rows(run.data)
-    model = models.load_model(run.model.name, revision=run.model.revision)
-    check_start(run, model)
-    tokenizer = models.load_tokenizer(run.model.name, revision=run.model.revision)
+    model, tokenizer = load_model(run)
     length = run.model.sequence_length
-    check_fit(model, tokenizer, length)
     beyond = models.share_beyond(tokenizer, dataset, max_length=length)
     models.report_beyond(beyond, max_length=length)
     run_id = RunId.of(run, schema_hash=models.schema_hash(model), data_hash=dataset.hash)
