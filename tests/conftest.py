@@ -28,7 +28,9 @@ MARK = "TESTS_OF_HIVEMINER"
 
 SHARED_MEMORY = Path("/dev/shm")
 
-STARTS = re.compile(r"\b(Network|Program|Workers|started)\(")
+STARTS = re.compile(
+    r"^from (programs|test_survival) import .*\b(Network|Program|Workers|started)\b", re.MULTILINE
+)
 """What starts programs, in the source of a test."""
 
 

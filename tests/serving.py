@@ -112,7 +112,7 @@ class Served:
 
     def forward(self, synapse: Train) -> Train:
         self.threads.add(threading.current_thread().name)
-        self.gate.wait(20)
+        self.gate.wait(100)
         self.trained.append(synapse.request_id)
         if synapse.run_id == "refused":
             raise Refused(409, "another run")
@@ -135,7 +135,7 @@ class Served:
         path: str = "/Train",
         method: str = "POST",
     ) -> httpx.Response:
-        with httpx.Client(trust_env=False, timeout=20) as client:
+        with httpx.Client(trust_env=False, timeout=60) as client:
             return client.request(method, self.url + path, content=body, headers=headers)
 
     def call(self, body: bytes = b"", *, path: str = "/Train", **how: Any) -> httpx.Response:
@@ -147,7 +147,7 @@ class Served:
     def raw(self, data: bytes = b"", *, source: str = "127.0.0.1") -> socket.socket:
         """A connection from an address of this machine, with these bytes sent."""
         there, here = ("127.0.0.1", self.axon.port), (source, 0)
-        connection = socket.create_connection(there, timeout=10, source_address=here)
+        connection = socket.create_connection(there, timeout=60, source_address=here)
         # The axon may have read enough before all is sent.
         with contextlib.suppress(ConnectionError):
             connection.sendall(data)
@@ -160,6 +160,7 @@ class Served:
 @contextlib.contextmanager
 def serving(
     *,
+    wallet: Wallet = MINER,
     queue: WorkQueue | None = None,
     attach: Callable[[Axon, WorkQueue], object] | None = None,
     **options: Any,
@@ -167,7 +168,7 @@ def serving(
     """A miner's axon that serves until the block ends; `attach` adds other synapses."""
     queue = queue or WorkQueue(name="trainer")
     queue.start()
-    axon = Axon(MINER, **{"standing": standing, **options})
+    axon = Axon(wallet, **{"standing": standing, **options})
     served = Served(axon, queue, threading.Event())
     served.gate.set()
     axon.attach(served.is_alive).attach(served.forward, queue=queue)

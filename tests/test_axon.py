@@ -14,6 +14,7 @@ import bittensor
 import httpx
 import pytest
 from bittensor import http_auth
+from bittensor.keyfiles import Keypair
 from serving import (
     BODY,
     ED25519,
@@ -369,12 +370,11 @@ def test_what_forward_raises_becomes_a_status_and_the_miner_goes_on(
     assert served.call(train("good")).status_code == 200
 
 
-def test_a_wallet_that_cannot_sign_any_more_is_told_in_the_log(
-    served: Served, caplog: pytest.LogCaptureFixture
-) -> None:
-    served.axon._key = None
-    response = served.alive()
-    assert (response.status_code, served.axon.counts["failed"]) == (500, 1)
+def test_a_wallet_that_cannot_sign_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    public = Keypair(ss58_address=ss58(MINER))
+    with serving(wallet=Wallet(hotkey=public)) as served:
+        response = served.alive()
+        assert (response.status_code, served.axon.counts["failed"]) == (500, 1)
     assert "a request failed" in caplog.text
     assert not [name for name in response.headers if name.startswith("x-bittensor")]
 

@@ -136,9 +136,9 @@ def test_no_device_is_touched_before_the_strategy_is_built(tmp_path: Path) -> No
 
 
 def test_a_miner_without_the_memory_says_so_before_its_strategy_is_built(tmp_path: Path) -> None:
-    def started(_: Context) -> InProcessStrategy:
+    def build(_: Context) -> InProcessStrategy:
         raise AssertionError("the strategy was built")
 
     words = r"0\.9M parameters .* this machine has 0\.00 GiB left"
     with quiet(), pytest.raises(OperatorError, match=words):
-        miner.Miner(miner_settings(tmp_path), strategy=started, memory_left=lambda _: 2**20)
+        miner.Miner(miner_settings(tmp_path), strategy=build, memory_left=lambda _: 2**20)

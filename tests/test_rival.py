@@ -32,7 +32,7 @@ from hiveminer.swarm.membership import Membership
 
 torch.set_num_threads(1)
 RUN_ID = "rival-a-b-c"
-run = Run.model_validate({"swarm": {"epoch_samples": 32, "matchmaking_seconds": 3.0}})
+run = Run.model_validate({"swarm": {"epoch_samples": 32, "matchmaking_seconds": 2.0}})
 keys = [Keypair.create_from_uri(f"//{name}") for name in ("one", "two", "rival", "late")]
 hotkeys = [key.ss58_address for key in keys]
 PREFIX = averager_prefix(RUN_ID)
@@ -77,11 +77,11 @@ def train(name, swarm):
 
 
 def more_rounds(count):
-    """The sizes of the next rounds of each, a minute long at most."""
+    """The sizes of the next rounds, until each had so many with the other: a minute at most."""
     begin, end = len(rounds), time.monotonic() + 60
     while time.monotonic() < end:
         new = rounds[begin:]
-        if all(sum(name == each for each, _ in new) >= count for name in (0, 1)):
+        if all(new.count((name, 2)) >= count for name in (0, 1)):
             break
         time.sleep(0.1)
     return [size for _, size in rounds[begin:]]
@@ -99,7 +99,7 @@ def attack():
     for other in others:
         write(group_key(PREFIX), False, subkey=other)
         write(donors_key(PREFIX), None, subkey=other)
-    for _ in range(20):
+    for _ in range(8):
         invented = b"\\x12\\x20" + secrets.token_bytes(32)
         write(group_key(PREFIX), True, subkey=invented)
         write(donors_key(PREFIX), 1e300, subkey=invented)
@@ -117,9 +117,9 @@ threads = [
 ]
 for thread in threads:
     thread.start()
-told = {"before": more_rounds(3)[-4:]}
+told = {"before": more_rounds(2)}
 attack()
-told["after"] = more_rounds(4)
+told["after"] = more_rounds(3)
 told["epochs"] = [swarm.epoch for swarm in swarms]
 late = peer_of(keys[3])
 assert len(late.dial([each.address for each in (*peers, rival)]).answered) == 3
@@ -141,8 +141,9 @@ def test_records_of_a_rival_stop_no_round(tmp_path: Path) -> None:
     with started(SCRIPT, here, folder=tmp_path / "log") as peers:
         words = peers.says("told {", seconds=270)
     told = json.loads(words.partition("told ")[2].splitlines()[0])
-    assert told["before"] == [2, 2, 2, 2], words
-    assert len(told["after"]) >= 8, words  # before, the next round alone took half a minute
-    assert told["after"].count(2) >= len(told["after"]) - 2, words
+    assert told["before"].count(2) >= 4, words
+    # With records that nobody checks, the next round alone took half a minute.
+    assert told["after"].count(2) >= 6, words
+    assert told["after"].count(2) > told["after"].count(1), words
     assert max(told["epochs"]) < 1000, words
     assert told["joined"], words

@@ -33,14 +33,16 @@ END = 1
 POSITIONS = 64
 
 
-def tiny_model(architecture: str, *, vocabulary: int = VOCABULARY) -> PreTrainedModel:
-    """Two layers, the same numbers each time, large enough that tokens differ in loss."""
+def tiny_model(
+    architecture: str, *, vocabulary: int = VOCABULARY, layers: int = 2
+) -> PreTrainedModel:
+    """The same numbers each time, large enough that tokens differ in loss."""
     torch.manual_seed(7)
     llama: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": 16,
         "intermediate_size": 24,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "max_position_embeddings": POSITIONS,
@@ -56,7 +58,7 @@ def tiny_model(architecture: str, *, vocabulary: int = VOCABULARY) -> PreTrained
         GPT2Config(
             vocab_size=vocabulary,
             n_embd=16,
-            n_layer=2,
+            n_layer=layers,
             n_head=2,
             n_positions=POSITIONS,
             initializer_range=0.3,
