@@ -45,7 +45,7 @@ class Talk:
         return await self.dendrite.call(self.endpoint, self.request(**changes), timeout_seconds=150)
 
     async def is_alive(self) -> IsAlive:
-        return await self.dendrite.call(self.endpoint, IsAlive(), timeout_seconds=10)
+        return await self.dendrite.call(self.endpoint, IsAlive(), timeout_seconds=60)
 
     async def refusal(self, **changes: Any) -> tuple[int | None, str]:
         with pytest.raises(MinerError) as raised:

@@ -79,7 +79,7 @@ def line_of(process: subprocess.Popen[str]) -> str:
 
 
 def sent(data: bytes, *, port: int) -> socket.socket:
-    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    connection = socket.create_connection(("127.0.0.1", port), timeout=60)
     connection.sendall(data)
     return connection
 

@@ -57,7 +57,7 @@ def meets(one, *others):
     return within(60, lambda: len(one.dial(addresses).answered) == len(others))
 
 def name_of(one, other):
-    return NAMED[within(20, lambda: one.hotkey_of(other.peer_id))]
+    return NAMED[within(60, lambda: one.hotkey_of(other.peer_id))]
 
 def say(*words):
     print("#", *words, flush=True)
@@ -101,10 +101,10 @@ REGISTERED = (
     + """
 alice, bob, charlie = peer("Alice"), peer("Bob"), peer("Charlie")
 say("met", meets(bob, alice, charlie), meets(charlie, alice))
-say("shared", within(20, lambda: store(alice.dht, "shared")))
-say("read", *(within(20, lambda: get(one.dht, "shared")) for one in (bob, charlie)))
+say("shared", within(60, lambda: store(alice.dht, "shared")))
+say("read", *(within(60, lambda: get(one.dht, "shared")) for one in (bob, charlie)))
 validator = peer("Dave", client_only=True)
-say("client met", meets(validator, alice), within(20, lambda: get(validator.dht, "shared")))
+say("client met", meets(validator, alice), within(60, lambda: get(validator.dht, "shared")))
 say("alice knows", *(name_of(alice, one) for one in (alice, bob, charlie, validator)))
 stray = peer("Ferdie", run_id=OTHER_RUN)
 found = counts(stray.dial([alice.address, bob.address]))
@@ -113,8 +113,8 @@ say("other run", found, NAMED[alice.hotkey_of(stray.peer_id)])
 staying = [key.ss58_address for name, key in HOTKEYS.items() if name != "Charlie"]
 alice.admit(staying)
 bob.admit(staying)
-say("still shared", within(20, lambda: store(alice.dht, "later")))
-say("still read", within(20, lambda: get(bob.dht, "later")))
+say("still shared", within(60, lambda: store(alice.dht, "later")))
+say("still read", within(60, lambda: get(bob.dht, "later")))
 say("dropped stores", store(charlie.dht, "of the dropped"))
 say("dropped gets", get(charlie.dht, "later"))
 say("dropped meets", counts(charlie.dial([alice.address, bob.address])))
@@ -139,8 +139,8 @@ async def knock(_, node, peer_id):
 
 def intrude(first, second, *, seconds):
     say("met", meets(first, second))
-    say("shared", within(20, lambda: store(first.dht, "shared")))
-    say("read", within(20, lambda: get(second.dht, "shared")))
+    say("shared", within(60, lambda: store(first.dht, "shared")))
+    say("read", within(60, lambda: get(second.dht, "shared")))
     stranger = hivemind.DHT(
         initial_peers=[first.address, second.address],
         start=True,

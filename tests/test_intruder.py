@@ -101,9 +101,7 @@ friend.dial([first.address])
 told = {"friend": within(30, lambda: loads(other))}
 told["stranger"] = asyncio.run(asyncio.wait_for(stranger(), 60))
 first.admit(both[:1])
-began = time.monotonic()
 told["out"] = within(60, lambda: not loads(other))
-told["seconds"] = time.monotonic() - began
 first.admit(both)
 told["in again"] = within(60, lambda: loads(other))
 for closing in (swarm, other, friend, first):
@@ -125,5 +123,4 @@ def test_only_registered_peers_get_state_and_groups(tmp_path: Path) -> None:
     assert set(told["stranger"]["part"]) <= {"PROTOCOL_VIOLATION"}, words
     assert told["stranger"]["vouch"] != "given", words
     assert told["out"], words
-    assert told["seconds"] < 60, words
     assert told["in again"], words

@@ -178,7 +178,7 @@ def test_only_the_last_answers_of_a_caller_are_remembered() -> None:
 
     def run(key: str) -> None:
         queue.submit(
-            lambda: runs.append(key), caller="a", key=key, priority=1, expires_seconds=10
+            lambda: runs.append(key), caller="a", key=key, priority=1, expires_seconds=100
         ).result(60)
 
     for key in ("1", "2", "3", "3", "2", "1"):
@@ -198,8 +198,8 @@ def test_an_error_is_remembered_and_a_refusal_is_not() -> None:
             raise error
 
         return queue.submit(
-            job, caller="a", key=str(error), priority=1, expires_seconds=10
-        ).exception(10)
+            job, caller="a", key=str(error), priority=1, expires_seconds=100
+        ).exception(60)
 
     for error in (TrainingError("no"), TrainingError("no"), Refused(409, "x"), Refused(409, "x")):
         assert type(run(error)) is type(error)
@@ -236,10 +236,10 @@ def test_the_worker_survives_whatever_a_job_raises(held: Held, error: BaseExcept
     def job() -> None:
         raise error
 
-    future = held.queue.submit(job, caller="a", key="bad", priority=1, expires_seconds=10)
+    future = held.queue.submit(job, caller="a", key="bad", priority=1, expires_seconds=100)
     good = held.submit("good")
     held.release()
-    assert isinstance(future.exception(10), Exception)
+    assert isinstance(future.exception(60), Exception)
     assert good.result(60) == "did good"
 
 
