@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import psutil
 import pytest
 from preloaded import Preloaded, sessions
@@ -37,6 +38,15 @@ STARTS = re.compile(
 def pytest_configure(config: pytest.Config) -> None:
     """One server of programs for all workers; and no look for garbage while they import."""
     gc.disable()
+    # The same examples each time: what a test finds by chance fails somebody else's change.
+    hypothesis.settings.register_profile(
+        "same",
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+    hypothesis.settings.load_profile("same")
     if not hasattr(config, "workerinput"):
         config.add_cleanup(Preloaded().close)
 

@@ -14,7 +14,7 @@ from typing import Self
 import httpx
 import pytest
 from bittensor import http_auth
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from malformed import Malformed, malformed
 from serving import (
     BODY,
@@ -463,13 +463,7 @@ def test_no_request_however_malformed_brings_a_500() -> None:
     def sign(body: bytes, target: str) -> dict[str, str]:
         return signed(body, path=target)
 
-    @settings(
-        max_examples=500,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(max_examples=500)
     @given(request=malformed(hotkeys=[ss58(VALIDATOR), ss58(MINER)]))
     def fuzz(request: Malformed) -> None:
         with fuzzed.raw(request.raw(sign)) as connection:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import is_number, look_in, rewrite, tensors, the_one_before, written
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny import no_file_longer_than
@@ -121,9 +121,7 @@ JSON = st.recursive(
 )
 
 
-@settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=50)
 @given(facts=st.dictionaries(st.text(), JSON, max_size=4))
 def test_facts_come_back_as_they_were(tmp_path: Path, facts: dict[str, Any]) -> None:
     kept = Checkpoints(tmp_path)

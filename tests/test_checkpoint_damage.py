@@ -18,7 +18,7 @@ from checkpoints import (
     the_one_before,
     written,
 )
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hiveminer.training.checkpoint import (
@@ -69,9 +69,7 @@ def test_a_flipped_bit_anywhere_is_seen(tmp_path: Path) -> None:
     assert is_number(look_in(tmp_path)[0], 2)
 
 
-@settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_whatever_is_done_to_the_newest_a_sound_one_is_loaded(
     tmp_path: Path, data: st.DataObject

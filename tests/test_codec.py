@@ -17,7 +17,7 @@ import codec_worker
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -88,7 +88,7 @@ def updates(draw_from: st.DrawFn) -> tuple[dict[str, Tensor], Compression]:
     return tensors, compression
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100)
 @given(updates())
 def test_any_update_comes_back(drawn: tuple[dict[str, Tensor], Compression]) -> None:
     tensors, compression = drawn

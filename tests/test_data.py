@@ -89,7 +89,7 @@ def test_blocks_of_white_space_are_left_out() -> None:
     assert list(cut_rows(" \n\t\n")) == []
 
 
-@settings(database=None, deadline=None, derandomize=True, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.lists(
         st.tuples(st.text(max_size=30), st.integers(1, 40), st.sampled_from(["\n", "\r\n", ""])),

@@ -12,7 +12,7 @@ import string
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -136,14 +136,21 @@ def test_both_run_where_an_event_loop_runs_already(tmp_path: Path) -> None:
     options = {"neuron": {"path": tmp_path / "state", "run": small_run(tmp_path)}}
     settings = settings_in(tmp_path, ValidatorSettings, **options)
 
+    def stop_after(neuron: Miner | Validator, ready: Callable[[], object]) -> None:
+        try:
+            wait_for(ready, seconds=60)
+        finally:
+            neuron.neuron.stopping.set()
+
     async def cell() -> None:
         with (
             quiet(),
             Miner(miner_settings(tmp_path, **options), strategy=hub.strategy) as miner,
             Validator(settings, metrics=metrics, observer=hub.observer) as validator,
         ):
-            for neuron in (miner, validator):
-                threading.Timer(1.0, neuron.neuron.stopping.set).start()
+            works = (miner, lambda: miner.axon), (validator, lambda: metrics.of("held_out"))
+            for neuron, ready in works:
+                threading.Thread(target=stop_after, args=(neuron, ready)).start()
                 neuron.run()
         assert miner.axon is not None
 

@@ -169,7 +169,7 @@ def test_names_on_the_wire() -> None:
     assert [synapse.name() for synapse in (IsAlive, Train)] == ["IsAlive", "Train"]
 
 
-@settings(database=None, deadline=None, derandomize=True, max_examples=50)
+@settings(max_examples=50)
 @given(
     indices=st.lists(st.integers(0, 2**48 - 1), min_size=1, max_size=50, unique=True),
     losses=st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=20),

@@ -33,7 +33,7 @@ STEPS = 10
 SPREAD = 0.3
 LEARNT = 0.1
 
-quick = settings(database=None, deadline=None, derandomize=True, max_examples=60)
+quick = settings(max_examples=60)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 curves = st.lists(st.tuples(finite, finite, finite), min_size=1, max_size=20)
 

@@ -367,13 +367,13 @@ def mistakes(*words: str) -> list[str]:
     return []
 
 
-@hypothesis.settings(deadline=None, max_examples=50)
+@hypothesis.settings(max_examples=50)
 @given(st.lists(st.text(max_size=30), max_size=4))
 def test_any_words_are_read_or_refused_in_one_line(words: list[str]) -> None:
     assert all(line.isprintable() for line in mistakes(*words))
 
 
-@hypothesis.settings(deadline=None, max_examples=50)
+@hypothesis.settings(max_examples=50)
 @given(st.sampled_from(sorted(flags.options(MinerSettings))), st.text(max_size=30))
 def test_any_value_is_read_or_refused_in_one_line(key: str, value: str) -> None:
     for line in mistakes(f"--{key}={value}"):

@@ -178,7 +178,7 @@ ROUNDS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     rounds=ROUNDS,
     keep=st.sampled_from([1.0, 0.8, 0.5]),
