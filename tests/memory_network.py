@@ -99,10 +99,14 @@ class Swarm:
 
 
 class MemoryExchange:
-    """As `exchange.Exchange`, but whatever is not there at once does not come."""
+    """As `exchange.Exchange`, but whatever is not there at once does not come.
 
-    def __init__(self, swarm: Swarm):
+    before_piece: called before each piece of a state, to make a download slow.
+    """
+
+    def __init__(self, swarm: Swarm, *, before_piece: Callable[[], object] = lambda: None):
         self.swarm = swarm
+        self.before_piece = before_piece
 
     def fetch_blobs(
         self,
@@ -122,13 +126,19 @@ class MemoryExchange:
         return frozenset(found)
 
     def fetch_state(
-        self, digest: bytes, shapes: Mapping[str, torch.Size], *, timeout_seconds: float
+        self,
+        digest: bytes,
+        shapes: Mapping[str, torch.Size],
+        *,
+        timeout_seconds: float,
+        idle_seconds: float = 0.0,
     ) -> State | None:
         raw = self.swarm.get(digest)
         if raw is None:
             return None
         builder = StateBuilder(read_manifest(raw, shapes), shapes)
         for piece in builder.manifest.pieces:
+            self.before_piece()
             data = self.swarm.get(piece.hash)
             if data is None:
                 return None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hiveminer.strategies.sparseloco.exchange import MAX_STREAMS, MAX_STREAMS_PER_PEER, Streams
+from hiveminer.strategies.sparseloco.streams import MAX_STREAMS, MAX_STREAMS_PER_PEER, Streams
 from programs import started
 
 SCRIPT = """
@@ -21,9 +21,10 @@ from hivemind.p2p import P2P, PeerID
 sys.path.insert(0, sys.argv[1])
 from tiny import tiny_model
 from hiveminer.strategies.sparseloco.apply import State
-from hiveminer.strategies.sparseloco.exchange import ANSWER, REQUEST, Exchange
+from hiveminer.strategies.sparseloco.exchange import Exchange
 from hiveminer.strategies.sparseloco.pieces import piece_bytes, read_manifest
 from hiveminer.strategies.sparseloco.rounds import Contribution
+from hiveminer.strategies.sparseloco.streams import ANSWER, REQUEST
 from hiveminer.swarm import Identity, Peer
 
 torch.set_num_threads(1)

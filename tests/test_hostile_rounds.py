@@ -23,17 +23,10 @@ from hivemind.p2p import PeerID
 from memory_peers import Peers, key
 
 from hiveminer.strategies.sparseloco.codec import Compression, Header, encode
-from hiveminer.strategies.sparseloco.exchange import (
-    ABSENT,
-    ANSWER,
-    GET,
-    HAVE,
-    OK,
-    REQUEST,
-    Exchange,
-)
+from hiveminer.strategies.sparseloco.exchange import Exchange
 from hiveminer.strategies.sparseloco.records import MAX_BLOB_BYTES, Mark, Record
 from hiveminer.strategies.sparseloco.rounds import Contribution, Decision, decide
+from hiveminer.strategies.sparseloco.streams import ABSENT, ANSWER, GET, HAVE, OK, REQUEST
 
 HOSTILE, JUDGE = 5, 10
 HONEST = (0, 1)
@@ -268,8 +261,9 @@ def test_a_mark_from_who_has_no_permit_is_nothing(peers: Peers) -> None:
 RUN, NUMBER = b"12345678", 7
 BLOB = bytes(range(256)) * 20
 WANTED = Contribution(3, bytes(32), len(BLOB), hashlib.sha256(BLOB).digest())
-Answer = Callable[[int, bytes, int], bytes]
-"""From the kind, the hash and the number of a request to all the bytes of the answer."""
+Answer = Callable[[int, bytes, int], bytes | None]
+"""From the kind, the hash and the number of a request to all the bytes of the answer; None for
+none, ever."""
 
 
 def honest(kind: int, digest: bytes, number: int) -> bytes:
@@ -332,8 +326,10 @@ class MemoryDHT:
         reader = asyncio.StreamReader()
 
         def answer(request: bytes) -> None:
-            reader.feed_data(self.peers[peer](*REQUEST.unpack(request)))
-            reader.feed_eof()
+            data = self.peers[peer](*REQUEST.unpack(request))
+            if data is not None:
+                reader.feed_data(data)
+                reader.feed_eof()
 
         return None, reader, Writer(answer)
 
@@ -358,18 +354,18 @@ class Blobs:
 
 
 @contextlib.contextmanager
-def exchange_on(dht: MemoryDHT) -> Iterator[Exchange]:
-    exchange = Exchange(dht, run=RUN, source=Blobs())
+def exchange_on(dht: MemoryDHT, *, ask_seconds: float = 1.0) -> Iterator[Exchange]:
+    exchange = Exchange(dht, run=RUN, source=Blobs(), ask_seconds=ask_seconds)
     try:
         yield exchange
     finally:
         exchange.close()
 
 
-def claims(get: Callable[[int], bytes]) -> Answer:
+def claims(get: Callable[[int], bytes | None]) -> Answer:
     """A peer that says it has everything, and answers `get` with this."""
 
-    def answer(kind: int, digest: bytes, number: int) -> bytes:
+    def answer(kind: int, digest: bytes, number: int) -> bytes | None:
         return ANSWER.pack(OK, 32) + b"\xff" * 32 if kind == HAVE else get(number)
 
     return answer
@@ -406,6 +402,28 @@ def test_a_hostile_answer_costs_another_question(name: str) -> None:
             )
             assert (uids, got) == (frozenset({3}), [BLOB])
     assert len(dht.asked) <= 3 * 3 * len(dht.peers)  # who has it, the bytes, and all bytes again
+
+
+def test_peers_that_are_stopped_are_not_waited_for() -> None:
+    dht = MemoryDHT({"a": lambda *_: None, "b": lambda *_: None, "c": honest})
+    with exchange_on(dht, ask_seconds=60) as exchange:
+        assert fetched(exchange) == {3}
+        dht.peers |= dict.fromkeys(dht.peers, honest)  # all go on, and the only holder leaves
+        del dht.peers[PeerID(b"c")]
+        assert fetched(exchange) == {3}
+
+
+def test_a_holder_that_hangs_is_passed_over() -> None:
+    hangs = claims(lambda _: None)
+    dht = MemoryDHT({**dict.fromkeys("abdefg", hangs), "c": honest})
+    with exchange_on(dht, ask_seconds=0.1) as exchange:
+        assert fetched(exchange, timeout_seconds=9) == {3}
+
+
+def fetched(exchange: Exchange, *, timeout_seconds: float = 30) -> frozenset[int]:
+    return exchange.fetch_blobs(
+        NUMBER, [WANTED], keep=lambda *_: None, timeout_seconds=timeout_seconds
+    )
 
 
 REQUESTS: dict[str, tuple[bytes, bytes]] = {

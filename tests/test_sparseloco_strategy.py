@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from memory_network import MemoryExchange
 from memory_peers import SECTION, Peers, key
 from tiny import save_tiny
 from transformers import PreTrainedModel
@@ -13,6 +18,7 @@ from transformers import PreTrainedModel
 from hiveminer.config.run import OptimizerSection
 from hiveminer.strategies.sparseloco.records import decode_record
 from hiveminer.strategies.sparseloco.replay import verify
+from hiveminer.strategies.sparseloco.strategy import SparselocoStrategy
 from hiveminer.strategies.sparseloco.update import Cut
 from hiveminer.training.model import load_model
 
@@ -128,6 +134,30 @@ def test_a_joiner_takes_the_state_and_counts(tmp_path: Path) -> None:
     assert counted(peers)[-1] == (0, 1, 2, 3)
 
 
+def test_a_download_that_outlasts_rounds_is_finished_with_the_blobs_since(tmp_path: Path) -> None:
+    peers = Peers(tmp_path)
+    peers.short_round(4)
+    pieces = threading.Semaphore(0)
+    parts = peers.parts(3)
+    peers.views[3].block_seconds = 0.001
+    slow = MemoryExchange(peers.swarm, before_piece=lambda: pieces.acquire(timeout=60))
+    joiner = SparselocoStrategy(peers.model(), replace(parts, exchange=slow))
+    peers.miners[3] = joiner
+    count = len(joiner.replica.names)
+    for each in (3, 3, count - 6):
+        peers.short_round()
+        pieces.release(each)
+        wait_for(lambda: pieces._value == 0)
+    assert not joiner.replica.is_ready
+    wait_for(lambda: "state" not in {thread.name for thread in threading.enumerate()})
+    peers.short_round()
+    assert joiner.replica.is_ready
+    peers.short_round(2)
+    peers.block(4)
+    assert len(peers.states()) == 1
+    assert counted(peers)[-1] == (0, 1, 2, 3)
+
+
 @pytest.mark.parametrize("block", [5, *(pytest.param(at, marks=slow) for at in (1, 9, 13))])
 def test_a_restart_loses_no_round_and_publishes_once(tmp_path: Path, block: int) -> None:
     peers = Peers(tmp_path)
@@ -202,6 +232,13 @@ def test_weights_that_are_not_finite_are_not_cut(tmp_path: Path) -> None:
     assert len(peers.states()) == 1
     uids = counted(peers)
     assert uids[-2:] == [(0, 2), (0, 1, 2)]
+
+
+def wait_for(condition: Callable[[], bool], *, timeout_seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def assert_published_once(commits: list[bytes]) -> None:

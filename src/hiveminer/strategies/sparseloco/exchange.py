@@ -5,12 +5,6 @@ offset)` for bytes by their SHA-256: a blob, a state's manifest, or a piece of a
 registered peers are answered and asked. Holders are drawn at random, which spreads the load; on
 failure the next one continues where the last one stopped. Everything is checked against its
 hash, so it does not matter where it came from.
-
-Each call is a raw stream of the DHT's libp2p daemon with its own framing: Hivemind's servicers
-buffer a message of whatever length the other side claims, and these calls only what was asked for.
-
-    request   kind 1 (1 have, 2 get), hash 32 (zero for have), round or offset 8
-    answer    status 1 (0 ok, 1 absent), length 8; then as many bytes
 """
 
 from __future__ import annotations
@@ -20,18 +14,18 @@ import concurrent.futures
 import contextlib
 import hashlib
 import logging
+import math
 import random
-import struct
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import (
+    AsyncIterator,
     Awaitable,
     Callable,
     Collection,
     Coroutine,
     Iterable,
-    Iterator,
     Mapping,
     Sequence,
 )
@@ -53,6 +47,21 @@ from hiveminer.strategies.sparseloco.pieces import (
 )
 from hiveminer.strategies.sparseloco.records import MAX_UIDS, pack_uids, unpack_uids
 from hiveminer.strategies.sparseloco.rounds import Contribution
+from hiveminer.strategies.sparseloco.streams import (
+    ABSENT,
+    ANSWER,
+    CHUNK_BYTES,
+    CHUNK_SECONDS,
+    GET,
+    HAVE,
+    OK,
+    OPEN_SECONDS,
+    REQUEST,
+    SLOWEST_BYTES,
+    CallFailed,
+    Streams,
+    call,
+)
 from hiveminer.swarm.admission import Admission
 from hiveminer.swarm.identity import proved_peers
 
@@ -60,35 +69,15 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-HAVE, GET = 1, 2
-OK, ABSENT = 0, 1
-
-REQUEST = struct.Struct("<B32sQ")
-ANSWER = struct.Struct("<BQ")
-_MASK_BYTES = MAX_UIDS // 8
-_NO_HASH = bytes(32)
-
-CHUNK_BYTES = 2**18
-
-OPEN_SECONDS = 10.0
-"""Timeout for opening a stream, and for its request or the first bytes of its answer."""
-
-CHUNK_SECONDS = 10.0
-"""Timeout for the next bytes of a stream."""
-
-SLOWEST_BYTES = 62_500.0
-"""Bytes per second (0.5 Mbit/s) below which a stream is given up on both sides, after
-OPEN_SECONDS."""
-
-MAX_STREAMS = 16
-MAX_STREAMS_PER_PEER = 6
-
 MAX_CALLS = 64
 """Concurrent `have` calls."""
 
 ASK_SECONDS = 1.0
-"""Timeout for these calls, which doubles up to OPEN_SECONDS while a blob is missing: a peer that
-hangs does not delay what the others have."""
+"""First timeout for an answer, which doubles up to OPEN_SECONDS while something is missing."""
+
+PROMPT_SECONDS = 0.25
+"""How long a download waits to learn about all holders. It is not waited for a peer that did not
+answer its last call, so one that hangs delays nobody."""
 
 MAX_DOWNLOADS = 4
 """Downloads at the same time; the machine's memory holds as many blobs or pieces of a state."""
@@ -97,6 +86,9 @@ AGAIN_SECONDS = 0.5
 """Pause before peers are asked again for what none of them had."""
 
 START_SECONDS = 30.0
+
+_MASK_BYTES = MAX_UIDS // 8
+_NO_HASH = bytes(32)
 
 
 class Source(Protocol):
@@ -109,41 +101,17 @@ class Source(Protocol):
         """The bytes with this SHA-256, if they are served."""
 
 
-class _Failed(Exception):
-    """A call failed; another peer may have the data."""
-
-
-class Streams:
-    """The streams that are served at the same time, by caller: at most MAX_STREAMS, of which no
-    caller has more than MAX_STREAMS_PER_PEER. A caller that has none always gets one, so a few
-    cannot shut out the others."""
-
-    def __init__(self) -> None:
-        self._open: Counter[str] = Counter()
-
-    @contextlib.contextmanager
-    def of(self, caller: str) -> Iterator[bool]:
-        """Context of a stream; False if it must not be served."""
-        own, is_full = self._open[caller], self._open.total() >= MAX_STREAMS
-        if own and (is_full or own >= MAX_STREAMS_PER_PEER):
-            yield False
-            return
-        self._open[caller] += 1
-        try:
-            yield True
-        finally:
-            self._open -= Counter([caller])
-
-
 class Exchange:
     """Serves a `Source` to the registered peers of a run, and fetches from them.
 
-    dht: a started `hivemind.DHT` with an `Authorizer`. run: the run's 8 bytes.
+    dht: a started `hivemind.DHT` with an `Authorizer`. run: the run's 8 bytes. ask_seconds: the
+    first timeout for an answer.
     The methods are called from any thread but the exchange's own, and block.
     """
 
-    def __init__(self, dht: Any, *, run: bytes, source: Source):
+    def __init__(self, dht: Any, *, run: bytes, source: Source, ask_seconds: float = ASK_SECONDS):
         self._dht = dht
+        self._ask_seconds = ask_seconds
         self._source = source
         self._name = f"sparseloco.1.{run.hex()}"
         self._admission = Admission(dht)
@@ -178,10 +146,17 @@ class Exchange:
         return frozenset(found)
 
     def fetch_state(
-        self, digest: bytes, shapes: Mapping[str, torch.Size], *, timeout_seconds: float
+        self,
+        digest: bytes,
+        shapes: Mapping[str, torch.Size],
+        *,
+        timeout_seconds: float,
+        idle_seconds: float = math.inf,
     ) -> State | None:
-        """Download the state with this hash; None if that does not succeed in time."""
-        return self._within(self._fetch_state(digest, shapes), seconds=timeout_seconds)
+        """Download the state with this hash; None if that does not succeed in time, or no peer
+        has sent a piece of it for `idle_seconds`."""
+        work = self._fetch_state(digest, shapes, idle_seconds=idle_seconds)
+        return self._within(work, seconds=timeout_seconds)
 
     def close(self) -> None:
         """Stop serving, and cancel downloads. Idempotent."""
@@ -274,51 +249,83 @@ class Exchange:
         keep: Callable[[Contribution, bytes], None],
         found: set[int],
     ) -> None:
-        async def fetch(uid: int, holders: Sequence[PeerID]) -> None:
+        seconds = self._ask_seconds
+
+        async def fetch(uid: int, holders: list[PeerID]) -> None:
             blob = missing[uid]
-            data = await self._download(blob.blob_hash, blob.blob_bytes, holders)
+            self._random.shuffle(holders)
+            data = await self._download(
+                blob.blob_hash, blob.blob_bytes, holders, answer_seconds=seconds,
+                chunk_seconds=seconds,
+            )  # fmt: skip
             if data is not None:
                 await asyncio.to_thread(keep, blob, data)
                 found.add(uid)
                 del missing[uid]
 
-        seconds = ASK_SECONDS
         while missing:
-            holders = await self._holders(number, timeout_seconds=seconds)
-            work = [fetch(uid, holders[uid]) for uid in missing.keys() & holders.keys()]
-            self._random.shuffle(work)
-            await _at_most(MAX_DOWNLOADS, work)
+            holders: defaultdict[int, list[PeerID]] = defaultdict(list)
+            async with self._asking(number, holders, timeout_seconds=seconds) as pending:
+                while missing:
+                    known = missing.keys() & holders.keys()
+                    work = [fetch(uid, holders.pop(uid)) for uid in known]
+                    self._random.shuffle(work)
+                    await _at_most(MAX_DOWNLOADS, work)
+                    pending = {task for task in pending if not task.done()}
+                    if not pending and not missing.keys() & holders.keys():
+                        break
+                    if missing and pending:
+                        await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             if missing:
                 seconds = min(2 * seconds, OPEN_SECONDS)
                 await asyncio.sleep(AGAIN_SECONDS)
 
-    async def _fetch_state(self, digest: bytes, shapes: Mapping[str, torch.Size]) -> State:
-        manifest = await self._fetch_manifest(digest, shapes)
+    async def _fetch_state(
+        self, digest: bytes, shapes: Mapping[str, torch.Size], *, idle_seconds: float
+    ) -> State | None:
+        came_at = time.monotonic()
+
+        async def insist(digest: bytes, size: int) -> bytes | None:
+            """Ask all peers, until nothing of the state has come for `idle_seconds`."""
+            nonlocal came_at
+            seconds = self._ask_seconds
+            while True:
+                data = await self._download(
+                    digest, size, await self._peers(), answer_seconds=seconds
+                )
+                if data is not None:
+                    came_at = time.monotonic()
+                    return data
+                if time.monotonic() - came_at > idle_seconds:
+                    return None
+                seconds = min(2 * seconds, OPEN_SECONDS)
+                await asyncio.sleep(AGAIN_SECONDS)
+
+        raw = await insist(digest, manifest_length(shapes))
+        if raw is None:
+            return None
+        manifest = self._manifest(digest, raw, shapes)
         builder = StateBuilder(manifest, shapes)
+        is_complete = True
 
         async def fetch(piece: Piece) -> None:
-            data = await self._insist(piece.hash, piece.length)
-            await asyncio.to_thread(builder.add, piece, data)
+            nonlocal is_complete
+            data = await insist(piece.hash, piece.length) if is_complete else None
+            if data is None:
+                is_complete = False
+            else:
+                await asyncio.to_thread(builder.add, piece, data)
 
         await _at_most(MAX_DOWNLOADS, [fetch(piece) for piece in manifest.pieces])
-        return builder.build()
+        return builder.build() if is_complete else None
 
-    async def _fetch_manifest(self, digest: bytes, shapes: Mapping[str, torch.Size]) -> Manifest:
-        raw = await self._insist(digest, manifest_length(shapes))
+    def _manifest(self, digest: bytes, raw: bytes, shapes: Mapping[str, torch.Size]) -> Manifest:
         try:
             return read_manifest(raw, shapes)
         except StateError as error:  # the chain named something else
             raise SwarmError(
                 f"state {digest.hex()[:16]} is none of this model's: {error}"
             ) from None
-
-    async def _insist(self, digest: bytes, size: int) -> bytes:
-        """Download from any peer, and retry until it succeeds."""
-        while True:
-            data = await self._download(digest, size, await self._peers())
-            if data is not None:
-                return data
-            await asyncio.sleep(AGAIN_SECONDS)
 
     async def _peers(self) -> list[PeerID]:
         """The peers that have proved a registered hotkey, in random order; last those that did
@@ -331,32 +338,49 @@ class Exchange:
         self._silent &= proved.keys()
         return sorted(peers, key=lambda peer: str(peer) in self._silent)
 
-    async def _holders(self, number: int, *, timeout_seconds: float) -> dict[int, list[PeerID]]:
-        """By uid, the peers that serve its blob of this round, in random order."""
-        holders: defaultdict[int, list[PeerID]] = defaultdict(list)
+    @contextlib.asynccontextmanager
+    async def _asking(
+        self, number: int, holders: dict[int, list[PeerID]], *, timeout_seconds: float
+    ) -> AsyncIterator[set[asyncio.Task[None]]]:
+        """Ask all peers for the uids whose blobs of this round they serve, and add them to
+        `holders`. Entered once those that usually answer have done so; yields all calls."""
+        limit = asyncio.Semaphore(MAX_CALLS)
 
         async def ask(peer: PeerID) -> None:
             mask = bytearray()
-            try:
-                async with asyncio.timeout(timeout_seconds):
-                    request = REQUEST.pack(HAVE, _NO_HASH, number)
-                    await self._call(peer, request, _MASK_BYTES, mask)
-            except TimeoutError:
-                self._silent.add(str(peer))
-                return
-            except _Failed as error:
-                logger.debug("peer %s did not say what it has: %s", peer, error)
-                return
-            for uid in unpack_uids(bytes(mask)):
-                holders[uid].append(peer)
+            request = REQUEST.pack(HAVE, _NO_HASH, number)
+            async with limit:
+                await self._call(
+                    peer, request, size=_MASK_BYTES, into=mask, answer_seconds=timeout_seconds,
+                    chunk_seconds=timeout_seconds,
+                )  # fmt: skip
+            if len(mask) == _MASK_BYTES:
+                for uid in unpack_uids(bytes(mask)):
+                    holders[uid].append(peer)
 
-        await _at_most(MAX_CALLS, [ask(peer) for peer in await self._peers()])
-        for peers in holders.values():
-            self._random.shuffle(peers)
-        return holders
+        calls = {peer: asyncio.create_task(ask(peer)) for peer in await self._peers()}
+        try:
+            prompt = {call for peer, call in calls.items() if str(peer) not in self._silent}
+            if prompt:
+                await asyncio.wait(prompt, timeout=PROMPT_SECONDS)
+            yield set(calls.values())
+        finally:
+            for peer, call in calls.items():
+                if not call.done():
+                    self._silent.add(str(peer))
+                    call.cancel()
 
-    async def _download(self, digest: bytes, size: int, holders: Sequence[PeerID]) -> bytes | None:
-        """Bytes by their hash, from the first holder that has them.
+    async def _download(
+        self,
+        digest: bytes,
+        size: int,
+        holders: Sequence[PeerID],
+        *,
+        answer_seconds: float,
+        chunk_seconds: float = CHUNK_SECONDS,
+    ) -> bytes | None:
+        """Bytes by their hash, from the first holder that has them. One that does not begin to
+        answer within `answer_seconds`, or pauses for `chunk_seconds`, is passed over.
 
         What came before a failure is completed by the next one. If that proves wrong, nobody
         knows who lied, and each holder is asked for the whole.
@@ -368,8 +392,13 @@ class Exchange:
                 if not resumes:
                     data.clear()
                     givers.clear()
-                if await self._append(peer, digest, size, data):
-                    givers.append(peer)
+                before = len(data)
+                if await self._admission.admits(peer):
+                    await self._call(
+                        peer, REQUEST.pack(GET, digest, before), size=size - before, into=data,
+                        answer_seconds=answer_seconds, chunk_seconds=chunk_seconds,
+                    )  # fmt: skip
+                givers += [peer] * (len(data) > before)
                 if len(data) == size:
                     if await asyncio.to_thread(_has_hash, data, digest):
                         return bytes(data)
@@ -381,49 +410,28 @@ class Exchange:
                 break
         return None
 
-    async def _append(self, peer: PeerID, digest: bytes, size: int, data: bytearray) -> bool:
-        """Ask a peer for what is still missing; whether anything came."""
-        if not await self._admission.admits(peer):
-            return False
-        before = len(data)
+    async def _call(
+        self,
+        peer: PeerID,
+        request: bytes,
+        *,
+        size: int,
+        into: bytearray,
+        answer_seconds: float,
+        chunk_seconds: float,
+    ) -> None:
+        """Append a peer's answer to `into`, or what came of it, and note whether it answers."""
         try:
-            await self._call(peer, REQUEST.pack(GET, digest, before), size - before, data)
-        except _Failed as error:
-            logger.debug("peer %s did not send %s: %s", peer, digest.hex()[:16], error)
-        return len(data) > before
-
-    async def _call(self, peer: PeerID, request: bytes, size: int, into: bytearray) -> None:
-        """Append the `size` bytes of a peer's answer to `into`. Raises _Failed, and keeps what was
-        received."""
-        try:
-            async with asyncio.timeout(OPEN_SECONDS):
-                _, reader, writer = await self._p2p.call_binary_stream_handler(peer, self._name)
-            with contextlib.closing(writer):
-                writer.write(request)
-                answer = await asyncio.wait_for(reader.readexactly(ANSWER.size), OPEN_SECONDS)
-                self._silent.discard(str(peer))
-                status, length = ANSWER.unpack(answer)
-                if status != OK or length != size:
-                    raise _Failed("absent" if status == ABSENT else f"{length} bytes, not {size}")
-                await _receive(reader, size, into)
-        except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-            self._silent.add(str(peer))
-            raise _Failed(repr(error)) from None
-        except _Failed:
-            raise
-        except Exception as error:  # the daemon's own, for a peer that is gone or refuses
-            raise _Failed(repr(error)) from error
-
-
-async def _receive(reader: asyncio.StreamReader, size: int, into: bytearray) -> None:
-    latest = time.monotonic() + OPEN_SECONDS + size / SLOWEST_BYTES
-    while size:
-        seconds = min(CHUNK_SECONDS, latest - time.monotonic())
-        chunk = await asyncio.wait_for(reader.read(min(size, CHUNK_BYTES)), seconds)
-        if not chunk:
-            raise _Failed(f"{size} bytes are missing")
-        into += chunk
-        size -= len(chunk)
+            await call(
+                self._p2p, peer, self._name, request, size=size, into=into,
+                answer_seconds=answer_seconds, chunk_seconds=chunk_seconds,
+            )  # fmt: skip
+        except CallFailed as error:
+            logger.debug("a call of peer %s failed: %s", peer, error)
+            if not error.answered:
+                self._silent.add(str(peer))
+                return
+        self._silent.discard(str(peer))
 
 
 async def _at_most(count: int, work: Sequence[Awaitable[None]]) -> None:

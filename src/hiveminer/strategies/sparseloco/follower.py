@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from hiveminer.errors import ChainError, HiveminerError, SwarmError
 from hiveminer.strategies.sparseloco.apply import State
+from hiveminer.strategies.sparseloco.download import StateDownload
 from hiveminer.strategies.sparseloco.log import EVERY_ROUNDS
 from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.replay import does_not_follow, load_blobs, rebuild
@@ -30,14 +31,15 @@ from hiveminer.strategies.sparseloco.rounds import (
     decide,
     next_action,
 )
+from hiveminer.strategies.sparseloco.shelf import DOWNLOAD_ROUNDS
 
 logger = logging.getLogger(__name__)
 
 FETCH_SECONDS = 60.0
 FETCH_BYTES = 1_250_000.0
-"""A download is given up after FETCH_SECONDS, and a second more for each FETCH_BYTES. Blobs that
-count are given up when the next cut is due, and a state when another round is decided: it is then
-no longer served."""
+"""The download of blobs that count is given up after FETCH_SECONDS, and a second more for each
+FETCH_BYTES, or when the next cut is due. That of a state is given up when nothing has come for
+FETCH_SECONDS or a round."""
 
 DECIDED_BLOCKS = 3
 """From a round's last block to its decision."""
@@ -85,6 +87,7 @@ class Follower(ABC):
         self._start_state = start_state
         self._poll_seconds = parts.poll_seconds or max(0.1, parts.chain.block_seconds / 2)
         self._reading = Reading(-1)
+        self._download: StateDownload | None = None
         self._stopping = threading.Event()
         self._told = ""
         self._empty = 0
@@ -307,7 +310,7 @@ class Follower(ABC):
         replica = self.replica
         wanted = replica.position.missing_state
         if wanted is not None:
-            state = rebuild(self.log, self.plan, wanted) or self._fetch_state(wanted)
+            state = rebuild(self.log, self.plan, wanted) or self._downloaded(wanted)
             if state is None:
                 return
             replica.take_state(state)
@@ -356,13 +359,44 @@ class Follower(ABC):
         if missing:
             self.exchange.fetch_blobs(number, missing, keep=keep, timeout_seconds=seconds)
 
+    def _downloaded(self, wanted: bytes) -> State | None:
+        """The state that is missing, from other peers. It is waited for until the next round is
+        decided. What arrives later leads to the state that is missing then, by the blobs since."""
+        if self._download is None:
+            decision = self.replica.decision
+            seconds = self.plan.rules.schedule.round_blocks * self.chain.block_seconds
+            self._download = StateDownload(
+                self.exchange,
+                wanted,
+                self.plan.shapes,
+                number=None if decision is None else decision.round,
+                timeout_seconds=DOWNLOAD_ROUNDS * seconds,
+                idle_seconds=max(FETCH_SECONDS, seconds),
+            )
+        if not self._download.has_ended(within_seconds=self._seconds_to_decision()):
+            return None
+        done, self._download = self._download, None
+        if done.state is None or done.digest == wanted:
+            return done.state
+        if done.number is None:
+            return None
+        self.log.add_state(done.number, done.state)
+        for number in (each for each in self.log.rounds() if each >= done.number):
+            entry = self.log.entry(number)
+            if entry is not None:
+                wanted_blobs = decide(self.plan.rules, entry.facts).contributions
+                self._fetch_blobs(number, wanted_blobs, seconds=self._seconds_to_decision())
+        return rebuild(self.log, self.plan, wanted)
+
     def _fetch_state(self, digest: bytes) -> State | None:
-        size = 4 * sum(shape.numel() for shape in self.plan.shapes.values())
+        seconds = self._seconds_to_decision()
+        return self.exchange.fetch_state(digest, self.plan.shapes, timeout_seconds=seconds)
+
+    def _seconds_to_decision(self) -> float:
+        """Until the current round is decided, and at least a block."""
         schedule, head = self.plan.rules.schedule, self.chain.head()
         decided = schedule.marks_block(schedule.round_at(head)) + DECIDED_BLOCKS
-        blocks, block_seconds = decided - head, self.chain.block_seconds
-        seconds = download_seconds(size, blocks=blocks, block_seconds=block_seconds)
-        return self.exchange.fetch_state(digest, self.plan.shapes, timeout_seconds=seconds)
+        return max(1, decided - head) * self.chain.block_seconds
 
 
 def download_seconds(size: int, *, blocks: int, block_seconds: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -55,7 +56,12 @@ class Fetcher(Protocol):
     ) -> frozenset[int]: ...
 
     def fetch_state(
-        self, digest: bytes, shapes: Mapping[str, torch.Size], *, timeout_seconds: float
+        self,
+        digest: bytes,
+        shapes: Mapping[str, torch.Size],
+        *,
+        timeout_seconds: float,
+        idle_seconds: float = math.inf,
     ) -> State | None: ...
 
 

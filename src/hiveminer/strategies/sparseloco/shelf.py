@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Collection, Iterable
 
 from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.log import Log
@@ -12,20 +14,34 @@ from hiveminer.strategies.sparseloco.pieces import Bytes, Manifest, Piece, manif
 SERVED_ROUNDS = 24
 """How long blobs are served: longer than any state on disk is older than them."""
 
+DOWNLOAD_ROUNDS = SERVED_ROUNDS - 4
+"""How long a state is served to who has begun to download it: with the blobs since, the state of
+today follows from it."""
+
+DOWNLOAD_PAUSE_SECONDS = 300.0
+"""A download has ended if no part of the state was asked for in this time: a piece takes that long
+on the slowest link that is served."""
+
 
 class Shelf:
     """A `Source` for the exchange. Blobs are read from the log, states from memory.
 
     A blob is served only after `serve` was called for it: an author's own stays secret until the
-    records' deadline is final. Thread-safe.
+    records' deadline is final. Besides the states of now, one older state is kept while somebody
+    downloads it. Thread-safe.
     """
 
-    def __init__(self, log: Log):
+    def __init__(self, log: Log, *, clock: Callable[[], float] = time.monotonic):
         self._log = log
+        self._clock = clock
         self._lock = threading.Lock()
         self._rounds: dict[int, dict[int, bytes]] = {}
         self._states: dict[bytes, tuple[State, Manifest]] = {}
         self._pieces: dict[bytes, tuple[State, Piece]] = {}
+        self._asked_at: dict[int, float] = {}
+        """When a part of a state was last asked for, by the state's `id`."""
+        self._older: tuple[bytes, int] | None = None
+        """The older state's hash, and the round since which it is kept."""
 
     def serve(self, number: int, uid: int, digest: bytes) -> None:
         """Serve the blob that this uid recorded in this round."""
@@ -35,16 +51,32 @@ class Shelf:
                 del self._rounds[old]
 
     def serve_states(self, states: Iterable[State]) -> None:
-        """Serve these states, and no others."""
+        """Serve these states, an older one that is being downloaded, and no others."""
         known = {id(state): manifest for state, manifest in self._states.values()}
         served = [(state, known.get(id(state)) or manifest_of(state)) for state in states]
         with self._lock:
-            self._states = {manifest.hash: (state, manifest) for state, manifest in served}
+            now = {manifest.hash: (state, manifest) for state, manifest in served}
+            self._states = now | self._downloaded(now)
             self._pieces = {
                 piece.hash: (state, piece)
-                for state, manifest in served
+                for state, manifest in self._states.values()
                 for piece in manifest.pieces
             }
+            held = {id(state) for state, _ in self._states.values()}
+            self._asked_at = {key: at for key, at in self._asked_at.items() if key in held}
+
+    def _downloaded(self, now: Collection[bytes]) -> dict[bytes, tuple[State, Manifest]]:
+        """The older state to keep, if any: the one that has been kept until now comes first."""
+        newest, late = max(self._rounds, default=0), self._clock() - DOWNLOAD_PAUSE_SECONDS
+        kept, since = self._older or (b"", newest)
+        self._older = None
+        for digest in sorted(self._states.keys() - set(now), key=lambda each: each != kept):
+            began = since if digest == kept else newest
+            is_asked = self._asked_at.get(id(self._states[digest][0]), -math.inf) > late
+            if is_asked and newest - began < DOWNLOAD_ROUNDS:
+                self._older = digest, began
+                return {digest: self._states[digest]}
+        return {}
 
     def blobs(self) -> set[bytes]:
         """The hashes of all blobs that are served."""
@@ -60,6 +92,8 @@ class Shelf:
             held = self._states.get(digest)
             place = self._pieces.get(digest)
             is_blob = any(digest in blobs.values() for blobs in self._rounds.values())
+            if state := held or place:
+                self._asked_at[id(state[0])] = self._clock()
         if held is not None:
             return held[1].raw
         if place is not None:
