@@ -12,11 +12,13 @@ from hiveminer.strategies.sparseloco.streams import MAX_STREAMS, MAX_STREAMS_PER
 from programs import started
 
 SCRIPT = """
-import asyncio, contextlib, hashlib, json, logging, os, sys, threading, time
+import asyncio, contextlib, hashlib, itertools, json, logging, os, sys, threading, time
+from functools import partial
 import torch
 from bittensor.keyfiles import Keypair
 from hivemind import DHT
 from hivemind.p2p import P2P, PeerID
+from hivemind.utils.timed_storage import get_dht_time
 
 sys.path.insert(0, sys.argv[1])
 from tiny import tiny_model
@@ -26,6 +28,7 @@ from hiveminer.strategies.sparseloco.pieces import piece_bytes, read_manifest
 from hiveminer.strategies.sparseloco.rounds import Contribution
 from hiveminer.strategies.sparseloco.streams import ANSWER, REQUEST
 from hiveminer.swarm import Identity, Peer
+from hiveminer.swarm.announced import AnnouncedAddresses
 
 torch.set_num_threads(1)
 logging.basicConfig(level=logging.INFO)
@@ -67,6 +70,26 @@ exchanges = {
 addresses = [peer.address for peer in peers.values()]
 met = {name: len(peer.dial(addresses).answered) for name, peer in peers.items()}
 told = {"met": met}
+
+# Peers find each other's addresses in the DHT, and nobody writes for another.
+subkeys = {name: PeerID.from_base58(peer.peer_id).to_bytes() for name, peer in peers.items()}
+junk = {"liar": peers["alice"].address, "alice": peers["liar"].address, "fetcher": "/ip4/1.2.3.4"}
+for name, text in junk.items():
+    peers["liar"].dht.store(
+        f"addresses.{RUN_ID}", subkey=subkeys[name], value=text,
+        expiration_time=get_dht_time() + 110,
+    )
+clocks = {name: itertools.count() for name in ("alice", "bob", "fetcher")}
+books = {
+    name: AnnouncedAddresses(peers[name], run=RUN_ID, clock=partial(next, clock))
+    for name, clock in clocks.items()
+}
+expected = {name: {peers[other].address for other in books if other != name} for name in books}
+found, deadline = {}, time.monotonic() + 60
+while found != expected and time.monotonic() < deadline:
+    found = {name: set(book()) for name, book in books.items()}
+    time.sleep(0.2)
+told["announced"] = found == expected
 fetcher, got = exchanges["fetcher"], {}
 
 

@@ -18,8 +18,10 @@ from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.schedule import Schedule, latency_of, schedule_problems
 from hiveminer.strategies.sparseloco.shelf import Shelf
 from hiveminer.strategies.sparseloco.strategy import SparselocoStrategy
+from hiveminer.swarm.announced import AnnouncedAddresses
 from hiveminer.swarm.axons import AxonAddresses
 from hiveminer.swarm.membership import Membership, announced_ip, start_peer
+from hiveminer.swarm.peer import Peer
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ def _parts(context: Context) -> Iterator[Parts]:
             announce_ip=announced,
         )
         membership = Membership(
-            peer, registered=lambda: host.registered, addresses=_addresses(context)
+            peer, registered=lambda: host.registered, addresses=_addresses(context, peer)
         )
         unfinished.callback(membership.close)
         host.go_on()
@@ -81,11 +83,14 @@ def _parts(context: Context) -> Iterator[Parts]:
         unfinished.pop_all()
 
 
-def _addresses(context: Context) -> Callable[[], frozenset[str]]:
+def _addresses(context: Context, peer: Peer) -> Callable[[], frozenset[str]]:
+    """Those that the settings give, or else the axons, and those in the DHT: validators have no
+    axon."""
     host = context.host
+    announced = AnnouncedAddresses(peer, run=str(context.task.run_id))
     asked = AxonAddresses(host.chain.wallet, hotkey=host.hotkey, neurons=lambda: host.metagraph)
     given = frozenset(host.settings.dht.initial_peers)
-    return lambda: given or asked()
+    return lambda: (given or asked()) | announced()
 
 
 def check_schedule(schedule: Schedule, context: Context) -> None:
