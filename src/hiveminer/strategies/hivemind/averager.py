@@ -75,11 +75,11 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
 
     bounds: of what a peer may send.
 
-    After an epoch, `group_size` is the number of peers that averaged, 1 if this one was alone or
-    the round failed; `is_whole` is False when a part of the average was lost.
+    After an epoch, `members` are the peers that averaged, only this one if it was alone or the
+    round failed; `is_whole` is False when a part of the average was lost.
     """
 
-    group_size = 1
+    members: frozenset[str] = frozenset()
     is_whole = True
 
     def __init__(self, *, run_id: str, bounds: Bounds, **kwargs: Any):
@@ -127,9 +127,9 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
             finally:
                 self._in_round = False
             control, self.last_control = self.last_control, None
-            self.group_size = self._members_of(control) if self._averaged else 1
-            self.is_whole = self.group_size == 1 or bool(control and control.result().whole)
-            if self.group_size == 1:
+            self.members = self._members_of(control) if self._averaged else self._alone
+            self.is_whole = self.members == self._alone or bool(control and control.result().whole)
+            if self.members == self._alone:
                 self.begin_epoch()
             else:
                 self.vouch()
@@ -149,7 +149,7 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
 
     def _apply_averaging_results_(self) -> None:
         """As in the base class, if there was an average within the bounds."""
-        if self._members_of(self.last_control) == 1:
+        if self._members_of(self.last_control) == self._alone:
             return
         with self.get_tensors() as averaged:
             problem = self.bounds.problem_with_all(averaged, list(self._local_tensors()))
@@ -249,11 +249,15 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
         """How long a step of ours takes: members of a group may be that late."""
         self._step_seconds.value = min(seconds, LONGEST_STEP_SECONDS)
 
-    def _members_of(self, control: StepControl | None) -> int:
-        """How many peers were in a round that has ended; 1 if it failed."""
+    @property
+    def _alone(self) -> frozenset[str]:
+        return frozenset([str(self.peer_id)])
+
+    def _members_of(self, control: StepControl | None) -> frozenset[str]:
+        """The peers that were in a round that has ended; only this one if it failed."""
         if control is None or not control.done() or control.cancelled() or control.exception():
-            return 1
-        return max(1, len(control.result() or ()))
+            return self._alone
+        return self._alone | {str(peer) for peer in control.result() or ()}
 
     def set_weight(self, rows: float, control: StepControl | None) -> None:
         """Count for this many rows in the next round, even if it is arranged already."""

@@ -23,7 +23,7 @@ from hiveminer.strategies.base import Context, RoundResult, Strategy, between_st
 from hiveminer.strategies.hivemind import state
 from hiveminer.strategies.hivemind.averager import compression
 from hiveminer.strategies.hivemind.bounds import Bounds
-from hiveminer.strategies.hivemind.failure_detector import FailureDetector
+from hiveminer.strategies.hivemind.failure_detector import PING_SECONDS, FailureDetector
 from hiveminer.strategies.hivemind.optimizer import SwarmOptimizer
 from hiveminer.strategies.hivemind.round_server import CHUNK_SECONDS
 from hiveminer.strategies.hivemind.tracker import REPORT_SECONDS
@@ -236,9 +236,14 @@ class HivemindStrategy(Strategy):
         return kept
 
     def _take_what_was_lost(self) -> None:
-        """Load a lost part of the average from the others, as the epoch's start."""
+        """Load a lost part of the average from the others, as the epoch's start, unless a member
+        has died: then nobody has it."""
         averager = self.optimizer.state_averager
         if averager.is_whole:
+            return
+        peer = self.membership.peer
+        others = averager.members - {peer.peer_id}
+        if peer.answering(others, timeout_seconds=PING_SECONDS) != others:
             return
         tell(logger, "diverged", f"epoch {self.epoch}: a part of the average was lost on the way")
         self.optimizer.load_state_from_peers()
@@ -273,7 +278,7 @@ class HivemindStrategy(Strategy):
             control.cancel()
 
     def _tell_round(self, seconds: float) -> None:
-        size, expected = self.optimizer.state_averager.group_size, self._target
+        size, expected = len(self.optimizer.state_averager.members), self._target
         if size < expected and self.peers > 1:
             came = (
                 f"{size} of {expected} peers came to the round" if size > 1 else "the round failed"
