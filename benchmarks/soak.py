@@ -1,8 +1,10 @@
 """Whether anything grows: two miners and a validator for an hour, watched from outside.
 
-Every few seconds, for each process of each program: its own memory (USS), open descriptors and
-threads; and the bytes of shared memory on the machine. The first minutes are the start;
-growth is the slope of a least-squares line over the rest, and over its last half.
+Every few seconds, for each process of each program: its own memory (USS), its share of what it
+maps (PSS), all of that (RSS), open descriptors and threads; and the bytes of shared memory on the
+machine. USS also grows when a page that forked processes shared is copied, RSS does not. The first
+minutes are the start; growth is the slope of a least-squares line over the rest, and over its last
+half.
 The result is in benchmarks/results/soak.json, all samples and a plot beside it. Linux only.
 """
 
@@ -35,6 +37,9 @@ AIM_MB_PER_MINUTE = 0.5
 
 WARM_UP = 0.2
 """The share of the time that counts as the start."""
+
+MEMORY = ("pss_megabytes", "rss_megabytes")
+"""Besides `megabytes`, which are a process's own."""
 
 PROGRAMS = ("miner-0", "miner-1", "validator")
 
@@ -85,7 +90,9 @@ def sample(process: psutil.Process) -> dict[str, dict[str, float]]:
     for name, each in parts(process).items():
         with contextlib.suppress(psutil.Error), each.oneshot():
             found[name] = {
-                "megabytes": round(each.memory_full_info().uss / 1e6, 2),
+                "megabytes": round((memory := each.memory_full_info()).uss / 1e6, 2),
+                "pss_megabytes": round(memory.pss / 1e6, 2),
+                "rss_megabytes": round(memory.rss / 1e6, 2),
                 "descriptors": each.num_fds(),
                 "threads": each.num_threads(),
             }
@@ -161,7 +168,7 @@ def growth(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
             f"{what}_per_minute{suffix}": round(
                 slope([one["minutes"] for one in part], series(part, program, what)), 4
             )
-            for what in ("megabytes", "descriptors", "threads")
+            for what in ("megabytes", *MEMORY, "descriptors", "threads")
             for suffix, part in (("", warm), ("_in_last_half", late))
         }
     return found
@@ -170,11 +177,12 @@ def growth(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 def write_table(samples: Sequence[Mapping[str, Any]], path: Path) -> None:
     with path.open("w", encoding="utf-8", newline="") as stream:
         table = csv.writer(stream)
-        table.writerow(["minutes", "program", "process", "megabytes", "descriptors", "threads"])
+        figures = ("megabytes", *MEMORY, "descriptors", "threads")
+        table.writerow(["minutes", "program", "process", *figures])
         for one in samples:
             for program, processes in one["programs"].items():
-                for name, figures in processes.items():
-                    table.writerow([one["minutes"], program, name, *figures.values()])
+                for name, found in processes.items():
+                    table.writerow([one["minutes"], program, name, *found.values()])
 
 
 def plot(samples: Sequence[Mapping[str, Any]], path: Path) -> None:

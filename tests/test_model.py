@@ -84,6 +84,13 @@ def test_integer_weights_are_spread_as_documented() -> None:
     assert weights[0, 0].item() == first / 2**20
 
 
+def test_builtin_tokenizer_has_short_words() -> None:
+    """Each of the library's threads keeps ten thousand of them for good."""
+    splitter = builtin_tokenizer().backend_tokenizer.pre_tokenizer
+    words = [word for word, _ in splitter.pre_tokenize_str("x" * 1000 + "\n" * 20)]
+    assert max(map(len, words)) <= 8
+
+
 def test_builtin_tokenizer_is_one_token_a_byte_and_an_end() -> None:
     tokenizer = builtin_tokenizer()
     assert len(tokenizer) == 258
