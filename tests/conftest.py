@@ -72,9 +72,7 @@ def own_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-WITH_DEADLINES = re.compile(
-    "test_(survival|poison|rival|intruder|exchange|export|sparseloco|identity_peers|resume)"
-)
+WITH_DEADLINES = re.compile("test_(survival|poison|rival|intruder|exchange|export|resume)")
 """Swarms in which a late peer counts, and some more, so that both halves take as long."""
 
 

@@ -43,16 +43,9 @@ def newest_common(folder: Path, names: str) -> tuple[int, list[np.ndarray]]:
     return epoch, [np.load(folder / f"{name}.{epoch}.round.npy") for name in names]
 
 
+@slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(
-    "how",
-    [
-        pytest.param("nan", marks=slow),
-        pytest.param("loud", marks=slow),
-        pytest.param("inf", marks=slow),
-        pytest.param("answers", marks=slow),
-    ],
-)
+@pytest.mark.parametrize("how", ["nan", "loud", "inf", "answers"])
 def test_poison_from_one_peer_leaves_the_others_unharmed(how: str, tmp_path: Path) -> None:
     with Workers(tmp_path, size=3, peer_rows=15) as swarm:
         swarm.start_all("ab")
@@ -75,6 +68,7 @@ def test_poison_from_one_peer_leaves_the_others_unharmed(how: str, tmp_path: Pat
             assert all(step["kept"] for step in each.events("step", since=began)), swarm.told()
 
 
+@slow
 @pytest.mark.timeout(240)
 def test_a_member_that_says_nothing_costs_little_and_is_shunned(tmp_path: Path) -> None:
     with Workers(tmp_path, size=3, peer_rows=15) as swarm:
