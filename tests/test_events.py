@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import json
 import logging
@@ -54,6 +55,25 @@ def test_each_event_has_its_section_in_the_docs() -> None:
     text = (ROOT / "docs" / "troubleshooting.md").read_text()
     assert re.findall(r"^## `(\w+)`", text, re.MULTILINE) == list(EVENTS)
     assert "docs/troubleshooting.md" in (ROOT / "README.md").read_text()
+
+
+def test_warnings_about_data_models_and_peers_are_in_the_docs() -> None:
+    docs = " ".join((ROOT / "docs" / "troubleshooting.md").read_text().replace("`", "").split())
+    places = ("training/*.py", "swarm/*.py")
+    warnings = [
+        call.args[0].value
+        for place in places
+        for path in sorted((ROOT / "src" / "hiveminer").glob(place))
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call)
+        and ast.unparse(call.func) == "logger.warning"
+        and isinstance(call.args[0], ast.Constant)
+    ]
+    assert len(warnings) > 6
+    for said in warnings:
+        fixed = [part.strip(" :") for part in re.split(r"%%|%[.\d]*[sdrf]", said)]
+        known = [part in docs for part in fixed if len(part) >= 12]
+        assert any(known) or not known, said
 
 
 def test_only_events_of_the_table_are_told() -> None:
