@@ -11,19 +11,18 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hiveminer.errors import ChainError, HiveminerError, SwarmError
 from hiveminer.strategies.sparseloco.apply import State
-from hiveminer.strategies.sparseloco.download import StateDownload
+from hiveminer.strategies.sparseloco.download import Downloads, download_seconds
 from hiveminer.strategies.sparseloco.log import EVERY_ROUNDS
 from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.replay import does_not_follow, load_blobs, rebuild
 from hiveminer.strategies.sparseloco.replica import Replica
 from hiveminer.strategies.sparseloco.rounds import (
     Block,
-    Contribution,
     Decision,
     Facts,
     Neuron,
@@ -31,18 +30,8 @@ from hiveminer.strategies.sparseloco.rounds import (
     decide,
     next_action,
 )
-from hiveminer.strategies.sparseloco.shelf import DOWNLOAD_ROUNDS
 
 logger = logging.getLogger(__name__)
-
-FETCH_SECONDS = 60.0
-FETCH_BYTES = 1_250_000.0
-"""The download of blobs that count is given up after FETCH_SECONDS, and a second more for each
-FETCH_BYTES, or when the next cut is due. That of a state is given up when nothing has come for
-FETCH_SECONDS or a round."""
-
-DECIDED_BLOCKS = 3
-"""From a round's last block to its decision."""
 
 COUNTED_ROUNDS = 24
 """A miner's pay is its share of this many rounds."""
@@ -75,7 +64,8 @@ class Follower(ABC):
     def __init__(self, replica: Replica, parts: Parts, *, start_state: State):
         self.replica = replica
         self.plan, self.log, self.shelf = parts.plan, parts.log, parts.shelf
-        self.chain, self.exchange = parts.chain, parts.exchange
+        self.chain = parts.chain
+        self.downloads = Downloads(parts)
         self.problem = ""
         """Why this peer does not take part, for as long as it does not."""
         self.decided = -1
@@ -87,7 +77,6 @@ class Follower(ABC):
         self._start_state = start_state
         self._poll_seconds = parts.poll_seconds or max(0.1, parts.chain.block_seconds / 2)
         self._reading = Reading(-1)
-        self._download: StateDownload | None = None
         self._stopping = threading.Event()
         self._told = ""
         self._empty = 0
@@ -236,7 +225,7 @@ class Follower(ABC):
         """Whether the chain names a state that does not follow from the log. One that equals ours
         within rounding is accepted; otherwise this peer keeps its own and commits nothing."""
         assert decision.parent is not None
-        state = self._fetch_state(decision.parent)
+        state = self.downloads.state(decision.parent)
         if state is not None and not self.replica.differs_from(state):
             logger.warning(
                 "round %d: the chain names another state, which equals ours within rounding",
@@ -310,7 +299,9 @@ class Follower(ABC):
         replica = self.replica
         wanted = replica.position.missing_state
         if wanted is not None:
-            state = rebuild(self.log, self.plan, wanted) or self._downloaded(wanted)
+            state = rebuild(self.log, self.plan, wanted) or self.downloads.missing_state(
+                wanted, replica.decision
+            )
             if state is None:
                 return
             replica.take_state(state)
@@ -325,7 +316,7 @@ class Follower(ABC):
         size = sum(each.blob_bytes for each in missing)
         blocks = until - 1 - self.chain.head()
         seconds = download_seconds(size, blocks=blocks, block_seconds=self.chain.block_seconds)
-        self._fetch_blobs(decision.round, missing, seconds=seconds)
+        self.downloads.blobs(decision.round, missing, seconds=seconds)
         blobs = load_blobs(self.log, missing)
         if blobs is None:
             logger.info("round %d: a blob that counts is still missing", decision.round)
@@ -338,67 +329,3 @@ class Follower(ABC):
         if entry is not None:
             self.log.add_round(entry.facts, made=done.hash)
         self.shelf.serve_states(replica.states.values())
-
-    def _fetch_blobs(self, number: int, wanted: Iterable[Contribution], *, seconds: float) -> None:
-        """Fetch blobs into the log, and serve them from now on."""
-
-        def keep(which: Contribution, blob: bytes) -> None:
-            try:
-                self.log.add_blob(blob)
-            except OSError as error:
-                logger.warning("a blob cannot be saved: %s", error)
-                return
-            self.shelf.serve(number, which.uid, which.blob_hash)
-
-        missing = []
-        for each in wanted:
-            if self.log.blob(each.blob_hash) is None:
-                missing.append(each)
-            else:
-                self.shelf.serve(number, each.uid, each.blob_hash)
-        if missing:
-            self.exchange.fetch_blobs(number, missing, keep=keep, timeout_seconds=seconds)
-
-    def _downloaded(self, wanted: bytes) -> State | None:
-        """The state that is missing, from other peers. It is waited for until the next round is
-        decided. What arrives later leads to the state that is missing then, by the blobs since."""
-        if self._download is None:
-            decision = self.replica.decision
-            seconds = self.plan.rules.schedule.round_blocks * self.chain.block_seconds
-            self._download = StateDownload(
-                self.exchange,
-                wanted,
-                self.plan.shapes,
-                number=None if decision is None else decision.round,
-                timeout_seconds=DOWNLOAD_ROUNDS * seconds,
-                idle_seconds=max(FETCH_SECONDS, seconds),
-            )
-        if not self._download.has_ended(within_seconds=self._seconds_to_decision()):
-            return None
-        done, self._download = self._download, None
-        if done.state is None or done.digest == wanted:
-            return done.state
-        if done.number is None:
-            return None
-        self.log.add_state(done.number, done.state)
-        for number in (each for each in self.log.rounds() if each >= done.number):
-            entry = self.log.entry(number)
-            if entry is not None:
-                wanted_blobs = decide(self.plan.rules, entry.facts).contributions
-                self._fetch_blobs(number, wanted_blobs, seconds=self._seconds_to_decision())
-        return rebuild(self.log, self.plan, wanted)
-
-    def _fetch_state(self, digest: bytes) -> State | None:
-        seconds = self._seconds_to_decision()
-        return self.exchange.fetch_state(digest, self.plan.shapes, timeout_seconds=seconds)
-
-    def _seconds_to_decision(self) -> float:
-        """Until the current round is decided, and at least a block."""
-        schedule, head = self.plan.rules.schedule, self.chain.head()
-        decided = schedule.marks_block(schedule.round_at(head)) + DECIDED_BLOCKS
-        return max(1, decided - head) * self.chain.block_seconds
-
-
-def download_seconds(size: int, *, blocks: int, block_seconds: float) -> float:
-    """Timeout of a download of `size` bytes with this many blocks left."""
-    return min(FETCH_SECONDS + size / FETCH_BYTES, max(1, blocks) * block_seconds)

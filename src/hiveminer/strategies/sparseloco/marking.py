@@ -99,7 +99,7 @@ class MarkingFollower(Follower):
             if not todo or seconds <= 0 or self._stopping.is_set():
                 break
             wanted = [each for n in todo if (each := contribution_of(n, reading.records))]
-            self._fetch_blobs(reading.number, wanted, seconds=seconds)
+            self.downloads.blobs(reading.number, wanted, seconds=seconds)
             bad = set()
             for each in wanted:
                 blob = self.log.blob(each.blob_hash)
