@@ -41,7 +41,7 @@ def test_a_demo_on_notes_ends_clean_with_the_model_that_was_measured(tmp_path: P
     write_notes(tmp_path / "notes")
     (tmp_path / "own.toml").write_text(RUN)
     out = tmp_path / "out with a space"
-    words = ["-m", "hiveminer", "demo", "--miners", "2", "--seconds", "12", "--out", str(out)]
+    words = ["-m", "hiveminer", "demo", "--miners", "2", "--seconds", "10", "--out", str(out)]
     words += ["--data", str(tmp_path / "notes"), "--run", str(tmp_path / "own.toml")]
     with Program(words, folder=tmp_path / "demo") as demo:
         assert demo.process.wait(240) == 0, demo.words

@@ -227,7 +227,7 @@ def test_limits_are_those_of_the_protocol() -> None:
             "--neuron.device: must be cpu, cuda, cuda:0 (or another number) or mps, not 'tpu'",
         ),
         ("--config /no/such.toml", "--config: there is no file '/no/such.toml'"),
-        ("--config /", "--config: cannot read '/': Is a directory"),
+        ("--config /", "--config: cannot read '/': not a regular file"),
     ],
 )
 def test_a_wrong_flag_is_told_in_one_line(words: str, line: str) -> None:

@@ -41,8 +41,11 @@ from hiveminer.runtime.program import rendered
 
 logger = logging.getLogger(__name__)
 
-START_SECONDS = 120.0
+START_SECONDS = 180.0
 """Limit until the first request is answered, when the clock of `--seconds` starts."""
+
+MORE_SECONDS = 60.0
+"""How much longer a demo runs at most if its trained model has not been evaluated by then."""
 
 STOP_SECONDS = 15.0
 
@@ -98,7 +101,8 @@ class Program:
 class Demo:
     """Runs the programs and collects their metrics.
 
-    seconds: from the first answer on. out: the folder. task: the run.
+    seconds: from the first answer on, and at most MORE_SECONDS more, until a trained model was
+    evaluated. out: the folder. task: the run.
     """
 
     def __init__(
@@ -224,9 +228,14 @@ class Demo:
                     )
                 done = 0.0 if self._first_answer is None else now - self._first_answer
                 live.update(self._picture(done))
-                if done >= self.seconds:
+                if done >= self.seconds + (0.0 if self._has_learned() else MORE_SECONDS):
                     return
                 time.sleep(0.25)
+
+    def _has_learned(self) -> bool:
+        """Whether the held-out loss was measured after training too."""
+        losses = [line["loss"] for line in self.lines if line["kind"] == "held_out"]
+        return sum(loss is not None for loss in losses) > 1
 
     def _check(self) -> None:
         for program in self.programs:
