@@ -67,10 +67,8 @@ ALIVE_SECONDS = 5.0
 class Validator:
     """Sends rows to a run's miners, and scores their answers.
 
-    settings: as `hiveminer.config.settings.parse` returns them; by default the command line is
-        parsed, and an operator's mistake ends the program with one line.
-    chain, metrics: used instead of those that the settings name.
-    observer: creates the observer, instead of that of the run's strategy.
+    settings: as `config.settings.parse` returns them; by default, those of the command line.
+    chain, metrics, observer: used instead of those that the settings and the run's strategy name.
 
     Attributes: `run_file`, `run_id`, `dataset`, `training_rows` (numbers of the rows for miners),
     `neuron`, `table` (the scores).
