@@ -67,7 +67,7 @@ ALIVE_SECONDS = 5.0
 class Validator:
     """Sends rows to a run's miners, and scores their answers.
 
-    settings: as `config.settings.parse` returns them; by default, those of the command line.
+    settings: by default the command line is parsed; an operator's mistake is then one line.
     chain, metrics, observer: used instead of those that the settings and the run's strategy name.
 
     Attributes: `run_file`, `run_id`, `dataset`, `training_rows` (numbers of the rows for miners),

@@ -21,7 +21,7 @@ from hiveminer.chain.connection import Connection
 from hiveminer.chain.embedded.substrate import EmbeddedSubstrate
 from hiveminer.chain.turns import Turns
 from hiveminer.config.settings import Settings
-from hiveminer.errors import ChainError, HiveminerError, NotRegistered, OperatorError
+from hiveminer.errors import ChainError, HiveminerError, NotRegistered, OperatorError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -316,7 +316,7 @@ class Chain:
                 return self._not_registered(doing)
             if error.code is bt.ErrorCode.SUBNET_NOT_EXISTS:
                 return self._no_subnet()
-        text = " ".join(str(error).split())[:500] or type(error).__name__
+        text = one_line(error)[:500]
         in_doubt = bool(hint) and (isinstance(error, retry.TRANSIENT) or _is_in_doubt(error))
         lost = hint if in_doubt else ""
         refused = "" if in_doubt or isinstance(error, retry.TRANSIENT) else _kind(error)

@@ -17,7 +17,7 @@ import bittensor as bt
 from bittensor.keyfiles import Keypair
 
 from hiveminer.config.settings import WalletSettings
-from hiveminer.errors import OperatorError
+from hiveminer.errors import OperatorError, one_line
 from hiveminer.runtime.locks import Held, hold
 
 EMBEDDED_WALLET = "embedded"
@@ -109,7 +109,7 @@ def _unlock(wallet: bt.Wallet) -> None:
     except OperatorError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         if "no private key" in reason:
             raise OperatorError(
                 f"the hotkey at {file.path} is only a public key, which cannot sign; copy the "

@@ -28,7 +28,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hiveminer.commands.demo_model import keep_model, samples
+from hiveminer.commands.demo_model import evaluations, keep_model, samples
 from hiveminer.commands.demo_rounds import rounds_summary
 from hiveminer.commands.demo_run import BLOCK_SECONDS, DemoRun, demo_run
 from hiveminer.config.run import Run
@@ -228,14 +228,11 @@ class Demo:
                     )
                 done = 0.0 if self._first_answer is None else now - self._first_answer
                 live.update(self._picture(done))
-                if done >= self.seconds + (0.0 if self._has_learned() else MORE_SECONDS):
+                if done >= self.seconds + MORE_SECONDS or (
+                    done >= self.seconds and len(evaluations(self.lines)) > 1
+                ):
                     return
                 time.sleep(0.25)
-
-    def _has_learned(self) -> bool:
-        """Whether the held-out loss was measured after training too."""
-        losses = [line["loss"] for line in self.lines if line["kind"] == "held_out"]
-        return sum(loss is not None for loss in losses) > 1
 
     def _check(self) -> None:
         for program in self.programs:
@@ -301,7 +298,7 @@ class Demo:
             table.add_column(heading, justify="right")
         for program in self.programs[1:]:
             table.add_row(*_row(program.name, self.lines))
-        held = [line for line in self.lines if line["kind"] == "held_out" and line["loss"]]
+        held = evaluations(self.lines)
         words = (
             "starting: the first answers take about half a minute"
             if self._first_answer is None
@@ -319,7 +316,7 @@ def summarise(lines: Sequence[Line], *, miners: int) -> dict[str, Any]:
     for line in answers:
         by_miner.setdefault(line["hotkey"], []).append(line["loss"])
     rounds = [line for line in lines if line["kind"] == "epoch" and line["group_size"] > 1]
-    held_out = [line["loss"] for line in lines if line["kind"] == "held_out" and line["loss"]]
+    held_out = [line["loss"] for line in evaluations(lines)]
     started = min((line["time"] for line in answers), default=0.0)
     alive = sorted(
         line["milliseconds"]
@@ -366,7 +363,7 @@ def plot(lines: Sequence[Line], path: Path) -> None:
     for name in sorted({line["name"] for line in trained}):
         points = [(line["time"] - start, line["loss"]) for line in trained if line["name"] == name]
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1, label=name)
-    held = [line for line in lines if line["kind"] == "held_out" and line["loss"]]
+    held = evaluations(lines)
     if held:
         axes.plot(
             [line["time"] - start for line in held],

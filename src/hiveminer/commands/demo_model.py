@@ -18,15 +18,20 @@ SAMPLE_TOKENS = 120
 TEMPERATURE = 0.7
 
 
+def evaluations(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The metrics with a held-out loss: first that of the initial model."""
+    return [line for line in lines if line["kind"] == "held_out" and line["loss"]]
+
+
 def keep_model(state: Path, lines: Sequence[dict[str, Any]], out: Path) -> bool:
     """Move the validator's model that was evaluated last to `out`; returns whether there was one.
 
     state: the validator's folder. lines: the programs' metrics.
     """
-    evaluated = [line["epoch"] for line in lines if line["kind"] == "held_out" and line["loss"]]
+    evaluated = evaluations(lines)
     if not evaluated:
         return False
-    for folder in state.glob(f"*/*/*/{MODELS_FOLDER}/{name_of(evaluated[-1])}"):
+    for folder in state.glob(f"*/*/*/{MODELS_FOLDER}/{name_of(evaluated[-1]['epoch'])}"):
         shutil.rmtree(out, ignore_errors=True)
         folder.rename(out)
         return True

@@ -54,6 +54,7 @@ def _listed(wrong: list[str]) -> Iterator[None]:
 
 
 def about_learning_rate(run: Run, *, parameters: int) -> Iterator[str]:
+    """Remarks on a rate that is far from usual for this many parameters."""
     rate, usual = run.optimizer.learning_rate, usual_learning_rate(parameters)
     size = f"a model of {parameters / 1e6:,.1f} million parameters"
     if rate > 5 * usual:

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from hiveminer.config.settings import WandbSettings
-from hiveminer.errors import OperatorError
+from hiveminer.errors import OperatorError, one_line
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class Wandb:
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         logger.warning("wandb gets no more numbers: %s", reason)
 
 

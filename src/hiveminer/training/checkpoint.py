@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hiveminer.errors import one_line
 from hiveminer.runtime import events
 from hiveminer.runtime.files import sync, write_atomically
 
@@ -214,7 +215,7 @@ def of_run(run_id: str) -> Accept:
 
 
 def _report(reason: str) -> None:
-    events.tell(logger, "checkpoint", " ".join(reason.split())[:500])
+    events.tell(logger, "checkpoint", one_line(reason)[:500])
 
 
 # Names and order ---------------------------------------------------------------------------

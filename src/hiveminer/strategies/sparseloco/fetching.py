@@ -141,7 +141,7 @@ class Fetching:
         raw = await insist(digest, manifest_length(shapes))
         if raw is None:
             return None
-        manifest = self._manifest(digest, raw, shapes)
+        manifest = _manifest(digest, raw, shapes)
         builder = StateBuilder(manifest, shapes)
         is_complete = True
 
@@ -155,14 +155,6 @@ class Fetching:
 
         await _at_most(MAX_DOWNLOADS, [fetch(piece) for piece in manifest.pieces])
         return builder.build() if is_complete else None
-
-    def _manifest(self, digest: bytes, raw: bytes, shapes: Mapping[str, torch.Size]) -> Manifest:
-        try:
-            return read_manifest(raw, shapes)
-        except StateError as error:  # the chain named something else
-            raise SwarmError(
-                f"state {digest.hex()[:16]} is none of this model's: {error}"
-            ) from None
 
     async def _peers(self) -> list[PeerID]:
         """The peers that have proved a registered hotkey, in random order; last those that did
@@ -269,6 +261,13 @@ class Fetching:
                 self._silent.add(str(peer))
                 return
         self._silent.discard(str(peer))
+
+
+def _manifest(digest: bytes, raw: bytes, shapes: Mapping[str, torch.Size]) -> Manifest:
+    try:
+        return read_manifest(raw, shapes)
+    except StateError as error:  # the chain named something else
+        raise SwarmError(f"state {digest.hex()[:16]} is none of this model's: {error}") from None
 
 
 async def _at_most(count: int, work: Sequence[Awaitable[None]]) -> None:

@@ -78,8 +78,8 @@ async def call(
     *,
     size: int,
     into: bytearray,
-    answer_seconds: float = OPEN_SECONDS,
-    chunk_seconds: float = CHUNK_SECONDS,
+    answer_seconds: float,
+    chunk_seconds: float,
 ) -> None:
     """Append the `size` bytes of a peer's answer to `into`. Raises CallFailed; what was received
     before that is kept."""
