@@ -118,9 +118,9 @@ def test_a_peer_that_is_alone_says_why_and_a_split_that_it_was_healed(tmp_path: 
     assert "its process ended with 7; the system may have ended it" in said["dying"]
     # The foreign address, the dying one, alone at the start, and alone when cut off.
     assert words.count("[peer_start]") == 4
-    assert "nobody listens there" in said["stopped"]
-    assert "what listens there is no peer" in said["no peer"] or UNREACHED in said["no peer"]
-    assert "another peer has its address now" in said["mismatch"]
+    assert "nothing is listening there" in said["stopped"]
+    assert "something other than a peer" in said["no peer"] or UNREACHED in said["no peer"]
+    assert "another peer is at its address now" in said["mismatch"]
     before, _, after = words.partition("cut off")
     alone = "none of the 1 known peers answered (1 times: "
     assert before.partition("told once")[0].count(alone) == 1

@@ -290,7 +290,7 @@ class Neuron:
             if known is None:
                 raise
             logger.warning(
-                "%s; going on with the metagraph of block %d from the disk", error, known.block
+                "%s; continuing with the metagraph of block %d from the disk", error, known.block
             )
             self._know(known)
         if self.uid is None:

@@ -49,27 +49,27 @@ MESSAGE_CHARACTERS = 2048
 without a lock, and only writes of up to 4,096 bytes are atomic."""
 
 START_CURES = (
-    ("address already in use", "another program has the port: choose another with --dht.port"),
+    ("address already in use", "another program uses the port: choose another with --dht.port"),
     ("cannot assign requested", "this machine has no such address: choose one with --dht.ip"),
-    ("permission denied", "low ports are the system's: choose one above 1023 with --dht.port"),
+    ("permission denied", "ports below 1024 need privileges: choose another with --dht.port"),
     ("binary", "reinstall hivemind: pip install --force-reinstall --no-deps hivemind"),
-    ("failed to start in", "this machine is too busy: see what else it does, and start again"),
-    ("its process ended", "the system may have ended it for lack of memory: make room for it"),
+    ("failed to start in", "this machine is too busy: check what else runs on it, and start again"),
+    ("its process ended", "the system may have killed it for lack of memory: free some, and start again"),
 )
 """Remedies when the daemon does not start, by its error."""
 
 SILENCES = (
-    ("peer id mismatch", "another peer has its address now"),
-    ("connection refused", "nobody listens there, it is stopped"),
-    ("failed to negotiate", "what listens there is no peer"),
-    ("no such host", "its name is not known"),
-    ("dial backoff", "it could not be reached a moment ago"),
+    ("peer id mismatch", "another peer is at its address now"),
+    ("connection refused", "connection refused, nothing is listening there"),
+    ("failed to negotiate", "something other than a peer is listening there"),
+    ("no such host", "its host name cannot be resolved"),
+    ("dial backoff", "a recent attempt failed"),
 )
 """Why a peer does not answer, by libp2p's error; the most specific first."""
 
-UNREACHED = "no answer: it is off, or a firewall is in the way"
-FOREIGN = "it is there and does not speak with us: another run, one not registered, or it hangs"
-LOST = "it answered before, and does not any more"
+UNREACHED = "no answer: it is down, or a firewall blocks the connection"
+FOREIGN = "it is reachable but does not talk to us: another run, one not registered, or it hangs"
+LOST = "it answered before but no longer does"
 HELD, JOINED = "held", "joined"
 
 
