@@ -28,7 +28,6 @@ from hiveminer.config.run import OptimizerSection, SparselocoSection
 from hiveminer.runtime.machine import keep_freed_memory
 from hiveminer.strategies.base import RoundResult
 from hiveminer.strategies.sparseloco.exchange import Exchange
-from hiveminer.strategies.sparseloco.link import SwarmLink
 from hiveminer.strategies.sparseloco.log import Log
 from hiveminer.strategies.sparseloco.observer import SparselocoObserver
 from hiveminer.strategies.sparseloco.onchain import SubnetRounds, public_key
@@ -214,10 +213,10 @@ def _run(folder: Path, uid: int, rounds: int, claimed: Claimed) -> None:
     shelf, final = CountingShelf(log), FinalBlocks(chain)
     exchange = TimedExchange(peer.dht, run=plan.rules.run, source=shelf)
     exchange.timed = timed
+    membership.watch_thread("the exchange", exchange.thread)
     parts = Parts(
         section=OPTIMIZER, plan=plan, hotkey=public_key(chain.hotkey), chain=final,
-        exchange=exchange, log=log, shelf=shelf, link=SwarmLink(membership, exchange),
-        poll_seconds=0.25,
+        membership=membership, exchange=exchange, log=log, shelf=shelf, poll_seconds=0.25,
     )  # fmt: skip
     counts = Counts(sent, shelf, plan.rules, rounds=rounds, everybody=len(others["hotkeys"]) - 1)
     figures: dict[str, Any] = {}

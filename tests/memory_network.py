@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 
 from hiveminer.errors import ChainError
 from hiveminer.strategies.sparseloco.apply import State
-from hiveminer.strategies.sparseloco.exchange import Source
 from hiveminer.strategies.sparseloco.pieces import StateBuilder, read_manifest
 from hiveminer.strategies.sparseloco.rounds import Block, Contribution, Neuron
+from hiveminer.strategies.sparseloco.shelf import Shelf
 
 FINALITY = 2
 
@@ -41,7 +42,7 @@ class Network:
 
 
 class NetworkView:
-    """A `RoundChain` of one hotkey."""
+    """As `onchain.SubnetRounds`, of one hotkey."""
 
     block_seconds = 1.0
 
@@ -83,7 +84,7 @@ class Swarm:
     """What every peer serves."""
 
     def __init__(self) -> None:
-        self.sources: dict[bytes, Source] = {}
+        self.sources: dict[bytes, Shelf] = {}
         self.withheld: set[bytes] = set()
         self.bytes = 0
 
@@ -98,6 +99,16 @@ class Swarm:
         return None
 
 
+class MemoryMembership:
+    """As `membership.Membership`, of a peer that dials nobody."""
+
+    peer = SimpleNamespace(commitment="")
+
+    def join(self, *_: object) -> None: ...
+
+    sync = check = close = watch_thread = join
+
+
 class MemoryExchange:
     """As `exchange.Exchange`, but whatever is not there at once does not come.
 
@@ -107,6 +118,8 @@ class MemoryExchange:
     def __init__(self, swarm: Swarm, *, before_piece: Callable[[], object] = lambda: None):
         self.swarm = swarm
         self.before_piece = before_piece
+
+    def close(self) -> None: ...
 
     def fetch_blobs(
         self,

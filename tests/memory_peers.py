@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from memory_network import MemoryExchange, Network, NetworkView, Swarm
+from memory_network import MemoryExchange, MemoryMembership, Network, NetworkView, Swarm
 from tiny import VOCABULARY, tiny_model
 from transformers import PreTrainedModel
 
@@ -71,7 +71,8 @@ class Peers:
         view = self.views[uid] = NetworkView(self.network, key(uid))
         return Parts(
             section=self.optimizer, plan=plan, hotkey=key(uid), chain=view,
-            exchange=MemoryExchange(self.swarm), log=log, shelf=shelf,
+            membership=MemoryMembership(), exchange=MemoryExchange(self.swarm),
+            log=log, shelf=shelf,
         )  # fmt: skip
 
     def start(self, uid: int) -> SparselocoStrategy:

@@ -20,7 +20,7 @@ from hiveminer.commands.checks.base import Examination
 from hiveminer.config.settings import LogSettings, SubtensorSettings
 from hiveminer.strategies.sparseloco.audit import compare
 from hiveminer.strategies.sparseloco.log import LOG_FOLDER, Log
-from hiveminer.strategies.sparseloco.parts import RoundChain
+from hiveminer.strategies.sparseloco.onchain import SubnetRounds
 from hiveminer.strategies.sparseloco.records import decode_mark
 from hiveminer.strategies.sparseloco.replay import rebuild, verify
 
@@ -231,7 +231,7 @@ def test_the_log_is_compared_with_the_chain(
     )
 
     @contextlib.contextmanager
-    def archive(_: LogSettings) -> Iterator[RoundChain]:
+    def archive(_: LogSettings) -> Iterator[SubnetRounds]:
         yield peers.views[0]
 
     shown = command.look(settings, open_rounds=archive)

@@ -27,7 +27,7 @@ from hiveminer.runtime.program import rendered
 from hiveminer.strategies.sparseloco.audit import Comparison, compare
 from hiveminer.strategies.sparseloco.log import PLAN, Log, logs_below
 from hiveminer.strategies.sparseloco.onchain import SubnetRounds
-from hiveminer.strategies.sparseloco.parts import RoundChain
+from hiveminer.strategies.sparseloco.onchain import SubnetRounds
 from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.replay import Report, RoundReport, summarize, verify
 
@@ -66,7 +66,7 @@ def find_log(settings: LogSettings) -> Path:
     return max(found, key=lambda folder: (folder / "rounds").stat().st_mtime)
 
 
-OpenRounds = Callable[[LogSettings], AbstractContextManager[RoundChain]]
+OpenRounds = Callable[[LogSettings], AbstractContextManager[SubnetRounds]]
 
 
 def look(settings: LogSettings, *, open_rounds: OpenRounds) -> Shown:
@@ -92,7 +92,7 @@ def look(settings: LogSettings, *, open_rounds: OpenRounds) -> Shown:
     return Shown(folder, run_id, report, is_verified, compared)
 
 
-def _compared(settings: LogSettings, log: Log, plan: Plan, chain: RoundChain) -> Comparison:
+def _compared(settings: LogSettings, log: Log, plan: Plan, chain: SubnetRounds) -> Comparison:
     total, shown = len(log.rounds()), settings.logging.bars
     with progress_bar(title="compare", total=total, unit="round", shown=shown) as bar:
         return compare(log, plan.rules.schedule, chain, on_round=bar.update)
@@ -191,7 +191,7 @@ def _conclusion(shown: Shown) -> list[str]:
 
 
 @contextmanager
-def open_rounds(settings: LogSettings) -> Iterator[RoundChain]:
+def open_rounds(settings: LogSettings) -> Iterator[SubnetRounds]:
     """The subnet on the chain that is named; nothing is signed."""
     with open_subnet(settings, Reader()) as chain:
         yield SubnetRounds(chain)

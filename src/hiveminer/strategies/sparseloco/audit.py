@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hiveminer.errors import ChainError
 from hiveminer.strategies.sparseloco.log import Log
-from hiveminer.strategies.sparseloco.parts import RoundChain
+from hiveminer.strategies.sparseloco.onchain import SubnetRounds
 from hiveminer.strategies.sparseloco.rounds import Block, Facts
 from hiveminer.strategies.sparseloco.schedule import Schedule
 
@@ -26,7 +26,7 @@ class Comparison:
 def compare(
     log: Log,
     schedule: Schedule,
-    chain: RoundChain,
+    chain: SubnetRounds,
     *,
     on_round: Callable[[], object] = lambda: None,
 ) -> Comparison:
@@ -50,7 +50,7 @@ def compare(
     return Comparison(equal, unread, tuple(problems), why)
 
 
-def read_facts(chain: RoundChain, schedule: Schedule, number: int) -> Facts:
+def read_facts(chain: SubnetRounds, schedule: Schedule, number: int) -> Facts:
     """Read what decides a round from its three final blocks. Raises ChainError."""
     first, neurons = chain.snapshot(schedule.first_block(number))
     records_block, records = chain.commitments(schedule.records_block(number))

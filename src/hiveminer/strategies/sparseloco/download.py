@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from hiveminer.strategies.sparseloco.apply import State
-from hiveminer.strategies.sparseloco.parts import Fetcher, Parts
+from hiveminer.strategies.sparseloco.exchange import Exchange
+from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.replay import rebuild
 from hiveminer.strategies.sparseloco.rounds import Contribution, Decision, decide
 from hiveminer.strategies.sparseloco.shelf import DOWNLOAD_ROUNDS
@@ -29,12 +30,12 @@ DECIDED_BLOCKS = 3
 class StateDownload:
     """Downloads the parent state of a round.
 
-    number: of the round, if it is known. The other arguments are those of `Fetcher.fetch_state`.
+    number: of the round, if it is known. The other arguments are those of `Exchange.fetch_state`.
     """
 
     def __init__(
         self,
-        exchange: Fetcher,
+        exchange: Exchange,
         digest: bytes,
         shapes: Mapping[str, torch.Size],
         *,

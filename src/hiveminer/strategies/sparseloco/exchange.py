@@ -15,8 +15,8 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from hivemind.p2p import P2P
@@ -26,6 +26,7 @@ from hiveminer.strategies.sparseloco.fetching import ASK_SECONDS, Fetching
 from hiveminer.strategies.sparseloco.pieces import Bytes
 from hiveminer.strategies.sparseloco.records import pack_uids
 from hiveminer.strategies.sparseloco.rounds import Contribution
+from hiveminer.strategies.sparseloco.shelf import Shelf
 from hiveminer.strategies.sparseloco.streams import (
     ABSENT,
     ANSWER,
@@ -47,25 +48,15 @@ T = TypeVar("T")
 START_SECONDS = 30.0
 
 
-class Source(Protocol):
-    """What a peer serves; called in another thread."""
-
-    def have(self, number: int) -> Collection[int]:
-        """The uids whose blobs of this round are served."""
-
-    def get(self, digest: bytes) -> Bytes | None:
-        """The bytes with this SHA-256, if they are served."""
-
-
 class Exchange:
-    """Serves a `Source` to the registered peers of a run, and fetches from them.
+    """Serves a `Shelf` to the registered peers of a run, and fetches from them.
 
     dht: a started `hivemind.DHT` with an `Authorizer`. run: the run's 8 bytes. ask_seconds: the
     first timeout for an answer.
     The methods are called from any thread but the exchange's own, and block.
     """
 
-    def __init__(self, dht: Any, *, run: bytes, source: Source, ask_seconds: float = ASK_SECONDS):
+    def __init__(self, dht: Any, *, run: bytes, source: Shelf, ask_seconds: float = ASK_SECONDS):
         self._dht = dht
         self._source = source
         self._name = f"sparseloco.1.{run.hex()}"

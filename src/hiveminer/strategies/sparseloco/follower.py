@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hiveminer.errors import ChainError, HiveminerError, SwarmError
+from hiveminer.errors import ChainError, HiveminerError
 from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.download import Downloads, download_seconds
 from hiveminer.strategies.sparseloco.log import EVERY_ROUNDS
@@ -42,6 +42,9 @@ EMPTY_ROUNDS = 3
 KEPT_BLOCKS = 256
 """Blocks whose state a pruned node keeps."""
 
+CLOSE_SECONDS = 5.0
+"""How long `close` waits for the thread."""
+
 
 @dataclass
 class Reading:
@@ -66,6 +69,7 @@ class Follower(ABC):
         self.plan, self.log, self.shelf = parts.plan, parts.log, parts.shelf
         self.chain = parts.chain
         self.downloads = Downloads(parts)
+        self._exchange, self._membership = parts.exchange, parts.membership
         self.problem = ""
         """Why this peer does not take part, for as long as it does not."""
         self.decided = -1
@@ -77,7 +81,7 @@ class Follower(ABC):
         self._start_state = start_state
         self._poll_seconds = parts.poll_seconds or max(0.1, parts.chain.block_seconds / 2)
         self._reading = Reading(-1)
-        self._stopping = threading.Event()
+        self.stopping = threading.Event()
         self._told = ""
         self._empty = 0
         self._remembered = -1
@@ -99,26 +103,23 @@ class Follower(ABC):
     # The thread ---------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Start the thread."""
+        """Connect with other peers, and start the thread."""
+        self._membership.join()
         self.thread.start()
+        self._membership.watch_thread("the rounds", self.thread)
 
-    def stop(self) -> None:
-        """Ask the thread to end, which it does after its current fetch."""
-        self._stopping.set()
-
-    def check(self) -> None:
-        """Raise SwarmError if the thread has died."""
-        if self.thread.ident is not None and not self.thread.is_alive():
-            raise SwarmError("the thread that follows the rounds has died")
-
-    def close(self, *, timeout_seconds: float = 5.0) -> None:
-        """Stop the thread. Idempotent."""
-        self._stopping.set()
+    def close(self) -> None:
+        """Leave the swarm, and end the thread. Idempotent."""
+        if self.stopping.is_set():
+            return
+        self.stopping.set()
+        self._exchange.close()  # ends running downloads
+        self._membership.close()
         if self.thread.ident is not None:
-            self.thread.join(timeout_seconds)
+            self.thread.join(CLOSE_SECONDS)
 
     def _run(self) -> None:
-        while not self._stopping.is_set():
+        while not self.stopping.is_set():
             try:
                 self.follow()
                 self._told = ""
@@ -126,7 +127,7 @@ class Follower(ABC):
                 if str(error) != self._told:  # once for as long as it is the same
                     self._told = str(error)
                     logger.warning("cannot follow the rounds: %s", error)
-            self._stopping.wait(self._poll_seconds)
+            self.stopping.wait(self._poll_seconds)
 
     def follow(self) -> None:
         """Poll the chain once, and do what is due. Raises ChainError and OSError."""
@@ -151,7 +152,7 @@ class Follower(ABC):
             self._join(newest)
             return
         for number in range(round_ + 1, newest + 1):
-            if self._stopping.is_set():
+            if self.stopping.is_set():
                 return
             try:
                 facts = self._facts(number)

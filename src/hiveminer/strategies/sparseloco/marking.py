@@ -96,7 +96,7 @@ class MarkingFollower(Follower):
                 left, places=rules.max_contributors, records_hash=reading.records_block.hash
             )
             todo = [neuron for neuron in chosen if neuron.uid not in good]
-            if not todo or seconds <= 0 or self._stopping.is_set():
+            if not todo or seconds <= 0 or self.stopping.is_set():
                 break
             wanted = [each for n in todo if (each := contribution_of(n, reading.records))]
             self.downloads.blobs(reading.number, wanted, seconds=seconds)

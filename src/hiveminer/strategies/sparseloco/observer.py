@@ -23,18 +23,16 @@ class SparselocoObserver(Observer):
     """Follows the rounds with the global states only, without local weights."""
 
     def __init__(self, model: nn.Module, parts: Parts):
-        self.section, self.link = parts.section, parts.link
+        self.section, self.membership = parts.section, parts.membership
         self._start = State.of(model)
         named = model.named_parameters()
         self._frozen = {n: each.detach().clone() for n, each in named if not each.requires_grad}
         self.replica = Replica(parts.plan, hotkey=parts.hotkey, start=self._start)
         self.follower = MarkingFollower(self.replica, parts, start_state=self._start)
         self.follower.remember_logged()
-        self._closed = False
 
     def begin(self) -> None:
         """Connect with other peers, and start to follow the rounds."""
-        self.link.join()
         self.follower.begin()
 
     @property
@@ -54,7 +52,7 @@ class SparselocoObserver(Observer):
         """The newest state, which this validator has computed itself."""
         deadline = time.monotonic() + timeout_seconds
         while self._is_behind:
-            if time.monotonic() > deadline or self._closed:
+            if time.monotonic() > deadline or self.follower.stopping.is_set():
                 return None
             time.sleep(LOOK_SECONDS)
         return self._global(self.replica.state, epoch=self.epoch)
@@ -76,18 +74,12 @@ class SparselocoObserver(Observer):
         return LocalStep(inner_optimizer(model, self.section))
 
     def sync(self, *, working: int) -> None:
-        self.link.sync()
+        self.membership.sync()
 
     def check(self) -> None:
-        self.link.check()
-        self.follower.check()
+        self.membership.check()
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self.follower.stop()
-        self.link.close()
         self.follower.close()
 
     def _global(self, state: State, *, epoch: int) -> GlobalState:

@@ -22,10 +22,10 @@ T = TypeVar("T")
 
 
 class SubnetRounds:
-    """A `RoundChain` on a real or an embedded chain.
+    """A subnet of a real or an embedded chain, as the rounds need it; all methods raise ChainError.
 
-    A block is read by number once it is final, and its hash must be the same before and after. A
-    commitment takes precedence over other waiting calls of this hotkey.
+    `snapshot` and `commitments` read the state after a block, which must be final, and whose hash
+    must be the same before and after. Hotkeys are 32 bytes.
     """
 
     def __init__(self, chain: Chain):
@@ -36,12 +36,15 @@ class SubnetRounds:
             self.block_seconds = BLOCK_SECONDS
 
     def head(self) -> int:
+        """The newest block."""
         return self.chain.block()
 
     def final_head(self) -> int:
+        """The newest final block."""
         return self.chain.final_block()
 
     def snapshot(self, number: int) -> tuple[Block, tuple[Neuron, ...]]:
+        """The subnet's neurons at a block."""
         method, netuid = ("SubnetInfoRuntimeApi", "get_metagraph"), self.chain.netuid
         block, graph = self._read(
             number, lambda client: client.runtime(method, [netuid], block=number)
@@ -49,6 +52,7 @@ class SubnetRounds:
         return block, () if graph is None else neurons_of(graph)
 
     def commitments(self, number: int) -> tuple[Block, Mapping[bytes, bytes]]:
+        """The raw commitments at a block, by hotkey."""
         item, netuid = ("Commitments", "CommitmentOf"), self.chain.netuid
         block, found = self._read(
             number, lambda client: client.query_map(item, [netuid], block=number)
@@ -56,6 +60,8 @@ class SubnetRounds:
         return block, commitments_of(found)
 
     def commit(self, data: bytes) -> None:
+        """Replace this hotkey's commitment within the next few blocks, or never, before other
+        waiting calls of this hotkey."""
         self.chain.commit(data, valid_blocks=VALID_BLOCKS, urgent=True)
 
     def _read(self, number: int, ask: Callable[[bt.Client], Awaitable[T]]) -> tuple[Block, T]:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from hiveminer.errors import ChainError, OperatorError
 from hiveminer.strategies.base import Context, Observer, Strategy
 from hiveminer.strategies.sparseloco.exchange import Exchange
-from hiveminer.strategies.sparseloco.link import SwarmLink
 from hiveminer.strategies.sparseloco.log import LOG_FOLDER, Log
 from hiveminer.strategies.sparseloco.observer import SparselocoObserver
 from hiveminer.strategies.sparseloco.onchain import SubnetRounds, public_key
@@ -70,15 +69,16 @@ def _parts(context: Context) -> Iterator[Parts]:
         shelf = Shelf(log)
         exchange = Exchange(peer.dht, run=plan.rules.run, source=shelf)
         unfinished.callback(exchange.close)
+        membership.watch_thread("the exchange", exchange.thread)
         yield Parts(
             section=task.run.optimizer,
             plan=plan,
             hotkey=public_key(host.hotkey),
             chain=SubnetRounds(host.chain),
+            membership=membership,
             exchange=exchange,
             log=log,
             shelf=shelf,
-            link=SwarmLink(membership, exchange),
         )
         unfinished.pop_all()
 

@@ -24,7 +24,7 @@ on the slowest link that is served."""
 
 
 class Shelf:
-    """A `Source` for the exchange. Blobs are read from the log, states from memory.
+    """The blobs, read from the log, and the states, from memory, that the exchange serves.
 
     A blob is served only after `serve` was called for it: an author's own stays secret until the
     records' deadline is final. Besides the states of now, one older state is kept while somebody
@@ -84,10 +84,12 @@ class Shelf:
             return {digest for blobs in self._rounds.values() for digest in blobs.values()}
 
     def have(self, number: int) -> frozenset[int]:
+        """The uids whose blobs of this round are served."""
         with self._lock:
             return frozenset(self._rounds.get(number, ()))
 
     def get(self, digest: bytes) -> Bytes | None:
+        """The bytes with this SHA-256, if they are served."""
         with self._lock:
             held = self._states.get(digest)
             place = self._pieces.get(digest)

@@ -50,7 +50,7 @@ class SparselocoStrategy(Strategy):
         on_round: Callable[[RoundResult], None] = lambda _: None,
     ):
         self.model = model
-        self.plan, self.log, self.link = parts.plan, parts.log, parts.link
+        self.plan, self.log, self.membership = parts.plan, parts.log, parts.membership
         self.on_round = on_round
         self.optimizer = inner_optimizer(model, parts.section)
         start = State.of(model)
@@ -70,7 +70,6 @@ class SparselocoStrategy(Strategy):
         self._steps = 0
         self._cut_at = 0
         self._moves = 0
-        self._closed = False
 
     @property
     def epoch(self) -> int:
@@ -84,7 +83,7 @@ class SparselocoStrategy(Strategy):
 
     @property
     def address(self) -> str:
-        return self.link.address
+        return self.membership.peer.commitment
 
     def step(self, *, batch_size: int) -> bool:
         """False until the run's state has arrived: what is trained before that is lost."""
@@ -164,30 +163,24 @@ class SparselocoStrategy(Strategy):
 
     def join(self) -> None:
         self._resume_cut()
-        self.link.join()
         self.follower.begin()
         deadline = time.monotonic() + JOIN_SECONDS
-        while not self.replica.is_ready and time.monotonic() < deadline and not self._closed:
-            self.link.sync()
-            time.sleep(0.1)
+        while not self.replica.is_ready and time.monotonic() < deadline:
+            self.membership.sync()
+            if self.follower.stopping.wait(0.1):
+                break
         self.idle()
 
     def sync(self) -> None:
-        self.link.sync()
+        self.membership.sync()
 
     def check(self) -> None:
-        self.link.check()
-        self.follower.check()
+        self.membership.check()
 
     def interrupt(self) -> None:
         """A step never waits for others."""
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        self.follower.stop()
-        self.link.close()  # ends running downloads
         self.follower.close()
 
     # The training thread ---------------------------------------------------------------
