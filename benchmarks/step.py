@@ -106,7 +106,8 @@ class Bench:
         self.optimizer = build_optimizer(model.parameters(), Run().optimizer)
         self.trainer = Trainer(model, encode=self.encode, optimizer=LocalStep(self.optimizer))
         self.rows = self.trainer.encode_rows(texts)
-        stream = torch.cat(2 * self.rows.tokens)  # twice, so that its batches are full as well
+        self.tokens = sum(map(len, self.rows))
+        stream = torch.cat([*self.rows, *self.rows])  # twice, so that its batches are full as well
         blocks = min(len(texts), len(stream) // LENGTH)
         self.packed = stream[: blocks * LENGTH].reshape(-1, LENGTH)
         self.ways: dict[str, Callable[[], tuple[int, Seconds]]] = {
@@ -125,9 +126,9 @@ class Bench:
         """Tokens that the trainer computes over real ones."""
         total = 0
         for start in range(0, len(self.rows), BATCH):
-            batch = self.trainer._cut(self.rows.slice(start, start + BATCH), BATCH)
+            batch = self.trainer._cut(self.rows[start : start + BATCH], BATCH)
             total += sum(micro.input_ids.numel() for micro in batch.micro_batches)
-        return total / self.rows.real_tokens
+        return total / self.tokens
 
     def run_trainer(self) -> tuple[int, Seconds]:
         clock = Clock()
@@ -160,7 +161,7 @@ class Bench:
             nn.utils.clip_grad_norm_(self.model.parameters(), NORM)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return self.rows.real_tokens, clock.seconds
+        return self.tokens, clock.seconds
 
     def run_hf_trainer(self) -> tuple[int, Seconds]:
         timer = _Timer()
@@ -178,7 +179,7 @@ class Bench:
                     save_strategy="no",
                     logging_strategy="no",
                 ),
-                train_dataset=[{"input_ids": row} for row in self.rows.tokens],
+                train_dataset=[{"input_ids": row} for row in self.rows],
                 data_collator=_collate,
                 optimizers=(
                     self.optimizer,
@@ -188,7 +189,7 @@ class Bench:
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
-        return self.rows.real_tokens, timer.seconds
+        return self.tokens, timer.seconds
 
 
 class Clock:

@@ -10,10 +10,7 @@ import torch
 from tiny import END
 from torch import Tensor, nn
 
-from hiveminer.training.trainer import (
-    LocalStep,
-    Trainer,
-)
+from hiveminer.training.trainer import LocalStep, Trainer
 
 LONGEST = 12
 

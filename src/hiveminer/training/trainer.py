@@ -93,30 +93,11 @@ class TrainResult:
     finished: bool = True
 
 
-@dataclass(frozen=True)
-class EncodedRows:
-    """Token ids of rows, without padding: one int64 tensor per row."""
-
-    tokens: list[Tensor]
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def real_tokens(self) -> int:
-        return sum(len(row) for row in self.tokens)
-
-    @property
-    def targets(self) -> int:
-        """Tokens that are predicted: all of a row but its first."""
-        return sum(max(0, len(row) - 1) for row in self.tokens)
-
-    def slice(self, start: int, stop: int) -> EncodedRows:
-        return EncodedRows(self.tokens[start:stop])
-
-
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
 """Texts to `input_ids` and `attention_mask`, each [rows, longest]."""
+
+Rows = Sequence[Tensor]
+"""Token ids of rows, without padding: one int64 tensor per row."""
 
 
 class MicroBatch(NamedTuple):
@@ -130,9 +111,18 @@ class MicroBatch(NamedTuple):
 class GlobalBatch:
     """The rows of one optimizer step, cut into micro-batches of `micro_batch_size` at most."""
 
-    rows: EncodedRows
+    rows: Rows
     micro_batch_size: int
     micro_batches: list[MicroBatch]
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.rows))
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are predicted: all of a row but its first."""
+        return sum(max(0, len(row) - 1) for row in self.rows)
 
 
 class _Late(Exception):
@@ -206,19 +196,18 @@ class Trainer:
         loss_sum = 0.0
         targets = 0
         slowest = 0.0
-        global_batch_size = batch_size * gradient_accumulation_steps
-        with contextlib.closing(
-            self._global_batches(texts, global_batch_size, micro_batch_size=batch_size)
-        ) as batches:
+        batches = self._global_batches(
+            texts, batch_size * gradient_accumulation_steps, micro_batch_size=batch_size
+        )
+        with contextlib.closing(batches):
             for batch in batches:
                 began = self.clock()
                 if stopped() or began + slowest > deadline:
                     result.finished = False
                     break
-                rows = batch.rows
-                if not rows.targets:  # rows of one token: nothing to learn from them
-                    result.samples += len(rows)
-                    result.tokens += rows.real_tokens
+                if not batch.targets:  # rows of one token: nothing to learn from them
+                    result.samples += len(batch.rows)
+                    result.tokens += batch.tokens
                     continue
                 try:
                     step_loss, kept = self._learn(batch, late)
@@ -228,15 +217,15 @@ class Trainer:
                     break
                 if kept:
                     result.steps += 1
-                    result.samples += len(rows)
-                    result.tokens += rows.real_tokens
+                    result.samples += len(batch.rows)
+                    result.tokens += batch.tokens
                     result.losses.append(step_loss)
-                    loss_sum += step_loss * rows.targets
-                    targets += rows.targets
+                    loss_sum += step_loss * batch.targets
+                    targets += batch.targets
                 else:
-                    result.discarded += len(rows)
+                    result.discarded += len(batch.rows)
                 if on_step is not None:
-                    on_step(len(rows), step_loss)
+                    on_step(len(batch.rows), step_loss)
                 slowest = max(slowest, self.clock() - began)
         if result.finished and not result.steps and not result.discarded:
             raise TrainingError("the rows hold no token to learn from")
@@ -264,10 +253,10 @@ class Trainer:
             with contextlib.closing(batches), torch.no_grad():
                 for batch in batches:
                     result.samples += len(batch.rows)
-                    result.tokens += batch.rows.real_tokens
-                    if batch.rows.targets:
+                    result.tokens += batch.tokens
+                    if batch.targets:
                         sums.append(self._loss_sum(batch, learn=False))
-                        counts.append(batch.rows.targets)
+                        counts.append(batch.targets)
         finally:
             self.model.train(was_training)
         if sums:
@@ -276,13 +265,11 @@ class Trainer:
             result.loss = sum(totals) / sum(counts)
         return result
 
-    def encode_rows(self, texts: Sequence[str]) -> EncodedRows:
+    def encode_rows(self, texts: Sequence[str]) -> Rows:
         """Token ids of each row, without the padding that the attention mask shows."""
         encoded = self.encode(texts)
         lengths = encoded["attention_mask"].sum(dim=1).tolist()
-        return EncodedRows(
-            [ids[:length] for ids, length in zip(encoded["input_ids"], lengths, strict=True)]
-        )
+        return [ids[:length] for ids, length in zip(encoded["input_ids"], lengths, strict=True)]
 
     def _global_batches(
         self, texts: Sequence[str], global_batch_size: int, *, micro_batch_size: int
@@ -306,7 +293,7 @@ class Trainer:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _cut(self, rows: EncodedRows, micro_batch_size: int) -> GlobalBatch:
+    def _cut(self, rows: Rows, micro_batch_size: int) -> GlobalBatch:
         on_cpu = self.device.type == "cpu"
         cut = micro_batches(
             rows,
@@ -324,18 +311,16 @@ class Trainer:
 
         Raises _Late between two micro-batches once `late()`.
         """
-        numbers = [self._loss_sum(batch, learn=True, late=late) / batch.rows.targets]
+        numbers = [self._loss_sum(batch, learn=True, late=late) / batch.targets]
         if self.max_grad_norm:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
             numbers.append(norm.to(numbers[0].device))
         # The only synchronization with the device in a step.
         loss, *norms = torch.stack(numbers).tolist()
-        problem = None if math.isfinite(loss) else "the loss is not a finite number"
-        if problem is None and not all(map(math.isfinite, norms)):
-            problem = "the gradient is not finite"
-        if problem is not None:
+        if not all(map(math.isfinite, (loss, *norms))):
             self.optimizer.zero_grad()
-            raise TrainingError(f"{problem}; the step was not taken")
+            what = "gradient" if math.isfinite(loss) else "loss"
+            raise TrainingError(f"the {what} is not finite; the step was not taken")
         kept = self.optimizer.step(batch_size=len(batch.rows))
         self.optimizer.zero_grad()
         return loss, kept
@@ -365,7 +350,7 @@ class Trainer:
         for micro in batch.micro_batches:
             if sums and late():
                 raise _Late
-            with self._autocast():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
                 logits = self.model(
                     input_ids=micro.input_ids.to(self.device, non_blocking=True)
                 ).logits
@@ -377,7 +362,7 @@ class Trainer:
                 reduction="sum",
             )
             if learn:
-                torch.autograd.backward(loss_sum / batch.rows.targets)
+                torch.autograd.backward(loss_sum / batch.targets)
             sums.append(loss_sum.detach())
         return torch.stack(sums).sum()
 
@@ -403,11 +388,6 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if not self.bfloat16:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether to compute in bfloat16 on the device. CPUs always use float32, so that their losses
@@ -422,25 +402,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
-def collate(rows: EncodedRows) -> MicroBatch:
+def collate(rows: Rows) -> MicroBatch:
     """Rows padded on the right to the longest of them.
 
     A label is the row's next token; where there is none it is IGNORED, by position and not by
     token: a row's own end-of-sequence token counts even if padding is the same token.
     """
-    longest = max(1, max(len(row) for row in rows.tokens))
+    longest = max(1, *map(len, rows))
     shape = (len(rows), longest)
     input_ids = torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, IGNORED, dtype=torch.long)
-    for number, row in enumerate(rows.tokens):
+    for number, row in enumerate(rows):
         input_ids[number, : len(row)] = row
         labels[number, : max(0, len(row) - 1)] = row[1:]
     return MicroBatch(input_ids, labels)
 
 
 def micro_batches(
-    rows: EncodedRows, micro_batch_size: int, *, max_tokens: int | None = None, pass_tokens: int = 0
-) -> list[EncodedRows]:
+    rows: Rows, micro_batch_size: int, *, max_tokens: int | None = None, pass_tokens: int = 0
+) -> list[Rows]:
     """Cut rows into micro-batches of similar length, the longest first.
 
     Of all cuts of the rows in order of length, the one with the fewest tokens, padding included,
@@ -448,7 +428,7 @@ def micro_batches(
     unless it is a single row, more than `max_tokens` tokens. Rows without a token to predict are
     left out.
     """
-    by_length = sorted((row for row in rows.tokens if len(row) > 1), key=len, reverse=True)
+    by_length = sorted((row for row in rows if len(row) > 1), key=len, reverse=True)
     count = len(by_length)
     cost = [0.0] * (count + 1)  # of the rows from here on, cut in the best way
     cut = [count] * (count + 1)  # where the micro-batch that begins here ends
@@ -464,6 +444,6 @@ def micro_batches(
     parts = []
     start = 0
     while start < count:
-        parts.append(EncodedRows(by_length[start : cut[start]]))
+        parts.append(by_length[start : cut[start]])
         start = cut[start]
     return parts
