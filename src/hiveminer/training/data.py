@@ -11,6 +11,7 @@ nothing.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -20,7 +21,6 @@ import tempfile
 import threading
 import weakref
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -108,11 +108,7 @@ class StoredRows:
                 ) from None
             self._ends.append(self._ends[-1] + len(data))
             self.empty += not data
-        self._hash = str(digest.hexdigest())
-
-    @property
-    def hash(self) -> str:
-        return self._hash
+        self.hash: str = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -137,13 +133,9 @@ class RecordRows:
     def __init__(self, dataset: Any, column: str, content_hash: str):
         self._texts = dataset.select_columns([column])
         self._column = column
-        self._hash = content_hash
+        self.hash = content_hash
         lengths = pyarrow.compute.binary_length(dataset.with_format("arrow")[:][column])
         self.empty = len(lengths) - (pyarrow.compute.sum(lengths.cast("bool")).as_py() or 0)
-
-    @property
-    def hash(self) -> str:
-        return self._hash
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -164,12 +156,8 @@ class StreamedRows:
         self._column = column
         self._count = count
         self._shard_rows = shard_rows
-        self._hash = content_hash
-        self._shards: OrderedDict[int, list[str]] = OrderedDict()
-
-    @property
-    def hash(self) -> str:
-        return self._hash
+        self.hash = content_hash
+        self._shard = functools.lru_cache(CACHED_SHARDS)(self._read_shard)
 
     def __len__(self) -> int:
         return self._count
@@ -180,27 +168,19 @@ class StreamedRows:
         shards = {number: self._shard(number) for number in numbers}
         rows = []
         for index in indices:
-            shard = shards[index // self._shard_rows]
-            offset = index % self._shard_rows
-            if offset >= len(shard):
+            number, offset = divmod(index, self._shard_rows)
+            if offset >= len(shards[number]):
                 raise TrainingError(f"row {index} is beyond the end of the stream")
-            rows.append(shard[offset])
+            rows.append(shards[number][offset])
         return rows
 
-    def _shard(self, number: int) -> list[str]:
-        if number in self._shards:
-            self._shards.move_to_end(number)
-            return self._shards[number]
-        start = number * self._shard_rows
+    def _read_shard(self, number: int) -> list[str]:
         try:
-            records = list(self._stream.skip(start).take(self._shard_rows))
+            records = self._stream.skip(number * self._shard_rows).take(self._shard_rows)
+            values = [record.get(self._column) for record in records]
         except Exception as error:
             raise TrainingError(f"shard {number} cannot be read: {first_line(error)}") from error
-        shard = [_text(record.get(self._column), self._column) for record in records]
-        self._shards[number] = shard
-        while len(self._shards) > CACHED_SHARDS:
-            self._shards.popitem(last=False)
-        return shard
+        return [_text(value, self._column) for value in values]
 
 
 def load_rows(section: DataSection) -> Rows:
@@ -258,22 +238,17 @@ def builtin_rows(folder: Path | None = None) -> Rows:
 
 def cut_rows(text: str) -> Iterator[str]:
     """Cut one file's text into rows, as the module's docstring says."""
-    block: list[str] = []
-    size = 0
+    block, size = "", 0
     for line in text.splitlines(keepends=True):
         length = len(line) if line.isascii() else len(line.encode("utf-8"))
         if block and size + length > ROW_BYTES:
-            yield from _block(block)
-            block, size = [], 0
-        block.append(line)
+            if block.strip():
+                yield block
+            block, size = "", 0
+        block += line
         size += length
-    yield from _block(block)
-
-
-def _block(lines: list[str]) -> Iterator[str]:
-    text = "".join(lines)
-    if text.strip():
-        yield text
+    if block.strip():
+        yield block
 
 
 def _library_texts(root: Path) -> Iterator[tuple[Path, str]]:

@@ -96,7 +96,7 @@ class TrainResult:
 Encode = Callable[[Sequence[str]], dict[str, Tensor]]
 """Texts to `input_ids` and `attention_mask`, each [rows, longest]."""
 
-Rows = Sequence[Tensor]
+EncodedRows = list[Tensor]
 """Token ids of rows, without padding: one int64 tensor per row."""
 
 
@@ -111,7 +111,7 @@ class MicroBatch(NamedTuple):
 class GlobalBatch:
     """The rows of one optimizer step, cut into micro-batches of `micro_batch_size` at most."""
 
-    rows: Rows
+    rows: EncodedRows
     micro_batch_size: int
     micro_batches: list[MicroBatch]
 
@@ -265,7 +265,7 @@ class Trainer:
             result.loss = sum(totals) / sum(counts)
         return result
 
-    def encode_rows(self, texts: Sequence[str]) -> Rows:
+    def encode_rows(self, texts: Sequence[str]) -> EncodedRows:
         """Token ids of each row, without the padding that the attention mask shows."""
         encoded = self.encode(texts)
         lengths = encoded["attention_mask"].sum(dim=1).tolist()
@@ -293,7 +293,7 @@ class Trainer:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _cut(self, rows: Rows, micro_batch_size: int) -> GlobalBatch:
+    def _cut(self, rows: EncodedRows, micro_batch_size: int) -> GlobalBatch:
         on_cpu = self.device.type == "cpu"
         cut = micro_batches(
             rows,
@@ -402,7 +402,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
-def collate(rows: Rows) -> MicroBatch:
+def collate(rows: EncodedRows) -> MicroBatch:
     """Rows padded on the right to the longest of them.
 
     A label is the row's next token; where there is none it is IGNORED, by position and not by
@@ -419,8 +419,8 @@ def collate(rows: Rows) -> MicroBatch:
 
 
 def micro_batches(
-    rows: Rows, micro_batch_size: int, *, max_tokens: int | None = None, pass_tokens: int = 0
-) -> list[Rows]:
+    rows: EncodedRows, micro_batch_size: int, *, max_tokens: int | None = None, pass_tokens: int = 0
+) -> list[EncodedRows]:
     """Cut rows into micro-batches of similar length, the longest first.
 
     Of all cuts of the rows in order of length, the one with the fewest tokens, padding included,
