@@ -35,13 +35,12 @@ def settings(**values: Any) -> DemoSettings:
 
 
 def test_without_flags_the_demo_trains_the_built_in_run() -> None:
-    assert demo_run(DemoSettings()).run is None
+    assert demo_run(DemoSettings()).run == Run()
 
 
 def test_the_strategy_is_a_flag_and_its_rounds_fit_the_embedded_network(tmp_path: Path) -> None:
-    assert demo_run(DemoSettings(strategy="hivemind")).run is None
+    assert demo_run(DemoSettings(strategy="hivemind")).run == Run()
     made = demo_run(DemoSettings(strategy="sparseloco"))
-    assert made.run is not None
     assert made.has_rounds
     assert made.run.sparseloco.density == 1
     schedule = Schedule.of(made.run.sparseloco)
@@ -49,7 +48,6 @@ def test_the_strategy_is_a_flag_and_its_rounds_fit_the_embedded_network(tmp_path
     own = tmp_path / "run.toml"
     own.write_text('strategy = "sparseloco"\n[sparseloco]\nround_blocks = 40\n')
     made = demo_run(settings(run=own, data=notes(tmp_path / "notes", 8)))
-    assert made.run is not None
     assert (made.run.strategy, made.run.sparseloco.round_blocks) == ("sparseloco", 40)
 
 
@@ -58,7 +56,6 @@ def test_small_data_still_has_rows_to_measure_on(
     tmp_path: Path, count: int, requested: int, held_out: int
 ) -> None:
     made = demo_run(settings(data=notes(tmp_path / "notes", count)))
-    assert made.run is not None
     rows = load_rows(made.run.data)
     train, measured = split_held_out(len(rows), made.run.data.held_out)
     assert (len(rows), len(measured), made.request_rows) == (count, held_out, requested)
@@ -69,7 +66,6 @@ def test_a_note_called_test_is_a_note(tmp_path: Path) -> None:
     folder = notes(tmp_path / "notes", 8)
     (folder / "note 003.md").rename(folder / "test ideas.md")
     made = demo_run(settings(data=folder))
-    assert made.run is not None
     assert len(load_rows(made.run.data)) == 8
 
 
@@ -91,13 +87,11 @@ def test_a_model_gets_a_length_and_a_rate_that_fit_it(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "model")
     given = {"data": notes(tmp_path / "notes", 20), "model": tmp_path / "model"}
     run = demo_run(settings(**given)).run
-    assert run is not None
     assert run.model.sequence_length == 96
     assert 1e-4 < run.optimizer.learning_rate < 5e-4  # a tenth of what is usual from scratch
     own = tmp_path / "run.toml"
     own.write_text(to_toml(Run.model_validate({"optimizer": {"learning_rate": 0.0123}})))
     run = demo_run(settings(**given, run=own)).run
-    assert run is not None
     assert run.optimizer.learning_rate == 0.0123
 
 
@@ -110,7 +104,6 @@ def test_a_run_of_ones_own_is_taken_as_it_is(tmp_path: Path) -> None:
     own = tmp_path / "run.toml"
     own.write_text(to_toml(Run.model_validate(table)))
     made = demo_run(settings(run=own))
-    assert made.run is not None
     assert made.run.model.sequence_length == 64
     assert made.request_rows == 16
 

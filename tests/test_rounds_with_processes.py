@@ -19,7 +19,7 @@ from tiny import save_tiny
 
 from hiveminer.chain import Chain, join_embedded
 from hiveminer.chain.embedded.schema import restored
-from hiveminer.commands.demo_rounds import rounds_summary
+from hiveminer.commands.demo import rounds_summary
 from hiveminer.errors import ChainError
 from hiveminer.strategies.sparseloco.log import Log, logs_below
 from hiveminer.strategies.sparseloco.onchain import public_key

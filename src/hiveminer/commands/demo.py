@@ -14,13 +14,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
+import numpy as np
 import psutil
 from rich.console import Console, Group
 from rich.live import Live
@@ -29,15 +30,16 @@ from rich.table import Table
 from rich.text import Text
 
 from hiveminer.commands.demo_model import evaluations, keep_model, samples
-from hiveminer.commands.demo_rounds import rounds_summary
 from hiveminer.commands.demo_run import BLOCK_SECONDS, DemoRun, demo_run
-from hiveminer.config.run import Run
 from hiveminer.config.run_file import to_toml
 from hiveminer.config.settings import DemoSettings
 from hiveminer.errors import OperatorError
 from hiveminer.runtime.addresses import port_is_free
 from hiveminer.runtime.processes import left_behind
 from hiveminer.runtime.program import rendered
+from hiveminer.runtime.signals import Signals
+from hiveminer.strategies.sparseloco.log import logs_below
+from hiveminer.strategies.sparseloco.replay import verify
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,9 @@ MORE_SECONDS = 60.0
 """How much longer a demo runs at most if its trained model has not been evaluated by then."""
 
 STOP_SECONDS = 15.0
+
+GONE_SECONDS = 10.0
+"""How long what a stopped program leaves may take to disappear."""
 
 RECORD_SECONDS = 3.0
 """How often processes and ports are recorded, which costs a little."""
@@ -68,14 +73,9 @@ class Program:
     """Pids of its processes, as far as they were seen."""
     ports: set[int] = field(default_factory=set)
 
-    @property
-    def metrics(self) -> Path | None:
-        """Its metrics file, once it exists."""
-        return next(iter(self.state.glob("*/*/*/metrics.jsonl")), None)
-
     def read(self) -> Iterator[Line]:
         """The complete lines since the last call."""
-        path = self.metrics
+        path = next(self.state.glob("*/*/*/metrics.jsonl"), None)
         if path is None:
             return
         with path.open("rb") as stream:
@@ -101,28 +101,18 @@ class Program:
 class Demo:
     """Runs the programs and collects their metrics.
 
-    seconds: from the first answer on, and at most MORE_SECONDS more, until a trained model was
-    evaluated. out: the folder. task: the run.
+    settings: `seconds` count from the first answer on, and at most MORE_SECONDS are added until a
+    trained model was evaluated.
     """
 
-    def __init__(
-        self,
-        *,
-        miners: int,
-        seconds: float,
-        out: Path,
-        task: DemoRun | None = None,
-        console: Console | None = None,
-    ):
-        self.miners = miners
-        self.task = task or DemoRun()
-        self.seconds = seconds
-        self.out = out
-        self.console = console or Console(stderr=True)
+    def __init__(self, settings: DemoSettings, task: DemoRun, console: Console):
+        self.settings = settings
+        self.out = settings.out
+        self.task = task
+        self.console = console
         self.lines: list[Line] = []
         self.programs: list[Program] = []
-        self.interrupted = False
-        self._first_answer: float | None = None
+        self.interrupted = threading.Event()
 
     def run(self) -> dict[str, Any]:
         """Run the demo and return the summary, which is also written to OUT/summary.json.
@@ -130,27 +120,25 @@ class Demo:
         Raises OperatorError when a program does not start or dies.
         """
         self._prepare()
-        handlers = {
-            number: signal.signal(number, self._on_signal)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        signals = Signals(self.interrupted)
+        signals.take()
         try:
             with (self.out / "metrics.jsonl").open("w", encoding="utf-8") as numbers:
                 try:
                     self._start()
                     self._watch(numbers)
                 finally:
+                    signals.allow(STOP_SECONDS + 2 * GONE_SECONDS)
                     clean = self._stop()
                     self._gather(numbers)
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            signals.give_back()
         kept = keep_model(self.out / "state" / "validator", self.lines, self.out / "model")
-        summary = summarise(self.lines, miners=self.miners) | {"exit_clean": clean}
+        summary = summarise(self.lines, miners=self.settings.miners) | {"exit_clean": clean}
         if self.task.has_rounds:
             summary |= rounds_summary(self.out / "state")
-        if kept and not self.interrupted:
-            summary["sample"] = samples(self.task.run or Run(), self.out / "model")
+        if kept and not self.interrupted.is_set():
+            summary["sample"] = samples(self.task.run, self.out / "model")
         (self.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         plot(self.lines, self.out / "loss.png")
         return summary
@@ -166,38 +154,31 @@ class Demo:
             for name in ("network", "state", "logs"):
                 shutil.rmtree(self.out / name, ignore_errors=True)
             (self.out / "logs").mkdir()
-            if self.task.run is not None:
-                self._run_file.write_text(to_toml(self.task.run), encoding="utf-8")
+            (self.out / "run.toml").write_text(to_toml(self.task.run), encoding="utf-8")
         except OSError as error:
             raise OperatorError(f"--out {self.out}: {error.strerror}; choose another") from None
 
-    @property
-    def _run_file(self) -> Path:
-        return self.out.resolve() / "run.toml"
-
     def _start(self) -> None:
-        rows = self.task.request_rows
-        work = [] if rows is None else ["--validator.rows", str(rows)]
-        self.programs.append(self._launch("validator", "validator", work))
-        for number in range(self.miners):
-            flags = ["--axon.port", "0"]
-            self.programs.append(self._launch(f"miner-{number}", "miner", flags))
+        self._launch("validator", "--validator.rows", str(self.task.request_rows))
+        for number in range(self.settings.miners):
+            self._launch(f"miner-{number}", "--axon.port", "0")
 
-    def _launch(self, name: str, command: str, flags: Sequence[str]) -> Program:
-        log = self.out / "logs" / f"{name}.log"
-        state = self.out / "state" / name
+    def _launch(self, name: str, *flags: str) -> None:
+        out = self.out.resolve()
+        log = out / "logs" / f"{name}.log"
+        state = out / "state" / name
         common = [
             *("--subtensor.network", "embedded"),
-            *("--subtensor.path", str(self.out.resolve() / "network")),
-            *("--neuron.path", str(state.resolve())),
-            *(("--neuron.run", str(self._run_file)) if self.task.run is not None else ()),
+            *("--subtensor.path", str(out / "network")),
+            *("--neuron.path", str(state)),
+            *("--neuron.run", str(out / "run.toml")),
             *(("--subtensor.block_seconds", str(BLOCK_SECONDS)) if self.task.has_rounds else ()),
             *("--dht.port", "0"),
         ]
         env = {key: value for key, value in os.environ.items() if not key.startswith("HIVEMINER_")}
         with log.open("wb") as stream:
             process = subprocess.Popen(
-                [sys.executable, "-m", "hiveminer", command, *common, *flags],
+                [sys.executable, "-m", "hiveminer", name.partition("-")[0], *common, *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=stream,
                 stderr=stream,
@@ -205,13 +186,14 @@ class Demo:
                 # The terminal's Ctrl-C is for us; we pass it on.
                 start_new_session=True,
             )
-        return Program(name, process, log, state)
+        self.programs.append(Program(name, process, log, state))
 
     def _watch(self, numbers: TextIO) -> None:
         """Collect and show metrics until the time is up."""
         began = recorded = time.monotonic()
+        first_answer: float | None = None
         with Live(console=self.console, refresh_per_second=4, transient=True) as live:
-            while not self.interrupted:
+            while not self.interrupted.wait(0.25):
                 self._gather(numbers)
                 self._check()
                 now = time.monotonic()
@@ -219,20 +201,18 @@ class Demo:
                     recorded = now
                     for program in self.programs:
                         program.record()
-                if self._first_answer is None and any(x["kind"] == "answer" for x in self.lines):
-                    self._first_answer = now
-                if self._first_answer is None and now - began > START_SECONDS:
+                if first_answer is None and any(x["kind"] == "answer" for x in self.lines):
+                    first_answer = now
+                if first_answer is None and now - began > START_SECONDS:
                     raise OperatorError(
                         f"no request was answered in {START_SECONDS:.0f} seconds; see "
                         f"{self.out / 'logs'}"
                     )
-                done = 0.0 if self._first_answer is None else now - self._first_answer
+                done = 0.0 if first_answer is None else now - first_answer
                 live.update(self._picture(done))
-                if done >= self.seconds + MORE_SECONDS or (
-                    done >= self.seconds and len(evaluations(self.lines)) > 1
-                ):
+                more = done - self.settings.seconds
+                if more >= MORE_SECONDS or (more >= 0 and len(evaluations(self.lines)) > 1):
                     return
-                time.sleep(0.25)
 
     def _check(self) -> None:
         for program in self.programs:
@@ -265,30 +245,21 @@ class Demo:
                 program.process.kill()
                 codes.append(program.process.wait())
         left = self._left_behind()
-        settled = time.monotonic() + 10
-        while left and time.monotonic() < settled:
-            time.sleep(0.2)
-            left = self._left_behind()
         for thing in left:
             logger.warning("left behind: %s", thing)
         return not left and all(code == 0 for code in codes)
 
     def _left_behind(self) -> list[str]:
+        """What of the programs is still there after GONE_SECONDS."""
+        pids = {pid for program in self.programs for pid in program.family}
         ports = {port for program in self.programs for port in program.ports}
-        left = left_behind({pid for program in self.programs for pid in program.family})
-        return left + [
-            f"port {port}" for port in sorted(ports) if not port_is_free("127.0.0.1", port)
-        ]
-
-    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        if self.interrupted:
-            for program in self.programs:
-                with contextlib.suppress(psutil.Error):
-                    for child in psutil.Process(program.process.pid).children(recursive=True):
-                        child.kill()
-                program.process.kill()
-            os._exit(130)
-        self.interrupted = True
+        deadline = time.monotonic() + GONE_SECONDS
+        while True:
+            taken = [port for port in sorted(ports) if not port_is_free("127.0.0.1", port)]
+            left = left_behind(pids) + [f"port {port}" for port in taken]
+            if not left or time.monotonic() > deadline:
+                return left
+            time.sleep(0.2)
 
     def _picture(self, done: float) -> Group:
         """The live table: one row per miner, and the demo's progress."""
@@ -299,30 +270,28 @@ class Demo:
         for program in self.programs[1:]:
             table.add_row(*_row(program.name, self.lines))
         held = evaluations(self.lines)
-        words = (
-            "starting: the first answers take about half a minute"
-            if self._first_answer is None
-            else f"{done:.0f} of {self.seconds:.0f} s"
-        )
+        words = "starting: the first answers take about half a minute"
+        if done:
+            words = f"{done:.0f} of {self.settings.seconds:.0f} s"
         if held:
             words += f"; held-out loss {held[0]['loss']:.3f} -> {held[-1]['loss']:.3f}"
-        return Group(table, words, ProgressBar(total=self.seconds, completed=done, width=72))
+        bar = ProgressBar(total=self.settings.seconds, completed=done, width=72)
+        return Group(table, words, bar)
 
 
 def summarise(lines: Sequence[Line], *, miners: int) -> dict[str, Any]:
     """The demo's summary, from the programs' metrics; losses in nats per token."""
     answers = [line for line in lines if line["kind"] == "answer" and line["loss"] is not None]
-    by_miner: dict[str, list[float]] = {}
-    for line in answers:
-        by_miner.setdefault(line["hotkey"], []).append(line["loss"])
+    first = {line["hotkey"]: line["loss"] for line in reversed(answers)}
+    last = {line["hotkey"]: line["loss"] for line in answers}
     rounds = [line for line in lines if line["kind"] == "epoch" and line["group_size"] > 1]
     held_out = [line["loss"] for line in evaluations(lines)]
     started = min((line["time"] for line in answers), default=0.0)
-    alive = sorted(
+    alive = [
         line["milliseconds"]
         for line in lines
         if line["kind"] == "alive" and answers and line["time"] >= started
-    )
+    ]
     weights = [line["weights"] for line in lines if line["kind"] == "weights"]
     return {
         "miners": miners,
@@ -330,22 +299,44 @@ def summarise(lines: Sequence[Line], *, miners: int) -> dict[str, Any]:
         "epochs": len({line["epoch"] for line in rounds}),
         "group_size_max": max((line["group_size"] for line in rounds), default=0),
         "tokens": sum(line["tokens"] for line in answers),
-        "loss_first": _mean([losses[0] for losses in by_miner.values()]),
-        "loss_last": _mean([losses[-1] for losses in by_miner.values()]),
+        "loss_first": _mean(first.values()),
+        "loss_last": _mean(last.values()),
         "held_out_loss_first": held_out[0] if held_out else None,
         "held_out_loss_last": held_out[-1] if held_out else None,
-        "is_alive_p50_ms": quantile(alive, 0.5),
-        "is_alive_p99_ms": quantile(alive, 0.99),
+        "is_alive_p50_ms": _quantile(alive, 0.5),
+        "is_alive_p99_ms": _quantile(alive, 0.99),
         "weights": weights[-1] if weights else {},
     }
 
 
-def quantile(ordered: Sequence[float], share: float) -> float | None:
+def rounds_summary(state: Path) -> dict[str, Any]:
+    """Figures of the rounds of strategy `sparseloco`, from all programs' logs below `state`.
+
+    rounds: those in which updates counted. hashes_equal: whether all who made the state of a
+    round made the same. bytes_per_round: of the updates that counted. log_verified: whether each
+    log was decided and computed again with the same result.
+    """
+    reports = [verify(log, log.plan()[1]) for log in logs_below(state)]
+    counted = [each for report in reports for each in report.rounds if each.decision.contributions]
+    size = {each.decision.round: each.bytes for each in counted}
+    made = {(each.decision.round, each.made) for each in counted if each.made is not None}
+    return {
+        "rounds": len(size),
+        "hashes_equal": bool(made) and len(made) == len({number for number, _ in made}),
+        "bytes_per_round": round(sum(size.values()) / len(size)) if size else 0,
+        "log_verified": bool(reports) and all(report.verified for report in reports),
+    }
+
+
+def _mean(values: Collection[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _quantile(values: Sequence[float], share: float) -> float | None:
     """The smallest value that at least this share of the values does not exceed."""
-    if not ordered:
+    if not values:
         return None
-    rank = max(0, min(len(ordered) - 1, -(-int(share * 1000) * len(ordered) // 1000) - 1))
-    return round(ordered[rank], 3)
+    return round(float(np.quantile(values, share, method="inverted_cdf")), 3)
 
 
 def plot(lines: Sequence[Line], path: Path) -> None:
@@ -395,17 +386,13 @@ def main(settings: DemoSettings) -> int:
         f"{settings.out / 'network'}, on this machine alone.",
         highlight=False,
     )
-    demo = Demo(
-        miners=settings.miners, seconds=settings.seconds, out=settings.out, task=task,
-        console=console,
-    )  # fmt: skip
+    demo = Demo(settings, task, console)
     summary = demo.run()
     table = Table(show_header=False)
     for key, value in summary.items():
-        if key == "sample":
-            continue
-        shown = f"{value:.3f}" if isinstance(value, float) else json.dumps(value)
-        table.add_row(key, shown)
+        if key != "sample":
+            shown = f"{value:.3f}" if isinstance(value, float) else json.dumps(value)
+            table.add_row(key, shown)
     print(rendered(table))
     console.print(
         f"Metrics: {settings.out / 'metrics.jsonl'}; plot: {settings.out / 'loss.png'}; "
@@ -415,22 +402,18 @@ def main(settings: DemoSettings) -> int:
     )
     if "sample" in summary:
         _print_sample(console, summary["sample"], settings.out / "model")
-    if demo.interrupted:
+    if demo.interrupted.is_set():
         return 130
     checked = all(summary.get(key, True) for key in ("hashes_equal", "log_verified"))
     return 0 if summary["exit_clean"] and summary["train_requests"] and checked else 1
 
 
-def printable(text: str) -> str:
-    """The text without control characters: an untrained model writes any byte."""
-    return "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in text)
-
-
 def _print_sample(console: Console, sample: dict[str, str], model: Path) -> None:
     table = Table(title="What the model wrote", title_justify="left", show_header=False)
-    for name in ("prompt", "before", "after"):
-        if name in sample:
-            table.add_row(name, Text(printable(sample[name])))
+    for name, text in sample.items():
+        # An untrained model writes any byte.
+        shown = "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in text)
+        table.add_row(name, Text(shown))
     console.print(table)
     console.print(f'Try it: hiveminer generate "text" --model {model}', soft_wrap=True)
 
@@ -460,7 +443,3 @@ def _row(name: str, lines: Sequence[Line]) -> tuple[str, ...]:
         str(rounds[-1]["group_size"]) if rounds else "",
         f"{scores[-1]:.2f}" if scores else "",
     )
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None

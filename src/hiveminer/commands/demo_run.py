@@ -38,15 +38,15 @@ BLOCK_SECONDS = 0.6
 
 @dataclass(frozen=True)
 class DemoRun:
-    """run: None for the built-in one. request_rows: rows per request, None for the default."""
+    """The run, and the rows that the validator sends per request."""
 
-    run: Run | None = None
-    request_rows: int | None = None
+    run: Run
+    request_rows: int = WorkSettings().rows
 
     @property
     def has_rounds(self) -> bool:
         """Whether the miners' updates are counted in rounds on the chain."""
-        return self.run is not None and self.run.strategy == "sparseloco"
+        return self.run.strategy == "sparseloco"
 
 
 def demo_run(settings: DemoSettings) -> DemoRun:
@@ -59,8 +59,7 @@ def demo_run(settings: DemoSettings) -> DemoRun:
     ):
         table["sparseloco"] = SPARSELOCO
     if settings.data is None and settings.model is None and settings.run is None:
-        run = run_from_table(table, source="hiveminer demo")
-        return DemoRun(None if run == Run() else run)
+        return DemoRun(run_from_table(table, source="hiveminer demo"))
     if settings.data is not None:
         column = table["data"]["column"]
         name = _absolute(settings.data)
