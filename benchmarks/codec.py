@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.machine import RESULTS, describe, write
-from hiveminer.strategies.sparseloco.apply import CountedBlob, State, apply_blobs
+from hiveminer.strategies.sparseloco.apply import CountedBlob, OuterStep, State, apply_blobs
 from hiveminer.strategies.sparseloco.codec import Compression, Header, encode
 
 BLOBS = 8
@@ -126,7 +126,7 @@ def measure(
         return encode(update, header=header(0), compression=compression)
 
     def apply_once() -> None:
-        applied = apply_blobs(state, counted, compression=compression)
+        applied = apply_blobs(state, counted, step=OuterStep(), compression=compression)
         assert not applied.left_out, applied.left_out
 
     memory = {"encode": peak_memory(encode_once), "decode_apply": peak_memory(apply_once)}

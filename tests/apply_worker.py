@@ -17,15 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hiveminer.strategies.sparseloco.apply import CountedBlob, OuterStep, State, apply_blobs
+from hiveminer.strategies.sparseloco.apply import (
+    Applied,
+    CountedBlob,
+    OuterStep,
+    State,
+    apply_blobs,
+)
 from hiveminer.strategies.sparseloco.codec import Compression, Header, encode
 
 SHAPES = {"layer.bias": (20,), "layer.weight": (450, 400), "embedding": (3, 3000)}
 """One tensor is raw, and one so large that torch splits it between four threads."""
 
-ROUNDS, PEERS = 2, 5
+PEERS = 5
 STEP = OuterStep(rate=0.65, contributor_power=0.75)
 COMPRESSIONS = [Compression(1 / 64, 2), Compression(1 / 4, 3), Compression(1.0, 2)]
+"""Of each round."""
 
 
 def integers(seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -46,19 +53,15 @@ def header(number: int, uid: int) -> Header:
 
 
 def write_blobs(folder: Path) -> None:
-    """Peers differ in size, so that some are clipped, and in how they compress."""
-    for number in range(ROUNDS):
+    """Peers differ in size, so that some are clipped."""
+    for number, compression in enumerate(COMPRESSIONS):
         for uid in range(PEERS):
             seed = 100 * number + uid
             update = {
                 name: integers(1000 * index + seed, shape).mul(2.0 ** -(uid % 3))
                 for index, (name, shape) in enumerate(SHAPES.items(), 1)
             }
-            blob = encode(
-                update,
-                header=header(number, uid),
-                compression=COMPRESSIONS[seed % len(COMPRESSIONS)],
-            )
+            blob = encode(update, header=header(number, uid), compression=compression)
             (folder / f"{number}-{uid}").write_bytes(blob)
 
 
@@ -69,12 +72,16 @@ def read_blobs(folder: Path, number: int, uids: list[int]) -> list[CountedBlob]:
     ]
 
 
+def apply_round(state: State, blobs: list[CountedBlob], *, number: int) -> Applied:
+    return apply_blobs(state, blobs, step=STEP, compression=COMPRESSIONS[number])
+
+
 def hashes(folder: Path, *, seed: int) -> list[str]:
     """The states' hashes after each round; `seed` decides in which order blobs arrive."""
     state, found = first_state(), []
-    for number in range(ROUNDS):
+    for number in range(len(COMPRESSIONS)):
         uids = random.Random(seed + number).sample(range(PEERS), PEERS)
-        applied = apply_blobs(state, read_blobs(folder, number, uids), step=STEP)
+        applied = apply_round(state, read_blobs(folder, number, uids), number=number)
         assert not applied.left_out, applied.left_out
         state = applied.state
         found.append(state.hash().hex())

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from apply_worker import PEERS, STEP, first_state, hashes, header, read_blobs, write_blobs
+from apply_worker import PEERS, apply_round, first_state, hashes, header, read_blobs, write_blobs
 from torch import Tensor, nn
 
 from hiveminer.strategies.sparseloco.apply import (
@@ -35,6 +35,7 @@ CAPABILITIES = ("default", "avx2", "avx512")
 THREADS = {"OMP_NUM_THREADS": "4", "OMP_WAIT_POLICY": "PASSIVE"}
 """Threads that outnumber the cores must not spin while they wait."""
 
+DENSE = Compression(1.0, 4)
 FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 
 
@@ -70,7 +71,7 @@ def test_the_hash_depends_on_the_order_of_uids(tmp_path: Path) -> None:
     write_blobs(tmp_path)
     blobs = read_blobs(tmp_path, 0, list(range(PEERS)))
     turned = [replace(each, uid=PEERS - each.uid) for each in blobs]
-    one, other = (apply_blobs(first_state(), each, step=STEP).state for each in (blobs, turned))
+    one, other = (apply_round(first_state(), each, number=0).state for each in (blobs, turned))
     assert one.hash() != other.hash()
     for name, weight in one.weights.items():
         torch.testing.assert_close(weight, other.weights[name], rtol=1e-5, atol=1e-7)
@@ -78,15 +79,18 @@ def test_the_hash_depends_on_the_order_of_uids(tmp_path: Path) -> None:
 
 def blob(uid: int, **tensors: Tensor) -> CountedBlob:
     head = header(0, uid)
-    compression = Compression(1.0, 4)
-    return CountedBlob(uid, head, encode(tensors, header=head, compression=compression))
+    return CountedBlob(uid, head, encode(tensors, header=head, compression=DENSE))
+
+
+def applied_to(state: State, blobs: list[CountedBlob]) -> Applied:
+    return apply_blobs(state, blobs, step=OuterStep(), compression=DENSE)
 
 
 def apply_to(start: Tensor, *updates: list[float], last: float = 0.0, **step: float) -> Tensor:
     """One raw tensor `w` after the updates."""
     blobs = [blob(uid, w=torch.tensor(update)) for uid, update in enumerate(updates)]
     state = State({"w": start}, {"w": last})
-    applied = apply_blobs(state, blobs, step=OuterStep(**step))
+    applied = apply_blobs(state, blobs, step=OuterStep(**step), compression=DENSE)
     return applied.state.weights["w"]
 
 
@@ -161,7 +165,7 @@ def test_the_clip_norm_rises_and_falls_by_a_factor_of_two_at_most() -> None:
 def two_rounds(*left_out: int, spoil: Mapping[int, bytes] | None = None) -> Applied:
     blobs = [blob(uid, w=torch.linspace(0, uid + 1, 40)) for uid in range(3) if uid not in left_out]
     blobs += [CountedBlob(uid, header(0, uid), data) for uid, data in (spoil or {}).items()]
-    return apply_blobs(State({"w": torch.zeros(40)}, {"w": 0.0}), blobs)
+    return applied_to(State({"w": torch.zeros(40)}, {"w": 0.0}), blobs)
 
 
 def test_what_does_not_decode_is_left_out_by_everybody() -> None:
@@ -187,19 +191,20 @@ def test_a_blob_that_is_larger_than_the_run_allows_is_left_out() -> None:
     state = State({"w": torch.zeros(5000)}, {"w": 0.0})
     for density, left_out in ((1.0, []), (1 / 64, [0])):
         allowed = Compression(density, 4)
-        assert list(apply_blobs(state, [dense], compression=allowed).left_out) == left_out
+        applied = apply_blobs(state, [dense], step=OuterStep(), compression=allowed)
+        assert list(applied.left_out) == left_out
 
 
 def test_a_round_without_a_sound_blob_changes_nothing() -> None:
     state = first_state()
-    assert apply_blobs(state, []).state.hash() == state.hash()
-    assert apply_blobs(state, [CountedBlob(3, header(0, 3), b"")]).state.hash() == state.hash()
+    assert applied_to(state, []).state.hash() == state.hash()
+    assert applied_to(state, [CountedBlob(3, header(0, 3), b"")]).state.hash() == state.hash()
 
 
 def test_applying_does_not_touch_the_state_before() -> None:
     state = State({"w": torch.ones(40)}, {"w": 0.0})
     before = state.hash()
-    assert apply_blobs(state, [blob(0, w=torch.ones(40))]).state.hash() != before
+    assert applied_to(state, [blob(0, w=torch.ones(40))]).state.hash() != before
     assert state.hash() == before
 
 

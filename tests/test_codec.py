@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import random
 import struct
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from dataclasses import astuple
 
-import codec_worker
 import numpy as np
 import pytest
 import torch
@@ -30,17 +25,20 @@ from hiveminer.strategies.sparseloco.codec import (
     Update,
     decode,
     encode,
-    serialize,
 )
 from hiveminer.strategies.sparseloco.tensor import RAW_BELOW
 
 HEADER = Header(hotkey=b"h" * 32, run=b"r" * 8, round=7, parent=b"p" * 32)
 HEAD_BYTES = 91
-CAPABILITIES = ("default", "avx2", "avx512")
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def encoded_again(update: Update) -> bytes:
+    """The blob of a decoded update without its header, written from the content."""
+    return b"".join(part.to_bytes() for part in update.parts.values())
 
 
 def round_trip(tensors: Mapping[str, Tensor], compression: Compression) -> Update:
@@ -48,18 +46,15 @@ def round_trip(tensors: Mapping[str, Tensor], compression: Compression) -> Updat
     blob = encode(tensors, header=HEADER, compression=compression)
     update = decode(blob, shapes=shapes_of(tensors), compression=compression)
     assert update.header == HEADER
-    assert update.names == tuple(sorted(tensors))
-    assert serialize(update) == blob
+    assert encoded_again(update) == blob[HEAD_BYTES:]
     for name, tensor in tensors.items():
         values = update.dense(name)
         assert values.shape == tensor.shape
         exact = math.fsum(value * value for value in values.flatten().tolist())
         assert update.squared_norm(name) == exact
-        counts = torch.zeros(tensor.shape, dtype=torch.int64)
-        update.count_into(name, counts)
+        total, counts = torch.full_like(values, 0.25), torch.zeros(tensor.shape, dtype=torch.int64)
+        update.add_to(name, total, counts, factor=0.3)
         assert torch.equal(counts, (values != 0).long())
-        total = torch.full_like(values, 0.25)
-        update.add_to(name, total, factor=0.3)
         assert torch.equal(total, torch.full_like(values, 0.25).add(values.mul(0.3)))
         assert not torch.signbit(values[values == 0]).any()
     return update
@@ -179,7 +174,7 @@ def test_tensors_of_all_kinds_in_one_blob() -> None:
     update = round_trip(tensors, Compression(1 / 16, 2, 1024))
     assert np.count_nonzero(update.dense("norm")) == 100  # smaller than a chunk: dense
     assert float(update.dense("one")) == float(tensors["one"])
-    assert round_trip({}, Compression(1 / 64, 2)).names == ()
+    round_trip({}, Compression(1 / 64, 2))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -203,15 +198,6 @@ def test_compression_has_bounds(density: float, bits: int, chunk: int) -> None:
         Compression(density, bits, chunk)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"hotkey": b"h"}, {"run": b""}, {"parent": b"p" * 33}, {"round": -1}, {"round": 2**32}],
-)
-def test_a_header_has_bounds(change: dict[str, bytes | int]) -> None:
-    with pytest.raises(ValueError, match=r"header|round"):
-        Header(**{**vars(HEADER), **change})  # type: ignore[arg-type]
-
-
 def test_sizes_are_those_that_are_promised() -> None:
     """Within 3% of the entropy of the coordinates, 2 bits a value and two levels a chunk."""
     tensor = draw(5, 200, 4096)
@@ -222,14 +208,6 @@ def test_sizes_are_those_that_are_promised() -> None:
     assert bound < index < 1.03 * bound
     dense = encode({"w": tensor}, header=HEADER, compression=Compression(1.0, 2))
     assert tensor.numel() * 4 / len(dense) > 15.9
-
-
-def test_what_is_added_to_must_fit() -> None:
-    update = round_trip({"w": draw(1, 64, 64)}, Compression(1 / 16, 2))
-    with pytest.raises(ValueError, match="shape"):
-        update.add_to("w", torch.zeros(4096), factor=1.0)
-    with pytest.raises(ValueError, match="float32"):
-        update.add_to("w", torch.zeros(64, 64, dtype=torch.float64), factor=1.0)
 
 
 # Valid bytes of one tensor `w` of 100 elements in chunks of 64, by hand. -------------------------
@@ -246,8 +224,13 @@ def flags(*values: int) -> bytes:
 
 
 def blob_of(*parts: bytes, bits: int = 2, shapes: Mapping[str, torch.Size] = SHAPES) -> bytes:
-    head = codec._head(HEADER, bits, 64, codec._schema_hash(shapes))
+    schema = codec._schema_hash(shapes)
+    head = codec._HEAD.pack(b"HMU1", bits, 64 - 1, *astuple(HEADER), schema)
     return b"".join([head, *parts])
+
+
+def read(blob: bytes, *, bits: int = 2, shapes: Mapping[str, torch.Size] = SHAPES) -> Update:
+    return decode(blob, shapes=shapes, compression=Compression(1.0, bits, 64))
 
 
 ONE = 127 << 4
@@ -262,11 +245,11 @@ NUMBERS = flags(0, 1, 0)
 
 def test_bytes_by_hand() -> None:
     blob = blob_of(COUNT, GAPS, STEPS, RISES, SIGNS, NUMBERS)
-    update = decode(blob, shapes=SHAPES)
+    update = read(blob)
     expected = torch.zeros(100)
     expected[[5, 6, 67]] = torch.tensor([-1.0, 2.0, 0.96875])
     assert torch.equal(update.dense("w"), expected)
-    assert serialize(update) == blob
+    assert encoded_again(update) == blob[HEAD_BYTES:]
 
 
 def padded(part: bytes) -> bytes:
@@ -303,7 +286,7 @@ def padded(part: bytes) -> bytes:
 )
 def test_other_bytes_are_refused(parts: tuple[bytes, ...], why: str) -> None:
     with pytest.raises(BlobError, match=why):
-        decode(blob_of(*parts), shapes=SHAPES)
+        read(blob_of(*parts))
 
 
 def test_only_the_shortest_rice_parameter_is_accepted() -> None:
@@ -315,22 +298,22 @@ def test_only_the_shortest_rice_parameter_is_accepted() -> None:
         size = struct.pack("<BI", parameter, (len(unary) + 7) // 8)
         gaps = b"".join([size, flags(*unary), *planes])
         with pytest.raises(BlobError, match=r"shortest|unary"):
-            decode(blob_of(COUNT, gaps, STEPS, RISES, SIGNS, NUMBERS), shapes=SHAPES)
+            read(blob_of(COUNT, gaps, STEPS, RISES, SIGNS, NUMBERS))
 
 
 def test_a_gap_in_the_levels_of_a_chunk_is_refused() -> None:
     rises = integers(0, 16, 0)
     parts = (struct.pack("<I", 2), integers(5, 0), integers(2 * ONE), rises)
     with pytest.raises(BlobError, match="a level follows"):
-        decode(blob_of(*parts, flags(0, 0), flags(0, 0), flags(0, 1), bits=3), shapes=SHAPES)
+        read(blob_of(*parts, flags(0, 0), flags(0, 0), flags(0, 1), bits=3), bits=3)
 
 
 @pytest.mark.parametrize("value", [b"\0\0\0\x80", b"\0\0\xc0\x7f", b"\0\0\x80\xff"])
 def test_raw_values_are_finite_and_zero_has_no_sign(value: bytes) -> None:
     shapes = {"w": torch.Size([1])}
-    assert decode(blob_of(b"\0\0\x80\x3f", shapes=shapes), shapes=shapes).squared_norm("w") == 1
+    assert read(blob_of(b"\0\0\x80\x3f", shapes=shapes), shapes=shapes).squared_norm("w") == 1
     with pytest.raises(BlobError, match=r"w: a (value|zero)"):
-        decode(blob_of(value, shapes=shapes), shapes=shapes)
+        read(blob_of(value, shapes=shapes), shapes=shapes)
 
 
 def test_a_blob_of_something_else_is_refused() -> None:
@@ -340,17 +323,17 @@ def test_a_blob_of_something_else_is_refused() -> None:
     shapes = shapes_of(tensors)
     for other in ({"v": shapes["w"]}, {"w": torch.Size([10, 100])}, {}):
         with pytest.raises(BlobError, match="other names or shapes"):
-            decode(blob, shapes=other)
+            read(blob, shapes=other)
     with pytest.raises(BlobError, match="version"):
-        decode(b"HMU2" + blob[4:], shapes=shapes)
+        read(b"HMU2" + blob[4:], shapes=shapes)
     with pytest.raises(BlobError, match="5 bits"):
-        decode(blob[:4] + b"\5" + blob[5:], shapes=shapes)
+        read(blob[:4] + b"\5" + blob[5:], shapes=shapes)
     for stricter in (Compression(1 / 32, 2, 64), Compression(1, 1, 64), Compression(1, 2, 65)):
         with pytest.raises(BlobError, match=r"are sent|not this run's"):
             decode(blob, shapes=shapes, compression=stricter)
     for length in range(len(blob)):
         with pytest.raises(BlobError):
-            decode(blob[:length], shapes=shapes)
+            read(blob[:length], shapes=shapes)
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -364,7 +347,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 def refused(blob: bytes, shapes: Mapping[str, torch.Size]) -> None:
     with pytest.raises(BlobError):
-        decode(blob, shapes=shapes)
+        read(blob, shapes=shapes)
 
 
 BILLION = {"w": torch.Size([1_000_000_000])}
@@ -401,16 +384,8 @@ def test_memory_is_linear_in_the_bytes(bits: int, density: float, order: str) ->
     blob = encode({"w": tensor}, header=HEADER, compression=compression)
     shapes = {"w": torch.Size([size])}
     # Pieces of 2**18 values are expanded at a time, whatever the blob's length.
-    assert peak_bytes(lambda: decode(blob, shapes=shapes)) < 20_000_000 + 64 * len(blob)
-
-
-def small_blobs() -> list[tuple[bytes, dict[str, torch.Size]]]:
-    blobs = []
-    for bits, density in ((1, 0.3), (2, 1 / 16), (3, 0.8), (4, 1.0)):
-        tensors = {"a": draw(bits, 3, 60), "b": draw(bits, 3)}
-        blob = encode(tensors, header=HEADER, compression=Compression(density, bits, 64))
-        blobs.append((blob, shapes_of(tensors)))
-    return blobs
+    peak = peak_bytes(lambda: decode(blob, shapes=shapes, compression=compression))
+    assert peak < 20_000_000 + 64 * len(blob)
 
 
 def mutate(blob: bytes, numbers: random.Random) -> bytes:
@@ -439,43 +414,22 @@ def mutate(blob: bytes, numbers: random.Random) -> bytes:
 def test_mutated_blobs_are_refused_or_mean_something_else(count: int) -> None:
     """Whatever decodes is finite, and is written with exactly these bytes."""
     numbers = random.Random(0)
-    blobs = small_blobs()
+    blobs = []
+    for bits, density in ((1, 0.3), (2, 1 / 16), (3, 0.8), (4, 1.0)):
+        tensors = {"a": draw(bits, 3, 60), "b": draw(bits, 3)}
+        blob = encode(tensors, header=HEADER, compression=Compression(density, bits, 64))
+        blobs.append((blob, bits))
+    shapes = shapes_of(tensors)
     accepted = 0
     for number in range(count):
-        original, shapes = blobs[number % len(blobs)]
+        original, bits = blobs[number % len(blobs)]
         blob = mutate(original, numbers)
         try:
-            update = decode(blob, shapes=shapes)
+            update = read(blob, bits=bits, shapes=shapes)
         except BlobError:
             continue
-        assert serialize(update) == blob
+        assert encoded_again(update) == blob[HEAD_BYTES:]
         if number % 10 == 0:
-            assert all(torch.isfinite(update.dense(name)).all() for name in update.names)
+            assert all(torch.isfinite(update.dense(name)).all() for name in shapes)
         accepted += 1
     assert count / 100 < accepted < count / 2
-
-
-def supported() -> list[str]:
-    best = torch.backends.cpu.get_cpu_capability().lower()
-    return [*CAPABILITIES[: CAPABILITIES.index(best) + 1]] if best in CAPABILITIES else ["default"]
-
-
-@pytest.mark.slow
-def test_bits_are_the_same_on_every_instruction_set_and_thread_count(tmp_path: Path) -> None:
-    tensors = {
-        name: draw(number, *shape)
-        for number, (name, shape) in enumerate(codec_worker.SHAPES.items())
-    }
-    blob = encode(tensors, header=HEADER, compression=Compression(1 / 20, 3))
-    path = tmp_path / "blob"
-    path.write_bytes(blob)
-    expected = codec_worker.digest(blob)
-    for capability in supported():
-        run = subprocess.run(
-            [sys.executable, codec_worker.__file__, str(path)],
-            env=os.environ | {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": "4"},
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        assert run.returncode == 0, run.stderr
-        answer = json.loads(run.stdout)
-        assert answer == {"capability": capability, "digests": [expected] * 4}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks._frontier.cell import EXACT, Cell, ring_bytes
 from benchmarks._frontier.model import Weights
@@ -96,7 +95,8 @@ class DiLoCo(Exchange):
         """Replace an update in place by what its blob says; the rest is the next error."""
         compression = Compression(self.cell.density, self.cell.bits)
         blob = encode(found, header=_header(peer, number), compression=compression)
-        read = decode(blob, shapes={name: value.shape for name, value in found.items()})
+        shapes = {name: value.shape for name, value in found.items()}
+        read = decode(blob, shapes=shapes, compression=compression)
         self.blobs += len(blob)
         self.sent += (self.cell.replicas - 1) * len(blob)
         for name, value in found.items():
@@ -159,45 +159,41 @@ class Sparseloco(Exchange):
         self, peer: int, names: list[str], state: State, compression: Compression | None,
         number: int,
     ) -> tuple[update.Cut, bytes]:  # fmt: skip
-        blob = b""
-
-        def compress(found: list[Tensor]) -> list[Tensor]:
-            nonlocal blob
-            if compression is None:
-                return self._exact(found)
-            named = dict(zip(names, found, strict=True))
-            blob = encode(named, header=_header(peer, number), compression=compression)
-            shapes = {name: value.shape for name, value in named.items()}
-            read = decode(blob, shapes=shapes, compression=compression)
-            return [read.dense(name) for name in names]
-
-        local = [self.weights[name][peer] for name in names]
-        made = update.cut([state.weights[name] for name in names], local, compress=compress)
+        learned = update.learned(state.weights, self._local(peer, names))
+        if compression is None:
+            return update.Cut.of(learned, self._exact(learned)), b""
+        blob = encode(learned, header=_header(peer, number), compression=compression)
+        shapes = {name: value.shape for name, value in learned.items()}
+        read = decode(blob, shapes=shapes, compression=compression)
         self.blobs += len(blob)
         self.sent += (self.cell.replicas - 1) * len(blob)
-        return made, blob
+        return update.Cut.of(learned, {name: read.dense(name) for name in names}), blob
 
-    def _exact(self, found: list[Tensor]) -> list[Tensor]:
+    def _local(self, peer: int, names: list[str]) -> Weights:
+        return {name: self.weights[name][peer] for name in names}
+
+    def _exact(self, found: Weights) -> Weights:
         """The largest values in full precision: what sparsity costs without quantization.
 
         Bytes are computed: a ring if dense, else 4 bytes per value and its index's entropy."""
         if self.cell.density == 1:
             self.sent += ring_bytes(self.cell, bytes_per_value=4)
-            return [value.clone() for value in found]
+            return {name: value.clone() for name, value in found.items()}
         kept = round(self.cell.density * 4096)
-        sent = []
-        for value in found:
+        sent = {}
+        for name, value in found.items():
             rows = value.reshape(-1, 4096)
             where = rows.abs().topk(kept, dim=1).indices
-            sent.append(torch.zeros_like(rows).scatter(1, where, rows.gather(1, where)))
+            largest = torch.zeros_like(rows).scatter(1, where, rows.gather(1, where))
+            sent[name] = largest.view_as(value)
             index_bits = Compression(self.cell.density, 1).kept(4096) * 7.36
             self.sent += (self.cell.replicas - 1) * len(rows) * (4 * kept + index_bits / 8)
-        return [each.view_as(value) for each, value in zip(sent, found, strict=True)]
+        return sent
 
     def _exact_mean(self, state: State, cuts: list[update.Cut]) -> State:
         weights = {}
-        for index, (name, weight) in enumerate(state.weights.items()):
-            sent = torch.stack([cut.sent[index] for cut in cuts])
+        for name, weight in state.weights.items():
+            sent = torch.stack([cut.sent[name] for cut in cuts])
             count = sent.ne(0).sum(0).clamp_min(1)
             a = self.cell.power if self.cell.density < 1 else 0.0
             divisor = count**a * self.cell.replicas ** (1 - a)
@@ -212,11 +208,11 @@ class Sparseloco(Exchange):
         for (names, _), old, new, cuts in zip(
             self.groups, self.states, waiting["new"], waiting["cuts"], strict=True
         ):
-            before, after = ([state.weights[name] for name in names] for state in (old, new))
             for peer, cut in enumerate(cuts):
-                local = [self.weights[name][peer] for name in names]
-                update.settle(local, before, after, counted=cut, keep=self.cell.keep)
-            moves |= {name: b - a for name, b, a in zip(names, before, after, strict=True)}
+                local = self._local(peer, names)
+                update.settle(local, old.weights, new.weights)
+                update.take_off(local, cut, keep=self.cell.keep)
+            moves |= {name: old.weights[name] - new.weights[name] for name in names}
         self.states = waiting["new"]
         return moves
 

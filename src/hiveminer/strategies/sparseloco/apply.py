@@ -123,21 +123,20 @@ def apply_blobs(
     state: State,
     blobs: Iterable[CountedBlob],
     *,
-    step: OuterStep | None = None,
-    compression: Compression | None = None,
+    step: OuterStep,
+    compression: Compression,
 ) -> Applied:
     """The state after a round in which these blobs count; in any order, one per uid.
 
-    A blob that does not decode, or whose header is not its author's, is left out, by everybody
-    alike. With `compression`, the run's, so is a blob that holds more than it allows. If no blob
-    remains, the state is returned unchanged.
+    A blob that `read_blob` refuses is left out, by everybody alike. If no blob remains, the state
+    is returned unchanged.
     """
     shapes = {name: weight.shape for name, weight in state.weights.items()}
     updates: list[Update] = []
     left_out: dict[int, str] = {}
     for counted in sorted(blobs, key=lambda each: each.uid):
         try:
-            updates.append(_update(counted, shapes, compression))
+            updates.append(read_blob(counted, shapes=shapes, compression=compression))
         except BlobError as error:
             left_out[counted.uid] = str(error)
     if not updates:
@@ -148,7 +147,7 @@ def apply_blobs(
         norms = [math.sqrt(update.squared_norm(name)) for update in updates]
         limit = clip_limit(norms, last=state.clip_norms[name])
         factors = [limit / norm if norm > limit else 1.0 for norm in norms]
-        weights[name] = _stepped(weight, name, updates, factors, step or OuterStep())
+        weights[name] = _stepped(weight, name, updates, factors, step)
         clip_norms[name] = next_clip_norm(limit, last=state.clip_norms[name])
     return Applied(State(weights, clip_norms), left_out)
 
@@ -176,9 +175,11 @@ def next_clip_norm(limit: float, *, last: float) -> float:
     return float(np.float32(min(max(limit, last / GROWTH), largest)))
 
 
-def _update(
-    counted: CountedBlob, shapes: Mapping[str, torch.Size], compression: Compression | None
+def read_blob(
+    counted: CountedBlob, *, shapes: Mapping[str, torch.Size], compression: Compression
 ) -> Update:
+    """Decode a blob. Raises BlobError if it is not valid, holds more than the run's compression
+    allows, or has a header that is not its author's."""
     update = decode(counted.blob, shapes=shapes, compression=compression)
     if update.header != counted.header:
         raise BlobError("the blob's header is not its author's for this round and state")
@@ -188,18 +189,12 @@ def _update(
 def _stepped(
     weight: Tensor, name: str, updates: list[Update], factors: list[float], step: OuterStep
 ) -> Tensor:
-    total = torch.zeros_like(weight)
+    total, counts = torch.zeros_like(weight), torch.zeros(weight.shape, dtype=torch.int32)
     for update, factor in zip(updates, factors, strict=True):
-        update.add_to(name, total, factor=factor)
-    if step.contributor_power == 0:
-        total.mul_(step.factor(1, blobs=len(updates)))
-    else:
-        counts = torch.zeros(weight.shape, dtype=torch.int32)
-        for update in updates:
-            update.count_into(name, counts)
-        table = [step.factor(count, blobs=len(updates)) for count in range(len(updates) + 1)]
-        by_count = torch.tensor(table, dtype=torch.float32)
-        total.mul_(by_count.index_select(0, counts.flatten()).view_as(total))
+        update.add_to(name, total, counts, factor=factor)
+    table = [step.factor(count, blobs=len(updates)) for count in range(len(updates) + 1)]
+    by_count = torch.tensor(table, dtype=torch.float32)
+    total.mul_(by_count.index_select(0, counts.flatten()).view_as(total))
     stepped = weight.sub(total)
     # Huge values overflow on all peers alike; one such tensor would end the run.
     return stepped if bool(torch.isfinite(stepped).all()) else weight

@@ -73,19 +73,16 @@ def position_from_json(content: Mapping[str, Any]) -> Position:
     )
 
 
-def cuts_to_tensors(cuts: Mapping[bytes, OwnCut], names: list[str]) -> dict[str, Tensor]:
+def cuts_to_tensors(cuts: Mapping[bytes, OwnCut]) -> dict[str, Tensor]:
     """Own blobs, and what they left out."""
     tensors: dict[str, Tensor] = {}
     for number, own in enumerate(cuts.values()):
         tensors[f"blob.{number}"] = torch.frombuffer(bytearray(own.blob), dtype=torch.uint8)
-        for name, left in zip(names, own.cut.left, strict=False):
-            tensors[f"left.{number}.{name}"] = left
+        tensors |= {f"left.{number}.{name}": left for name, left in own.cut.left.items()}
     return tensors
 
 
-def cuts_from_tensors(
-    tensors: Mapping[str, Tensor], plan: Plan, names: list[str]
-) -> dict[bytes, OwnCut]:
+def cuts_from_tensors(tensors: Mapping[str, Tensor], plan: Plan) -> dict[bytes, OwnCut]:
     """Raises ValueError for what is not an own blob."""
     cuts = {}
     number = 0
@@ -95,14 +92,17 @@ def cuts_from_tensors(
             sent = decode(blob, shapes=plan.shapes, compression=plan.compression)
         except BlobError as error:
             raise ValueError(f"an own blob is damaged: {error}") from None
-        left = [tensors.get(f"left.{number}.{name}") for name in names]
-        kept = [each for each in left if each is not None]
-        if len(kept) not in (0, len(names)):
+        left = {
+            name: tensors[key]
+            for name in plan.shapes
+            if (key := f"left.{number}.{name}") in tensors
+        }
+        if len(left) not in (0, len(plan.shapes)):
             raise ValueError("what an own blob left out is not complete")
         digest = hashlib.sha256(blob).digest()
         header = sent.header
         record = Record(header.run, header.round, header.parent, len(blob), digest)
-        cut = update.Cut([sent.dense(name) for name in names], kept)
+        cut = update.Cut({name: sent.dense(name) for name in plan.shapes}, left)
         cuts[digest] = OwnCut(record, blob, cut)
         number += 1
     return cuts
@@ -152,23 +152,19 @@ def exported_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[st
     return frozen | weights
 
 
-def write_journal(
-    path: Path, position: Position, cuts: Mapping[bytes, OwnCut], names: list[str]
-) -> None:
+def write_journal(path: Path, position: Position, cuts: Mapping[bytes, OwnCut]) -> None:
     """Save a cut before its record is committed; u is then q + e of the cut."""
     metadata = {"position": json.dumps(position_to_json(position))}
-    write_atomically(path, save(cuts_to_tensors(cuts, names), metadata))
+    write_atomically(path, save(cuts_to_tensors(cuts), metadata))
 
 
-def read_journal(
-    path: Path, plan: Plan, names: list[str]
-) -> tuple[Position, dict[bytes, OwnCut]] | None:
+def read_journal(path: Path, plan: Plan) -> tuple[Position, dict[bytes, OwnCut]] | None:
     """The saved cut; None if there is none, or the file is damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             position = position_from_json(json.loads(file.metadata()["position"]))
-        return position, cuts_from_tensors(tensors, plan, names)
+        return position, cuts_from_tensors(tensors, plan)
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -46,7 +46,7 @@ from hiveminer.strategies.sparseloco.tensor import (
     encode_tensor,
 )
 
-__all__ = ["BlobError", "Compression", "Header", "Update", "decode", "encode", "serialize"]
+__all__ = ["BlobError", "Compression", "Header", "Update", "decode", "encode"]
 
 VERSION = b"HMU1"
 LARGEST = 2**31 - 1
@@ -64,13 +64,8 @@ class Header:
     round: int
     parent: bytes
 
-    def __post_init__(self) -> None:
-        if (len(self.hotkey), len(self.run), len(self.parent)) != (32, 8, 32):
-            raise ValueError("a header has a hotkey of 32 bytes, a run of 8 and a parent of 32")
-        if not 0 <= self.round < 2**32:
-            raise ValueError(f"round {self.round} does not fit in 32 bits")
 
-
+@dataclass(frozen=True)
 class Update:
     """A decoded blob, still small in memory.
 
@@ -78,42 +73,28 @@ class Update:
     one multiplication and one addition, so that the bits are the same on every machine.
     """
 
-    def __init__(
-        self, header: Header, *, compression: tuple[int, int], schema: bytes,
-        parts: Mapping[str, Raw | Coded], shapes: Mapping[str, torch.Size],
-    ):  # fmt: skip
-        self.header = header
-        self.bits, self.chunk = compression
-        self.schema = schema
-        self.names = tuple(sorted(parts))
-        self._parts = parts
-        self._shapes = shapes
+    header: Header
+    parts: Mapping[str, Raw | Coded]
+    shapes: Mapping[str, torch.Size]
 
     def squared_norm(self, name: str) -> float:
         """The sum of the squares of all values, rounded once."""
-        return self._parts[name].squared_norm()
+        return self.parts[name].squared_norm()
 
-    def add_to(self, name: str, into: Tensor, *, factor: float) -> None:
-        """Add `factor` times the values to `into`, contiguous float32 on the CPU."""
-        flat = _flat(into, self._shapes[name])
-        if into.dtype != torch.float32:
-            raise ValueError(f"{name}: float32 expected, not {into.dtype}")
+    def add_to(self, name: str, total: Tensor, counts: Tensor, *, factor: float) -> None:
+        """Add `factor` times the values to `total`, and one to `counts` at each coordinate that is
+        touched: float32 and integers, contiguous on the CPU."""
+        sums, uses = total.view(-1), counts.view(-1)
         scale = torch.tensor(factor, dtype=torch.float32)
-        for where, values in self._parts[name].pieces():
-            step = values.mul_(scale)
+        for where, values in self.parts[name].pieces():
             there = _index(where)
-            flat[there] = flat[there].add(step)
-
-    def count_into(self, name: str, counts: Tensor) -> None:
-        """Add one to `counts`, contiguous on the CPU, at each coordinate that is touched."""
-        flat = _flat(counts, self._shapes[name])
-        for where in self._parts[name].kept():
-            flat[_index(where)] += 1
+            sums[there] = sums[there].add(values.mul_(scale))
+            uses[there] += 1
 
     def dense(self, name: str) -> Tensor:
         """The whole tensor in float32, zeros where nothing was sent."""
-        whole = torch.zeros(self._shapes[name])
-        for where, values in self._parts[name].pieces():
+        whole = torch.zeros(self.shapes[name])
+        for where, values in self.parts[name].pieces():
             whole.view(-1)[_index(where)] = values
         return whole
 
@@ -125,61 +106,44 @@ def encode(tensors: Mapping[str, Tensor], *, header: Header, compression: Compre
     value that is not finite.
     """
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    head = _head(header, compression.bits, compression.chunk, _schema_hash(shapes))
-    bodies = []
+    parts = [
+        _HEAD.pack(
+            VERSION, compression.bits, compression.chunk - 1,
+            header.hotkey, header.run, header.round, header.parent, _schema_hash(shapes),
+        )
+    ]  # fmt: skip
     for name in sorted(tensors):
         flat = tensors[name].detach().to("cpu", torch.float32).reshape(-1).numpy()
         try:
-            bodies.append(encode_tensor(flat, compression).to_bytes())
+            parts.append(encode_tensor(flat, compression).to_bytes())
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    return b"".join([head, *bodies])
+    return b"".join(parts)
 
 
-def decode(
-    blob: bytes, *, shapes: Mapping[str, torch.Size], compression: Compression | None = None
-) -> Update:
+def decode(blob: bytes, *, shapes: Mapping[str, torch.Size], compression: Compression) -> Update:
     """Decode a blob for tensors of these shapes. Raises BlobError if it is not valid.
 
-    With `compression`, a blob with other bits or chunks, or with more values of a tensor than that
+    A blob with other bits or chunks than `compression`, or with more values of a tensor than that
     keeps, is refused before it takes more memory than a regular one.
     """
     reader = Reader(blob)
     version, bits, chunk, hotkey, run, number, parent, schema = reader.unpack(_HEAD)
     if version != VERSION:
         raise BlobError(f"the version is {version!r}, not {VERSION!r}")
-    if bits not in (1, 2, 3, 4):
-        raise BlobError(f"{bits} bits for a value")
-    if compression and (bits, chunk + 1) != (compression.bits, compression.chunk):
+    if (bits, chunk + 1) != (compression.bits, compression.chunk):
         raise BlobError(f"{bits} bits and chunks of {chunk + 1} are not this run's")
     if schema != _schema_hash(shapes):
         raise BlobError("the blob is of a model with other names or shapes")
     parts: dict[str, Raw | Coded] = {}
     for name in sorted(shapes):
         try:
-            size = math.prod(shapes[name])
-            most = compression.kept_of_tensor(size) if compression else size
-            parts[name] = decode_tensor(reader, size, chunk=chunk + 1, bits=bits, most=most)
+            parts[name] = decode_tensor(reader, math.prod(shapes[name]), compression)
         except BlobError as error:
             raise BlobError(f"{name}: {error}") from None
     if reader.left:
         raise BlobError(f"{reader.left} bytes follow the last tensor")
-    return Update(
-        Header(hotkey, run, number, parent),
-        compression=(bits, chunk + 1), schema=schema, parts=parts, shapes=dict(shapes),
-    )  # fmt: skip
-
-
-def serialize(update: Update) -> bytes:
-    """The blob of a decoded update: the same bytes, written again from its content."""
-    head = _head(update.header, update.bits, update.chunk, update.schema)
-    return b"".join([head, *(update._parts[name].to_bytes() for name in update.names)])
-
-
-def _head(header: Header, bits: int, chunk: int, schema: bytes) -> bytes:
-    return _HEAD.pack(
-        VERSION, bits, chunk - 1, header.hotkey, header.run, header.round, header.parent, schema
-    )
+    return Update(Header(hotkey, run, number, parent), parts, shapes)
 
 
 def _schema_hash(shapes: Mapping[str, torch.Size]) -> bytes:
@@ -189,12 +153,6 @@ def _schema_hash(shapes: Mapping[str, torch.Size]) -> bytes:
             raise ValueError(f"{name}: {math.prod(shape)} elements, at most {LARGEST} are possible")
     lines = [f"{name!r} {tuple(shapes[name])}\n" for name in sorted(shapes)]
     return hashlib.sha256("".join(lines).encode()).digest()[:8]
-
-
-def _flat(tensor: Tensor, shape: torch.Size) -> Tensor:
-    if tensor.shape != shape:
-        raise ValueError(f"shape {tuple(shape)} expected, not {tuple(tensor.shape)}")
-    return tensor.view(-1)
 
 
 def _index(where: NDArray[np.int64]) -> slice | Tensor:

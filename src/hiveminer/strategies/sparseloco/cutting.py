@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
-import torch
-
 from hiveminer.errors import ChainError
 from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.follower import Follower, Reading
 from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.replica import Replica
+from hiveminer.strategies.sparseloco.update import Tensors
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ class CuttingFollower(Follower):
         parts: Parts,
         *,
         start_state: State,
-        weights: Callable[[int], tuple[int, list[torch.Tensor]] | None],
+        weights: Callable[[int], tuple[int, Tensors] | None],
         has_trained: Callable[[], bool],
         save_cut: Callable[[], None],
     ):

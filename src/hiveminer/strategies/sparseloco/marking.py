@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 
 from hiveminer.errors import ChainError
-from hiveminer.strategies.sparseloco.codec import BlobError, Header, decode
+from hiveminer.strategies.sparseloco.apply import CountedBlob, read_blob
+from hiveminer.strategies.sparseloco.codec import BlobError, Header
 from hiveminer.strategies.sparseloco.follower import Follower, Reading
 from hiveminer.strategies.sparseloco.records import Mark, decode_mark, decode_record, witness
 from hiveminer.strategies.sparseloco.rounds import (
     Block,
     Contribution,
     Facts,
-    Neuron,
     candidates,
     first_places,
 )
@@ -22,14 +21,6 @@ logger = logging.getLogger(__name__)
 
 MARGIN_BLOCKS = 2
 """A mark is committed this many blocks before its deadline, with what has been fetched by then."""
-
-
-def contribution_of(neuron: Neuron, records: Mapping[bytes, bytes]) -> Contribution | None:
-    """The blob that a neuron's record names."""
-    record = decode_record(records.get(neuron.hotkey))
-    if record is None:
-        return None
-    return Contribution(neuron.uid, neuron.hotkey, record.blob_bytes, record.blob_hash)
 
 
 class MarkingFollower(Follower):
@@ -98,7 +89,13 @@ class MarkingFollower(Follower):
             todo = [neuron for neuron in chosen if neuron.uid not in good]
             if not todo or seconds <= 0 or self.stopping.is_set():
                 break
-            wanted = [each for n in todo if (each := contribution_of(n, reading.records))]
+            wanted = []
+            for neuron in todo:
+                record = decode_record(reading.records[neuron.hotkey])
+                assert record is not None  # or the neuron is not a candidate
+                wanted.append(
+                    Contribution(neuron.uid, neuron.hotkey, record.blob_bytes, record.blob_hash)
+                )
             self.downloads.blobs(reading.number, wanted, seconds=seconds)
             bad = set()
             for each in wanted:
@@ -106,29 +103,16 @@ class MarkingFollower(Follower):
                 if blob is None:
                     continue
                 header = Header(each.hotkey, rules.run, reading.number, base)
-                if self._is_sound(blob, header, each):
+                try:
+                    if len(blob) != each.blob_bytes:
+                        raise BlobError("its length differs from its record")
+                    counted = CountedBlob(each.uid, header, blob)
+                    read_blob(counted, shapes=self.plan.shapes, compression=self.plan.compression)
                     good[each.uid] = blob
-                else:
+                except BlobError as error:
+                    logger.info("the blob of uid %d is not marked: %s", each.uid, error)
                     bad.add(each.uid)
             if not bad:
                 break
             left = [neuron for neuron in left if neuron.uid not in bad]
         return good
-
-    def _is_sound(self, blob: bytes, header: Header, which: Contribution) -> bool:
-        if len(blob) != which.blob_bytes:
-            logger.info(
-                "the blob of uid %d is not marked: its length differs from its record", which.uid
-            )
-            return False
-        try:
-            update = decode(blob, shapes=self.plan.shapes, compression=self.plan.compression)
-        except BlobError as error:
-            logger.info("the blob of uid %d is not marked: %s", which.uid, error)
-            return False
-        if update.header != header:
-            logger.info(
-                "the blob of uid %d is not marked: its header differs from its record", which.uid
-            )
-            return False
-        return True

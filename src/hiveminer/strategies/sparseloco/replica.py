@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,6 +23,7 @@ from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.records import Record
 from hiveminer.strategies.sparseloco.replay import Replayed, contributions_apply
 from hiveminer.strategies.sparseloco.rounds import Action, Decision, Position, Transfer
+from hiveminer.strategies.sparseloco.update import Tensors
 
 TOLERANCE = 1e-5
 """Two states are equal within rounding if no weight differs by more than this share of the
@@ -54,12 +55,11 @@ class Replica:
         """The position's states that this peer holds, by hash."""
         self.cuts: dict[bytes, OwnCut] = {}
         """The position's own blobs, by hash."""
-        self.names = list(plan.shapes)
         self.lock = threading.Lock()
         self.moves = 0
         """Number of moves so far. Weights that were copied before a move cannot be cut after it."""
         self._stand = start
-        self._move: list[Tensor] | None = None
+        self._move: dict[str, Tensor] | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -74,23 +74,24 @@ class Replica:
     # The thread that trains ---------------------------------------------------------
 
     @torch.no_grad()
-    def apply_move(self, parameters: Sequence[Tensor]) -> int:
+    def apply_move(self, parameters: Tensors) -> int:
         """Add the pending move, if any, to the local weights; returns the number of moves so
         far."""
         with self.lock:
             move, self._move = self._move, None
-            for own, step in zip(parameters, move or (), strict=move is not None):
+            for name, step in (move or {}).items():
+                own = parameters[name]
                 own.add_(step.to(own.device, own.dtype))
             return self.moves
 
     def snapshot(
-        self, parameters: Sequence[Tensor]
-    ) -> tuple[Position, dict[bytes, OwnCut], list[Tensor]]:
+        self, parameters: Tensors
+    ) -> tuple[Position, dict[bytes, OwnCut], dict[str, Tensor]]:
         """The position, the own blobs and u, all of the same moment."""
         with self.lock:
-            learned = update.learned(self._weights(self._stand), parameters)
-            for u, step in zip(learned, self._move or (), strict=self._move is not None):
-                u.sub_(step)
+            learned = update.learned(self._stand.weights, parameters)
+            for name, step in (self._move or {}).items():
+                learned[name].sub_(step)
             return self.position, dict(self.cuts), learned
 
     # The thread that follows the rounds ----------------------------------------------
@@ -123,7 +124,7 @@ class Replica:
         assert self.position.cut is not None
         return self.cuts[self.position.cut.blob_hash].record
 
-    def cut(self, number: int, local: Sequence[Tensor]) -> OwnCut:
+    def cut(self, number: int, local: Tensors) -> OwnCut:
         """Cut a round's blob. local: a copy of the weights since the last move.
 
         Raises ValueError where `rounds.cut_blob` does, and if a weight is not finite.
@@ -133,16 +134,11 @@ class Replica:
             raise ValueError(f"no cut in round {number}: the state is missing")
         rules = self.plan.rules
         header = Header(self.position.hotkey, rules.run, number, base)
-        blob = b""
-
-        def compress(learned: list[Tensor]) -> list[Tensor]:
-            nonlocal blob
-            named = dict(zip(self.names, learned, strict=True))
-            blob = encode(named, header=header, compression=self.plan.compression)
-            sent = decode(blob, shapes=self.plan.shapes)
-            return [sent.dense(name) for name in self.names]
-
-        made = update.cut(self._weights(self._stand), local, compress=compress)
+        shapes, compression = self.plan.shapes, self.plan.compression
+        learned = update.learned(self._stand.weights, local)
+        blob = encode(learned, header=header, compression=compression)
+        sent = decode(blob, shapes=shapes, compression=compression)
+        made = update.Cut.of(learned, {name: sent.dense(name) for name in shapes})
         digest = hashlib.sha256(blob).digest()
         own = OwnCut(Record(rules.run, number, base, len(blob), digest), blob, made)
         with self.lock:
@@ -222,17 +218,14 @@ class Replica:
 
     # Both, with the lock --------------------------------------------------------------
 
-    def _weights(self, state: State) -> list[Tensor]:
-        return [state.weights[name] for name in self.names]
-
-    def _pending(self) -> list[Tensor]:
+    def _pending(self) -> dict[str, Tensor]:
         self.moves += 1
         if self._move is None:
-            self._move = [torch.zeros(self.plan.shapes[name]) for name in self.names]
+            self._move = {name: torch.zeros(shape) for name, shape in self.plan.shapes.items()}
         return self._move
 
     def _go_to(self, state: State) -> None:
-        update.settle(self._pending(), self._weights(self._stand), self._weights(state))
+        update.settle(self._pending(), self._stand.weights, state.weights)
         self._stand = state
 
     def _take_off(self, transfer: Transfer) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class SparselocoStrategy(Strategy):
         )
         self._lock = threading.Lock()
         self._wanted: int | None = None
-        self._copy: tuple[int, int, list[Tensor]] | None = None
+        self._copy: tuple[int, int, dict[str, Tensor]] | None = None
         self._steps = 0
         self._cut_at = 0
         self._moves = 0
@@ -109,14 +109,11 @@ class SparselocoStrategy(Strategy):
         """Replace weights that are not finite by the global state; what was learned since is
         lost."""
         with self._lock:
-            if all(bool(torch.isfinite(each).all()) for each in self._parameters()):
+            if all(bool(torch.isfinite(each).all()) for each in self._parameters().values()):
                 return True
             self.replica.apply_move(self._parameters())
-            weights = self.replica.state.weights
-            nothing = [torch.zeros(self.plan.shapes[name]) for name in self.replica.names]
-            update.rebase(
-                self._parameters(), [weights[name] for name in self.replica.names], update=nothing
-            )
+            nothing = {name: torch.zeros(shape) for name, shape in self.plan.shapes.items()}
+            update.rebase(self._parameters(), self.replica.state.weights, update=nothing)
             self.zero_grad()
             self.optimizer.state.clear()
             tell(
@@ -128,28 +125,26 @@ class SparselocoStrategy(Strategy):
         self, *, timeout_seconds: float = 60.0
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with between_steps(self._lock, timeout_seconds=timeout_seconds):
-            names = self.replica.names
             position, cuts, learned = self.replica.snapshot(self._parameters())
-            tensors = {f"u.{name}": each for name, each in zip(names, learned, strict=True)}
+            tensors = {f"u.{name}": each for name, each in learned.items()}
             weights = self.replica.state.weights
             counts = position.held is not None and position.held != self._start_hash
             if not counts:  # the local weights are worth more
-                weights = {n: weights[n] - u for n, u in zip(names, learned, strict=True)}
+                weights = {name: weights[name] - u for name, u in learned.items()}
             tensors |= {f"weights.{name}": value for name, value in weights.items()}
-            tensors |= checkpoint.cuts_to_tensors(cuts, names)
+            tensors |= checkpoint.cuts_to_tensors(cuts)
             tensors |= checkpoint.optimizer_to_tensors(self.optimizer)
         content = checkpoint.position_to_json(position)
         return tensors, {"epoch": self.epoch, "rows": 0, "counts": counts, "position": content}
 
     def load_state_dict(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        names = self.replica.names
         position = checkpoint.position_from_json(metadata["position"])
         if position.hotkey != self.replica.position.hotkey:
             raise ValueError("it belongs to another hotkey")
-        learned = [tensors[f"u.{name}"] for name in names]
-        if any(each.shape != self.plan.shapes[n] for n, each in zip(names, learned, strict=True)):
+        learned = {name: tensors[f"u.{name}"] for name in self.plan.shapes}
+        if any(each.shape != self.plan.shapes[name] for name, each in learned.items()):
             raise ValueError("it is of another model")
-        cuts = checkpoint.cuts_from_tensors(tensors, self.plan, names)
+        cuts = checkpoint.cuts_from_tensors(tensors, self.plan)
         inner = checkpoint.optimizer_state(tensors, self.optimizer)
         self._resume(position, cuts, learned)
         self.optimizer.load_state_dict(inner)
@@ -185,9 +180,9 @@ class SparselocoStrategy(Strategy):
 
     # The training thread ---------------------------------------------------------------
 
-    def _parameters(self) -> list[Tensor]:
+    def _parameters(self) -> dict[str, Tensor]:
         named = dict(self.model.named_parameters())
-        return [named[name].detach() for name in self.replica.names]
+        return {name: named[name].detach() for name in self.plan.shapes}
 
     def _at_boundary(self) -> None:
         """Between two steps: apply the pending move, and copy the weights if a cut is due."""
@@ -195,7 +190,10 @@ class SparselocoStrategy(Strategy):
         moves = self.replica.apply_move(self._parameters())
         number, self._wanted = self._wanted, None
         if number is not None:
-            copy = [each.to("cpu", torch.float32, copy=True) for each in self._parameters()]
+            copy = {
+                name: each.to("cpu", torch.float32, copy=True)
+                for name, each in self._parameters().items()
+            }
             self._copy = number, moves, copy
         if moves != self._moves:
             self._moves = moves
@@ -204,7 +202,7 @@ class SparselocoStrategy(Strategy):
 
     # The follower's thread ---------------------------------------------------------------
 
-    def _copied_weights(self, number: int) -> tuple[int, list[Tensor]] | None:
+    def _copied_weights(self, number: int) -> tuple[int, dict[str, Tensor]] | None:
         """Called by the follower: the copy for this round, or None, which requests one."""
         copy, self._copy = self._copy, None
         if copy is not None and copy[0] == number:
@@ -222,13 +220,13 @@ class SparselocoStrategy(Strategy):
 
     def _save_cut(self) -> None:
         checkpoint.write_journal(
-            self.log.folder / JOURNAL, self.replica.position, self.replica.cuts, self.replica.names
+            self.log.folder / JOURNAL, self.replica.position, self.replica.cuts
         )
 
     # Resuming ----------------------------------------------------------------------------
 
     def _resume(
-        self, position: Position, cuts: Mapping[bytes, OwnCut], learned: Sequence[Tensor]
+        self, position: Position, cuts: Mapping[bytes, OwnCut], learned: Mapping[str, Tensor]
     ) -> None:
         states = [
             state
@@ -237,15 +235,14 @@ class SparselocoStrategy(Strategy):
         ]
         with self._lock:
             self.replica.resume(position, cuts=cuts, states=states)
-            stand = [self.replica.state.weights[name] for name in self.replica.names]
-            update.rebase(self._parameters(), stand, update=learned)
+            update.rebase(self._parameters(), self.replica.state.weights, update=learned)
             self.follower.decided = -1 if position.round is None else position.round
             self._steps += 1  # what was learned may not have been sent yet
 
     def _resume_cut(self) -> None:
         """Resume from the last cut, if no checkpoint was taken after it: its blob may be known
         to the chain, so a second one of that round must not be made."""
-        journal = checkpoint.read_journal(self.log.folder / JOURNAL, self.plan, self.replica.names)
+        journal = checkpoint.read_journal(self.log.folder / JOURNAL, self.plan)
         if journal is None:
             return
         position, cuts = journal
@@ -258,5 +255,5 @@ class SparselocoStrategy(Strategy):
         own = cuts[cut.blob_hash].cut
         if len(own.left) != len(own.sent):
             return
-        learned = [q.add(e) for q, e in zip(own.sent, own.left, strict=True)]
+        learned = {name: q.add(own.left[name]) for name, q in own.sent.items()}
         self._resume(position, cuts, learned)

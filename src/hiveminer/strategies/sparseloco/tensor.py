@@ -64,12 +64,9 @@ class Compression:
 class Raw:
     values: NDArray[np.float32]
 
-    def kept(self) -> Iterator[NDArray[np.int64]]:
-        yield np.flatnonzero(self.values)
-
     def pieces(self) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
-        for where in self.kept():
-            yield where, torch.from_numpy(self.values[where])
+        where = np.flatnonzero(self.values)
+        yield where, torch.from_numpy(self.values[where])
 
     def squared_norm(self) -> float:
         return math.fsum(value * value for value in self.values.tolist())
@@ -93,15 +90,12 @@ class Coded:
     levels: NDArray[np.uint16]
     planes: tuple[Packed, ...]
 
-    def kept(self) -> Iterator[NDArray[np.int64]]:
-        return _coordinates(self.marked, count=self.count, size=self.size)
-
     def cells(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], int]]:
         """In pieces: coordinates, the cell of `levels` of each value, and the number of the
         first value."""
         width = self.levels.shape[1]
         done, row, chunk_before = 0, -1, -1
-        for where in self.kept():
+        for where in _coordinates(self.marked, count=self.count, size=self.size):
             chunk_of = where // self.chunk
             cell = np.cumsum(np.diff(chunk_of, prepend=chunk_before) != 0)
             cell += row
@@ -185,7 +179,7 @@ def encode_tensor(flat: NDArray[np.float32], compression: Compression) -> Raw | 
         signs_of.append(flat[kept] < 0)
         numbers_of.append(numbers)
     if not kept_of:
-        return _nothing(size, chunk, 1 << (compression.bits - 1))
+        return _nothing(size, compression)
     marked = np.concatenate(kept_of)
     count = len(marked)
     if _by_others(count, size):
@@ -225,17 +219,18 @@ def _select(rows: NDArray[np.float32], kept: int) -> NDArray[np.int64]:
     return chosen
 
 
-def _nothing(size: int, chunk: int, levels: int) -> Coded:
-    table = np.zeros((0, levels), np.uint16)
-    return Coded(size, chunk, 0, np.zeros(0, np.int32), table, ())
+def _nothing(size: int, compression: Compression) -> Coded:
+    levels = np.zeros((0, 1 << (compression.bits - 1)), np.uint16)
+    return Coded(size, compression.chunk, 0, np.zeros(0, np.int32), levels, ())
 
 
-def decode_tensor(reader: Reader, size: int, *, chunk: int, bits: int, most: int) -> Raw | Coded:
+def decode_tensor(reader: Reader, size: int, compression: Compression) -> Raw | Coded:
     if size < RAW_BELOW:
         return _decode_raw(reader, size)
     (count,) = reader.unpack(_COUNT)
     if not count:
-        return _nothing(size, chunk, 1 << (bits - 1))
+        return _nothing(size, compression)
+    most, chunk, bits = compression.kept_of_tensor(size), compression.chunk, compression.bits
     if count > most:
         raise BlobError(f"{count} values, of {size} elements at most {most} are sent")
     if bits * packed_size(count) > reader.left:

@@ -13,13 +13,13 @@ A cut sends q and leaves out e = u - q. For each peer, at any time and up to rou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-Tensors = Sequence[Tensor]
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,55 +30,31 @@ class Cut:
     the cut settles; see `settled`.
     """
 
-    sent: list[Tensor]
-    left: list[Tensor]
+    sent: Tensors
+    left: Tensors
+
+    @classmethod
+    def of(cls, learned: Tensors, sent: Tensors) -> Cut:
+        """The cut of u, `learned`, from whose blob q, `sent`, was decoded."""
+        return cls(sent, {name: u.sub(sent[name]) for name, u in learned.items()})
 
     def settled(self) -> Cut:
         """Without e, which `give_back` does not need."""
-        return Cut(self.sent, [])
-
-    def taken(self, index: int, *, keep: float) -> Tensor:
-        """What leaves tensor `index` of u when the cut counts: q + (1 - keep) e."""
-        sent = self.sent[index]
-        return sent if keep == 1 else self.left[index].mul(1 - keep).add_(sent)
+        return Cut(self.sent, {})
 
 
 @torch.no_grad()
-def learned(state: Tensors, local: Tensors) -> list[Tensor]:
+def learned(state: Tensors, local: Tensors) -> dict[str, Tensor]:
     """u = state - local, float32 on the CPU."""
-    return [
-        theirs.sub(own.to("cpu", torch.float32)) for theirs, own in zip(state, local, strict=True)
-    ]
-
-
-def cut(state: Tensors, local: Tensors, *, compress: Callable[[list[Tensor]], list[Tensor]]) -> Cut:
-    """Cut what was learned so far, without changing `local`.
-
-    compress: u to q, the values that are decoded from the blob of u.
-    """
-    update = learned(state, local)
-    sent = compress(update)
-    with torch.no_grad():
-        return Cut(sent, [u.sub(q) for u, q in zip(update, sent, strict=True)])
+    return {name: state[name].sub(own.to("cpu", torch.float32)) for name, own in local.items()}
 
 
 @torch.no_grad()
-def settle(
-    local: Tensors, old: Tensors, new: Tensors, *, counted: Cut | None = None, keep: float = 1.0
-) -> None:
-    """Move `local` in place from the global state `old` to `new`: when a round is decided, and
-    back again, with `give_back`, when it is void.
-
-    counted: the peer's own cut, if its blob counts in `new`. Otherwise (no mark, no record,
-        another parent, no cut) u does not change, and nothing is lost.
-    keep: the share of e that is sent later; the rest is forgotten. Nothing is forgotten of a cut
-        that does not count.
-    """
-    for index, (own, before, after) in enumerate(zip(local, old, new, strict=True)):
-        move = after.sub(before)
-        if counted is not None:
-            move.add_(counted.taken(index, keep=keep))
-        own.add_(move.to(own.device))
+def settle(local: Tensors, old: Tensors, new: Tensors) -> None:
+    """Move `local` in place from the global state `old` to `new`. u does not change: what leaves
+    it when an own blob counts is up to `take_off`."""
+    for name, own in local.items():
+        own.add_(new[name].sub(old[name]).to(own.device))
 
 
 @torch.no_grad()
@@ -87,20 +63,25 @@ def rebase(local: Tensors, state: Tensors, *, update: Tensors) -> None:
 
     update: u, as `learned` returned it for the state on which the peer stood.
     """
-    for own, theirs, u in zip(local, state, update, strict=True):
-        own.copy_(theirs.sub(u))
+    for name, own in local.items():
+        own.copy_(state[name].sub(update[name]))
 
 
 @torch.no_grad()
 def take_off(local: Tensors, counted: Cut, *, keep: float) -> None:
-    """Take q + (1 - keep) e of a cut that counts off u, by moving `local` in place."""
-    for index, own in enumerate(local):
-        own.add_(counted.taken(index, keep=keep).to(own.device))
+    """Take q + (1 - keep) e of a cut that counts off u, by moving `local` in place.
+
+    keep: the share of e that is sent later; the rest is forgotten.
+    """
+    for name, own in local.items():
+        sent = counted.sent[name]
+        taken = sent if keep == 1 else counted.left[name].mul(1 - keep).add_(sent)
+        own.add_(taken.to(own.device))
 
 
 @torch.no_grad()
 def give_back(local: Tensors, counted: Cut) -> None:
     """Add q of a cut that no longer counts to u, by moving `local` in place. What was forgotten
     stays forgotten, so the cut need not hold e."""
-    for own, sent in zip(local, counted.sent, strict=True):
-        own.sub_(sent.to(own.device))
+    for name, own in local.items():
+        own.sub_(counted.sent[name].to(own.device))
