@@ -10,7 +10,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -25,11 +25,10 @@ KINDS = {
     ".ndjson": "json",
     ".json": "json",
     ".parquet": "parquet",
+    ".md": "text",
 }
-"""Kinds of files, by suffix."""
-
-MARKDOWN = ".md"
-"""Read as text if a folder has nothing else, or if the file itself is named."""
+"""Kinds of files, by suffix. A folder's Markdown is read if it holds nothing else: beside other
+files, it is about the data."""
 
 ABOUT_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "state.json"})
 """Files without rows that `datasets` writes beside data."""
@@ -78,17 +77,21 @@ def find_files(path: Path, *, split: str) -> tuple[str, list[Path], list[Path]]:
         if not path.is_dir():
             if "[" in split:
                 refuse(path, f"data.split {split!r}: only hub data sets can be sliced")
-            return _kind_of_file(path), [path], []
+            kind = KINDS.get(path.suffix.lower())
+            if kind is None:
+                ends = ", ".join(KINDS)
+                refuse(path, f"its name ends in none of {ends}: convert, unpack or rename it")
+            if not path.is_file():
+                refuse(path, "not a regular file")
+            return kind, [path], []
         entries = sorted(_walk(path, ()))
     except OSError as error:
         refuse(Path(error.filename or path), f"cannot be read: {error.strerror or error}")
     files = [entry for entry in entries if _kind(entry) is not None]
-    if not files:  # a folder of notes; beside other data, Markdown is about the data
-        files = [entry for entry in entries if _is_markdown(entry)]
+    files = [file for file in files if not _is_markdown(file)] or files
     if not files:
-        kinds = ", ".join((*KINDS, MARKDOWN))
         names = f"; it holds {_names(path, entries)}" if entries else ""
-        refuse(path, f"no file in it ends in {kinds}{names}")
+        refuse(path, f"no file in it ends in {', '.join(KINDS)}{names}")
     files = _of_split(path, files, split)
     kinds_found = {_kind(file): file for file in reversed(files)}
     if len(kinds_found) > 1:
@@ -103,16 +106,7 @@ def _kind(path: Path) -> str | None:
 
 
 def _is_markdown(path: Path) -> bool:
-    return path.suffix.lower() == MARKDOWN and path.is_file()
-
-
-def _kind_of_file(path: Path) -> str:
-    kind = "text" if _is_markdown(path) else KINDS.get(path.suffix.lower())
-    if kind is None:
-        refuse(path, f"its name ends in none of {', '.join(KINDS)}: convert, unpack or rename it")
-    if not path.is_file():
-        refuse(path, "not a regular file")
-    return kind
+    return path.suffix.lower() == ".md"
 
 
 def _walk(folder: Path, above: Sequence[Path]) -> Iterator[Path]:
@@ -124,7 +118,7 @@ def _walk(folder: Path, above: Sequence[Path]) -> Iterator[Path]:
             continue
         if entry.is_dir():
             yield from _walk(entry, (*above, real))
-        elif _kind(entry) is None or entry.is_file():
+        elif entry.is_file() or _kind(entry) is None or _is_markdown(entry):
             yield entry
         else:
             refuse(entry, "not a regular file, or a broken link")
@@ -232,43 +226,28 @@ def _decode(path: Path, data: bytes, *, line: int) -> str:
 # JSON --------------------------------------------------------------------------------------
 
 
-class _Records:
-    """Extracts and checks one column of a file's records."""
-
-    def __init__(self, path: Path, column: str):
-        self.path = path
-        self.column = column
-        self.names: dict[str, None] = {}
-        """A few of the records' keys, in order."""
-        self.count = 0
-        self.found = False
-
-    def text(self, record: object, place: str) -> str:
-        """The record's text, empty if it has none. place: of the record, for errors."""
+def _column(path: Path, column: str, records: Iterable[tuple[str, object]]) -> Iterator[str]:
+    """One column of (place, record) pairs, empty text where a record has none. Refuses a file
+    without the column after its last record."""
+    names: dict[str, None] = {}
+    found: set[bool] = set()
+    for place, record in records:
         if not isinstance(record, dict):
-            refuse(self.path, f"{place}: {_type(record)}, expected an object")
-        self.count += 1
-        if self.column not in record:
-            if len(self.names) < 20:
-                self.names.update(dict.fromkeys(record))
-            return ""
-        self.found = True
-        value = record[self.column]
-        if value is None:
-            return ""
-        if not isinstance(value, str):
-            refuse(self.path, f"{place}: column {self.column!r} is {_type(value)}, expected text")
+            refuse(path, f"{place}: {_type(record)}, expected an object")
+        found.add(column in record)
+        if column not in record and len(names) < 20:
+            names.update(dict.fromkeys(record))
+        text = "" if record.get(column) is None else record[column]
+        if not isinstance(text, str):
+            refuse(path, f"{place}: column {column!r} is {_type(text)}, expected text")
         try:
-            value.encode("utf-8")
+            text.encode("utf-8")
         except UnicodeEncodeError as error:
-            letter = f"\\u{ord(value[error.start]):04x}"
-            refuse(self.path, f"{place}: column {self.column!r} holds half a character, {letter}")
-        return value
-
-    def check(self) -> None:
-        """Call after the last record: refuses a file without the column."""
-        if self.count and not self.found:
-            refuse_column(self.path, self.column, list(self.names))
+            letter = f"\\u{ord(text[error.start]):04x}"
+            refuse(path, f"{place}: column {column!r} holds half a character, {letter}")
+        yield text
+    if found == {False}:
+        refuse_column(path, column, list(names))
 
 
 def _type(value: object) -> str:
@@ -277,24 +256,21 @@ def _type(value: object) -> str:
 
 
 def refuse_column(path: Path, column: str, names: Sequence[str]) -> NoReturn:
-    listed = ", ".join(names[:20]) or "none"
-    listed = "".join(letter if letter.isprintable() else "?" for letter in listed)[:200]
+    listed = printable(", ".join(names[:20]) or "none")[:200]
     refuse(path, f"no column {column!r}; it has {listed} (data.column in run.toml)")
 
 
 def read_json(path: Path, stream: BinaryIO, column: str) -> Iterator[str]:
     """One column of a file of JSON objects: one per line, or an array, or pretty-printed."""
-    records = _Records(path, column)
     start = stream.read(len(LFS_POINTER))
     check_start(path, start)
     begin = len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0
     stream.seek(begin)
     by_line = _begins_with_a_record(stream)
     stream.seek(begin)
-    pairs = _lines(path, stream) if by_line else _values(path, stream.read())
-    for place, record in pairs:
-        yield records.text(record, place)
-    records.check()
+    yield from _column(
+        path, column, _lines(path, stream) if by_line else _values(path, stream.read())
+    )
 
 
 def _begins_with_a_record(stream: BinaryIO) -> bool:
@@ -390,10 +366,5 @@ def read_parquet(path: Path, stream: BinaryIO, column: str) -> Iterator[str]:
 def check_type(path: Path, column: str, kind: Any) -> None:
     """Refuse an Arrow type that is not text."""
     values = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    is_text = (
-        pyarrow.types.is_string(values)
-        or pyarrow.types.is_large_string(values)
-        or str(values) == "string_view"
-    )
-    if not is_text:
+    if str(values) not in ("string", "large_string", "string_view"):
         refuse(path, f"column {column!r} is {str(kind)[:80]}, expected text")
