@@ -37,6 +37,17 @@ def write_parquet(path: Path, texts: Sequence[str | None]) -> Path:
     return path
 
 
+def write_rows(path: Path, texts: Sequence[str]) -> None:
+    """Write a file of the kind that its suffix names; plain text has the first one only."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        write_parquet(path, texts)
+    elif path.suffix == ".jsonl":
+        write_lines(path, texts)
+    else:
+        path.write_text(texts[0])
+
+
 def refused(path: Path | str, words: str, **section: Any) -> str:
     """The one line in which a path is refused."""
     with pytest.raises(OperatorError, match=words) as caught:
