@@ -10,11 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hiveminer.training.checkpoint import (
-    Checkpoint,
-    Checkpoints,
-    newest,
-)
+from hiveminer.training.checkpoint import Checkpoint, Checkpoints, newest
 
 
 def tensors(number: int) -> dict[str, Tensor]:
@@ -53,18 +49,15 @@ def the_one_before(folder: Path, words: str = "") -> None:
     assert "\n" not in refused[0]
 
 
+def length_and_hash(path: Path) -> dict[str, Any]:
+    """What a manifest says of its tensors' file."""
+    content = path.read_bytes()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
 def rewrite(path: Path, **changes: Any) -> None:
     """Change a manifest, with the hash that belongs to it."""
     content = json.loads(path.read_bytes()) | changes
     del content["sha256"]
     content["sha256"] = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     path.write_text(json.dumps(content))
-
-
-def rewrite_as_0_1(path: Path) -> None:
-    """Rewrite a manifest as version 0.1 wrote it: signed, and in canonical JSON."""
-    content = json.loads(path.read_bytes())
-    del content["sha256"]
-    content["signature"] = "5a" * 64
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    path.write_bytes(text.encode("ascii") + b"\n")

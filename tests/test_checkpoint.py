@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 import threading
@@ -12,17 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import is_number, look_in, rewrite, tensors, the_one_before, written
+from checkpoints import (
+    is_number,
+    length_and_hash,
+    look_in,
+    rewrite,
+    tensors,
+    the_one_before,
+    written,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from tiny import no_file_longer_than
 
-from hiveminer.training.checkpoint import (
-    MANIFEST,
-    STATE,
-    Checkpoints,
-)
+from hiveminer.training.checkpoint import MANIFEST, STATE, Checkpoints
 from hiveminer.validation.scores import SavedScores, ScoreTable
 from programs import started
 
@@ -50,15 +53,6 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
         assert torch.equal(found.tensors[name], value)
 
 
-def test_facts_alone_need_no_tensors(tmp_path: Path) -> None:
-    kept = Checkpoints(tmp_path)
-    kept.save(None, {"scores": {}})
-    assert [path.name for path in (tmp_path / "checkpoint-000001").iterdir()] == [MANIFEST]
-    found = kept.load()
-    assert found is not None
-    assert (found.metadata, found.tensors) == ({"scores": {}}, {})
-
-
 def test_the_last_three_are_kept(tmp_path: Path) -> None:
     kept = written(tmp_path, count=12)
     names = sorted(path.name for path in tmp_path.iterdir())
@@ -71,9 +65,7 @@ def test_the_last_three_are_kept(tmp_path: Path) -> None:
 def test_numbers_go_by_their_value(tmp_path: Path) -> None:
     kept = written(tmp_path)
     for name, number in (("checkpoint-999999", 999_999), ("checkpoint-09999999", 9_999_999)):
-        (tmp_path / name).mkdir()
-        shutil.copy(tmp_path / "checkpoint-000002" / MANIFEST, tmp_path / name)
-        shutil.copy(tmp_path / "checkpoint-000002" / STATE, tmp_path / name)
+        shutil.copytree(tmp_path / "checkpoint-000002", tmp_path / name)
         rewrite(tmp_path / name / MANIFEST, number=number)
     found, refused = look_in(tmp_path)
     assert found is not None
@@ -98,10 +90,8 @@ def test_leftovers_of_a_crash_are_swept_at_start(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "checkpoint-000002", tmp_path / ".draft-x7")
     (tmp_path / ".draft-checkpoint-000000").mkdir()
     assert is_number(Checkpoints(tmp_path).load(), 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "checkpoint-000001",
-        "checkpoint-000002",
-    ]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["checkpoint-000001", "checkpoint-000002"]
 
 
 def test_an_empty_and_a_missing_folder_hold_none(tmp_path: Path) -> None:
@@ -128,7 +118,8 @@ def test_facts_come_back_as_they_were(tmp_path: Path, facts: dict[str, Any]) -> 
     assert kept.save(None, facts) is not None
     found = kept.load()
     assert found is not None
-    assert found.metadata == facts
+    assert (found.metadata, found.tensors) == (facts, {})
+    assert [path.name for path in (tmp_path / found.name).iterdir()] == [MANIFEST]
 
 
 # --- a disk that fails ------------------------------------------------------------------------
@@ -177,9 +168,7 @@ def test_what_is_not_finite_is_neither_kept_nor_used(tmp_path: Path, bad: float)
     assert is_number(kept.load(), 2)
     path = tmp_path / "checkpoint-000002" / STATE
     save_file(values, path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    said = {"bytes": path.stat().st_size, "sha256": digest}
-    rewrite(path.with_name(MANIFEST), state=said)
+    rewrite(path.with_name(MANIFEST), state=length_and_hash(path))
     the_one_before(tmp_path, "not finite")
 
 

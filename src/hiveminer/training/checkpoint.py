@@ -84,9 +84,8 @@ class Checkpoints:
         self._writers: list[threading.Thread] = []
         self._closed = False
         self._last_error = ""
-        for entry in _entries(folder):
-            if entry.name.startswith(DRAFT):
-                shutil.rmtree(entry, ignore_errors=True)
+        for draft in folder.glob(f"{DRAFT}*"):
+            shutil.rmtree(draft, ignore_errors=True)
 
     @property
     def writing(self) -> bool:
@@ -163,9 +162,7 @@ class Checkpoints:
                 sync(draft / STATE)
                 state = _length_and_hash(draft / STATE)
             number = 1 + max(_numbers(self.folder), default=0)
-            content = {
-                "format": FORMAT, "number": number, "facts": dict(metadata), "state": state
-            }  # fmt: skip
+            content = {"format": FORMAT, "number": number, "facts": dict(metadata), "state": state}
             content["sha256"] = _content_hash(content)
             text = json.dumps(content, allow_nan=False).encode()
             if len(text) > MAX_MANIFEST_BYTES:
@@ -227,17 +224,9 @@ def _name(number: int) -> str:
 
 def _numbers(folder: Path) -> list[int]:
     """Numbers of all checkpoints there, valid or not, in order."""
-    names = {path.name for path in _entries(folder)}
-    matches = (re.fullmatch(r"checkpoint-(\d{6,15})", name) for name in names)
-    numbers = (int(match[1]) for match in matches if match is not None)
-    return sorted(number for number in numbers if _name(number) in names)
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError:  # not created yet, or not readable
-        return []
+    name = re.compile(r"checkpoint-([0-9]{6}|[1-9][0-9]{6,14})")
+    matches = (name.fullmatch(path.name) for path in folder.glob("checkpoint-*"))
+    return sorted(int(match[1]) for match in matches if match is not None)
 
 
 # Reading -----------------------------------------------------------------------------------
