@@ -82,7 +82,7 @@ averager = Averager(
 )
 for name, pid, act in (
     ("averager", averager.pid, lambda: averager._outer_pipe.send(("deafen", [], {}))),
-    ("DHT", peer.process, lambda: peer.dht.run_coroutine(deafen_dht, return_future=True)),
+    ("DHT", peer.dht.pid, lambda: peer.dht.run_coroutine(deafen_dht, return_future=True)),
 ):
     children = ChildProcesses()
     children.watch(name, pid)

@@ -103,7 +103,7 @@ class Donors:
 
     def inspector(self) -> StateInspector:
         return StateInspector(
-            self, run_id="run", own_id=US, stub_of=self.stub_of,
+            dht=self, run_id="run", own_id=US, stub_of=self.stub_of,
             weights=len(WEIGHTS), all_bytes=ALL_BYTES, attempts=1,
         )  # fmt: skip
 

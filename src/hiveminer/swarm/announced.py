@@ -11,13 +11,13 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from hivemind.p2p import PeerID
 from hivemind.utils.timed_storage import get_dht_time
 
 from hiveminer.errors import first_line
-from hiveminer.swarm.peer import addresses_in, peer_id_of
+from hiveminer.swarm.peer import Peer, addresses_in, peer_id_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +36,6 @@ MAX_PEERS = 512
 """Records to use; of more, a random choice, so that a flood cannot hide the same ones each time."""
 
 
-class Announcing(Protocol):
-    """What is needed of a `Peer`."""
-
-    dht: Any
-    peer_id: str
-
-    @property
-    def commitment(self) -> str: ...
-
-
 class AnnouncedAddresses:
     """Called for the addresses of all other peers in the DHT; writes and reads them when due.
 
@@ -53,7 +43,7 @@ class AnnouncedAddresses:
     time. run: separates the runs.
     """
 
-    def __init__(self, peer: Announcing, *, run: str, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, peer: Peer, *, run: str, clock: Callable[[], float] = time.monotonic):
         self._peer = peer
         self._key = f"addresses.{run}"
         self._clock = clock

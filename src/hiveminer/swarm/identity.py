@@ -14,6 +14,7 @@ import contextlib
 import functools
 import logging
 import math
+import re
 import tempfile
 import time
 from collections import OrderedDict
@@ -46,8 +47,9 @@ DOMAIN = b"hiveminer peer token 1\n"
 """Prefix of what a hotkey signs. With the key it is longer than 256 bytes, so it can never be a
 transaction's payload: of a long one the hash is signed."""
 
-MAX_HOTKEY = 64
-MAX_RUN_ID = 128
+USERNAME = re.compile(r"([!-~]{1,64}) ([!-~]{1,128})")
+"""Of a token: the hotkey and the run id. It may be logged."""
+
 MAX_TIME = 20
 MAX_NONCE = 32
 MAX_PEER_ID = 64
@@ -77,17 +79,13 @@ class Identity:
             raise OperatorError(
                 "the hotkey is not sr25519: make one with `btcli wallet new-hotkey`"
             )
-        assert len(run_id) <= MAX_RUN_ID
-        assert " " not in run_id
         self._keypair = hotkey_keypair
         self.hotkey = str(hotkey_keypair.ss58_address)
         self.run_id = run_id
         self.key_path = key_path
         self.private_key = RSAPrivateKey() if key_path is None else load_or_make(key_path)
         self.public_key: bytes = self.private_key.get_public_key().to_bytes()
-        peer_id = peer_id_of_key(self.public_key)
-        assert peer_id is not None
-        self.peer_id = peer_id
+        self.peer_id = str(peer_id_of_key(self.public_key))
 
     def endorse(self, *, expires: float) -> Any:
         """A token that is valid until `expires` (seconds since 1970)."""
@@ -155,7 +153,7 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
         self._clock = clock
         self._is_signed = is_signed
         self._remembered_tokens = remembered_tokens
-        self._admitted = frozenset(admitted)
+        self.admitted = frozenset(admitted)
         self._proofs: OrderedDict[bytes, Proof] = OrderedDict()
         self._by_hotkey: dict[str, Proof] = {}
         self._by_peer: dict[str, Proof] = {}
@@ -163,28 +161,22 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
         self._asking: dict[str, asyncio.Task[Any]] = {}
         self._ask_again_at: dict[str, float] = {}
 
-    @property
-    def admitted(self) -> frozenset[str]:
-        """The admitted hotkeys."""
-        return self._admitted
-
     def admit(self, hotkeys: Collection[str]) -> None:
         """Admit these hotkeys, and no others."""
-        self._admitted = frozenset(hotkeys)
-        for hotkey in self._by_hotkey.keys() - self._admitted:
+        self.admitted = frozenset(hotkeys)
+        for hotkey in self._by_hotkey.keys() - self.admitted:
             self._by_peer.pop(self._by_hotkey.pop(hotkey).peer_id, None)
-        for raw in [
-            raw for raw, proof in self._proofs.items() if proof.hotkey not in self._admitted
-        ]:
-            del self._proofs[raw]
-        for hotkey in self._tell_again_at.keys() - self._admitted:
+        for raw, proof in list(self._proofs.items()):
+            if proof.hotkey not in self.admitted:
+                del self._proofs[raw]
+        for hotkey in self._tell_again_at.keys() - self.admitted:
             del self._tell_again_at[hotkey]
         self._ask_again_at.clear()
 
     def hotkey_of(self, peer_id: str) -> str | None:
         """The admitted hotkey that this peer id has proved, or None."""
         if peer_id == self.identity.peer_id:
-            return self.identity.hotkey if self.identity.hotkey in self._admitted else None
+            return self.identity.hotkey if self.identity.hotkey in self.admitted else None
         proof = self._by_peer.get(peer_id)
         return proof.hotkey if proof is not None and proof.expires > self._clock() else None
 
@@ -236,7 +228,7 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
         if claim is None:
             return "no token of ours"
         hotkey, run_id, expires = claim
-        if hotkey not in self._admitted:
+        if hotkey not in self.admitted:
             return f"hotkey {hotkey} is not registered"
         proof = self._prove(token, hotkey=hotkey, run_id=run_id, expires=expires)
         if proof is None:
@@ -397,13 +389,13 @@ async def change_admitted(
 
 async def proved_peers(_dht: Any, node: Any) -> dict[str, str]:
     """Runs in the DHT's process: the registered hotkeys of other peers, by peer id."""
-    found: dict[str, str] = node.protocol.authorizer.proved()
-    return found
+    authorizer: Authorizer = node.protocol.authorizer
+    return authorizer.proved()
 
 
 async def known_hotkey(_dht: Any, node: Any, *, peer_id: str) -> str | None:
     """Runs in the DHT's process: as `identify`, but nobody is asked."""
-    authorizer = node.protocol.authorizer
+    authorizer: Authorizer | None = node.protocol.authorizer
     return "" if authorizer is None else authorizer.hotkey_of(peer_id)
 
 
@@ -412,13 +404,12 @@ async def identify(_dht: Any, node: Any, *, peer_id: str, timeout_seconds: float
 
     An unknown peer is pinged, and its signed answer proves it. "" if the DHT has no authorizer.
     """
-    authorizer = node.protocol.authorizer
+    authorizer: Authorizer | None = node.protocol.authorizer
     if authorizer is None:
         return ""
-    found: str | None = await authorizer.identify(
+    return await authorizer.identify(
         peer_id, ask=node.protocol.call_ping, timeout_seconds=timeout_seconds
     )
-    return found
 
 
 def _statement(token: Any) -> bytes:
@@ -432,18 +423,13 @@ def _claim(token: Any) -> tuple[str, str, float] | None:
 
     Uses no cryptography, and nothing that is slow for a long field.
     """
-    if len(token.username) > MAX_HOTKEY + 1 + MAX_RUN_ID or len(token.signature) != 64:
+    names = USERNAME.fullmatch(token.username)
+    if names is None or len(token.signature) != 64 or len(token.public_key) > MAX_PUBLIC_KEY:
         return None
-    if len(token.public_key) > MAX_PUBLIC_KEY or len(token.expiration_time) > MAX_TIME:
-        return None
-    hotkey, separator, run_id = token.username.partition(" ")
-    # It may be logged.
-    if not separator or " " in run_id or not (run_id.isascii() and run_id.isprintable()):
-        return None
-    if len(hotkey) > MAX_HOTKEY or len(run_id) > MAX_RUN_ID:
+    if len(token.expiration_time) > MAX_TIME:
         return None
     try:
         expires = float(token.expiration_time)
     except ValueError:
         return None
-    return (hotkey, run_id, expires) if math.isfinite(expires) else None
+    return (names[1], names[2], expires) if math.isfinite(expires) else None

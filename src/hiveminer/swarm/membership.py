@@ -41,7 +41,7 @@ class Membership:
         self._registered = registered
         self._addresses = addresses
         self._children = ChildProcesses()
-        self._children.watch("the DHT's process", peer.process)
+        self._children.watch("the DHT's process", peer.dht.pid)
 
     def watch(self, name: str, process: int) -> None:
         """Watch another child process."""

@@ -152,11 +152,9 @@ class Peer:
         start_shared_memory()
         mark_temporary_folder()
         self._claim = _claim_port(port)
-        family = "ip6" if ipaddress.ip_address(ip).version == 6 else "ip4"
         self.client_only = client_only
         self.quic = quic and port != 0 and not client_only
         options: dict[str, Any] = {
-            "host_maddrs": self._places(f"/{family}/{ip}", port),
             "startup_timeout": START_SECONDS,
             # Asking a router to forward ports is the operator's decision, not ours.
             "nat_port_map": False,
@@ -165,12 +163,10 @@ class Peer:
         }
         if client_only:
             options |= {"client_mode": True, "no_listen": True}
-            options.pop("host_maddrs")
-        elif announce_ip is not None:
-            told = "ip6" if ipaddress.ip_address(announce_ip).version == 6 else "ip4"
-            options["announce_maddrs"] = self._places(
-                f"/{told}/{announce_ip}", announce_port or port
-            )
+        else:
+            options["host_maddrs"] = self._places(ip, port)
+        if announce_ip is not None and not client_only:
+            options["announce_maddrs"] = self._places(announce_ip, announce_port or port)
         self.identity = identity
         self._admitted: frozenset[str] = frozenset()
         try:
@@ -181,7 +177,8 @@ class Peer:
         self.peer_id = str(self.dht.peer_id)
         self._met: set[str] = set()
         try:
-            self._open(identity, admitted)
+            self._ask(_guard, timeout_seconds=START_SECONDS)
+            self.admit(admitted)
         except BaseException:
             self.close()
             raise
@@ -201,16 +198,6 @@ class Peer:
             return PortTaken(f"{cause}; {start_cure(reason)}")
         tell(logger, "peer_start", cause, level=logging.ERROR)
         return OperatorError(f"{cause}; {start_cure(reason)}")
-
-    def _open(self, identity: Identity | None, admitted: Collection[str]) -> None:
-        """Guard the handlers, and then admit peers."""
-        self._ask(_guard_tasks, timeout_seconds=START_SECONDS)
-        if identity is None:
-            return
-        assert self.peer_id == identity.peer_id
-        self._ask(protect_records, timeout_seconds=START_SECONDS)
-        self._ask(guard, timeout_seconds=START_SECONDS)
-        self.admit(admitted)
 
     def _ask(self, what: Callable[..., Any], *, timeout_seconds: float) -> Any:
         """Run a coroutine in the DHT's process, and wait for its result."""
@@ -247,16 +234,12 @@ class Peer:
         return found
 
     @property
-    def process(self) -> int:
-        """Pid of the DHT's process, the parent of the libp2p daemon."""
-        return int(self.dht.pid)
-
-    @property
     def private_key(self) -> Any:
         """The RSA key that signs this peer's DHT records; None without an identity."""
         return self.identity.private_key if self.identity is not None else None
 
-    def _places(self, host: str, port: int) -> list[str]:
+    def _places(self, ip: str, port: int) -> list[str]:
+        host = f"/ip{ipaddress.ip_address(ip).version}/{ip}"
         return [f"{host}/tcp/{port}"] + [f"{host}/udp/{port}/quic-v1"] * self.quic
 
     @property
@@ -288,52 +271,44 @@ class Peer:
                 wanted.setdefault(peer_id, []).append(address)
         if not wanted:
             return DialResult()
-        result = self._dial_all(wanted, timeout_seconds=timeout_seconds)
-        for peer_id in sorted(result.answered - self._met):
-            logger.info("met peer %s", peer_id)
-        self._met |= result.answered
-        return result
-
-    def _dial_all(
-        self, peers: Mapping[str, Sequence[str]], *, timeout_seconds: float
-    ) -> DialResult:
-        calls = [
-            self.dht.run_coroutine(
-                partial(_dial, peers=part, timeout_seconds=timeout_seconds), return_future=True
-            )
-            for part in _parts(peers)
-        ]
-        deadline = time.monotonic() + timeout_seconds + 5
-        found = dict.fromkeys(peers, "our own DHT node did not dial it in time")
+        found = dict.fromkeys(wanted, "our own DHT node did not dial it in time")
         try:
-            for call in calls:
-                found |= call.result(timeout=max(0.0, deadline - time.monotonic()))
+            for answers in self._dial_all(wanted, timeout_seconds=timeout_seconds):
+                found |= answers
             if HELD in found.values() or JOINED in found.values():
                 learn = partial(_learn, timeout_seconds=timeout_seconds)
                 self._ask(learn, timeout_seconds=timeout_seconds + 5)
         except Exception as error:  # noqa: BLE001 - no peer met is no reason to end
             logger.warning("looking for peers failed: %s", first_line(error))
         joined = frozenset(name for name, how in found.items() if how == JOINED)
-        return DialResult(
-            answered=joined | {name for name, how in found.items() if how == HELD},
-            joined=joined,
-            silent={name: how for name, how in found.items() if how not in (HELD, JOINED)},
-        )
+        answered = joined | {name for name, how in found.items() if how == HELD}
+        for peer_id in sorted(answered - self._met):
+            logger.info("met peer %s", peer_id)
+        self._met |= answered
+        silent = {name: how for name, how in found.items() if name not in answered}
+        return DialResult(answered=answered, joined=joined, silent=silent)
 
     def answering(self, peers: Collection[str], *, timeout_seconds: float) -> set[str]:
         """Which of these peers (ids) answer a ping now; none when our own node does not."""
-        tasks = [
-            partial(_ping, peers=[*part], timeout_seconds=timeout_seconds)
-            for part in _parts(dict.fromkeys(sorted(peers), ()))
-        ]
-        futures = [self.dht.run_coroutine(task, return_future=True) for task in tasks]
         try:
-            # All run at once.
-            answered = [future.result(timeout=timeout_seconds + 2) for future in futures]
+            found = self._dial_all(dict.fromkeys(peers, ()), timeout_seconds=timeout_seconds)
+            answers = [one for part in found for one in part.items()]
         except Exception as error:  # noqa: BLE001 - asked again soon
             logger.debug("peers could not be pinged: %r", error)
             return set()
-        return set().union(*answered)
+        return {name for name, how in answers if how in (HELD, JOINED)}
+
+    def _dial_all(
+        self, peers: Mapping[str, Sequence[str]], *, timeout_seconds: float
+    ) -> Iterator[dict[str, str]]:
+        """The answers as from `_dial`, in parts; all peers are dialed at once."""
+        tasks = [
+            partial(_dial, peers=part, timeout_seconds=timeout_seconds) for part in _parts(peers)
+        ]
+        calls = [self.dht.run_coroutine(task, return_future=True) for task in tasks]
+        deadline = time.monotonic() + timeout_seconds + 2
+        for call in calls:
+            yield call.result(timeout=max(0.0, deadline - time.monotonic()))
 
     def close(self) -> None:
         """Stop the DHT node and its daemon."""
@@ -414,21 +389,24 @@ def why_silent(error: BaseException) -> str:
     return next((why for words, why in SILENCES if words in str(error)), UNREACHED)
 
 
-async def _guard_tasks(_dht: Any, node: Any) -> None:
-    """Runs in the DHT's process, at its start."""
+async def _guard(dht: Any, node: Any) -> None:
+    """Runs in the DHT's process at its start, before anybody is admitted."""
     guard_tasks(node.p2p)
+    if node.protocol.authorizer is not None:
+        await protect_records(dht, node)
+        await guard(dht, node)
 
 
 async def _dial(
     _dht: Any, node: Any, *, peers: dict[str, list[str]], timeout_seconds: float
 ) -> dict[str, str]:
-    """Runs in the DHT's process: connect and ping all at once. By peer: HELD, JOINED, or why it
-    did not answer."""
+    """Runs in the DHT's process: connect, where there are addresses, and ping all at once. By
+    peer: HELD, JOINED, or why it did not answer."""
 
     async def dial_one(name: str, addresses: list[str]) -> str:
         peer_id = PeerID.from_base58(name)
         held = node.protocol.routing_table.get(peer_id=peer_id) is not None
-        if not held:
+        if addresses and not held:
             places = [Multiaddr(address.rsplit("/p2p/", 1)[0]) for address in addresses]
             # Hivemind has no public method to connect after the start.
             await node.p2p._client.connect(peer_id, places)
@@ -450,16 +428,3 @@ async def _learn(_dht: Any, node: Any, *, timeout_seconds: float) -> None:
     """Runs in the DHT's process: refresh the routing table."""
     nearest = node.find_nearest_nodes([node.node_id])
     await asyncio.wait({asyncio.ensure_future(nearest)}, timeout=timeout_seconds)
-
-
-async def _ping(_dht: Any, node: Any, *, peers: list[str], timeout_seconds: float) -> set[str]:
-    """Runs in the DHT's process: ping all at once; returns those that answered."""
-
-    async def ping(name: str) -> str | None:
-        try:
-            call = node.protocol.call_ping(PeerID.from_base58(name))
-            return name if await asyncio.wait_for(call, timeout_seconds) is not None else None
-        except Exception:  # noqa: BLE001 - gone, or not reached in time
-            return None
-
-    return {name for name in await asyncio.gather(*map(ping, peers)) if name}

@@ -14,19 +14,17 @@ It differs from the stock one in these points, by overriding its hooks:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from hivemind.averaging.averager import _background_thread_fetch_current_state
 from hivemind.averaging.control import StepControl
-from hivemind.compression import (
-    CompressionBase,
-    Float16Compression,
-    NoCompression,
-)
+from hivemind.compression import CompressionBase, Float16Compression, NoCompression
 from hivemind.optim.state_averager import TrainingStateAverager
 from hivemind.utils.serializer import MSGPackSerializer
 from torch import Tensor
@@ -56,7 +54,8 @@ MAX_NEWS_BYTES = 2**20
 
 
 class _WeightedAverager(RoundServer):
-    """Sits between `TrainingStateAverager` and its base in the method resolution order."""
+    """Sits between `TrainingStateAverager` and its base in the method resolution order, as its
+    own bases do."""
 
     rows_weight: float = IDLE_WEIGHT
     last_control: StepControl | None = None
@@ -129,10 +128,9 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
             control, self.last_control = self.last_control, None
             self.members = self._members_of(control) if self._averaged else self._alone
             self.is_whole = self.members == self._alone or bool(control and control.result().whole)
-            if self.members == self._alone:
-                self.begin_epoch()
-            else:
-                self.vouch()
+            if self.members == self._alone:  # the present weights are the epoch's first
+                self._load_local_tensors_into_averager_()
+            self.vouch()
             return result
 
     def _load_local_tensors_into_averager_(self) -> None:
@@ -203,11 +201,6 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
             self.scheduler.last_epoch = self.local_epoch - 1
             self.scheduler.step()
 
-    def begin_epoch(self) -> None:
-        """Make the present weights the epoch's first: there was no averaging."""
-        self._load_local_tensors_into_averager_()
-        self.vouch()
-
     def set_target_group_size(self, size: int) -> None:
         """A group of this many peers is complete and does not wait for more."""
         self._outer_pipe.send(("_set_target_group_size", [size], {}))
@@ -218,32 +211,32 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
 
     def shunned(self) -> set[str]:
         """Peers that were shunned since this was last asked."""
-        with self._news_lock:
-            self._read_news()
+        with self._read_news():
             shunned, self._shunned = self._shunned, set()
-        return shunned
+            return shunned
 
     def group(self) -> Group:
         """The running round, and its other members."""
-        with self._news_lock:
-            self._read_news()
+        with self._read_news():
             return self._group
-
-    def _read_news(self) -> None:
-        while self._news_here.poll():
-            kind, *rest = MSGPackSerializer.loads(self._news_here.recv_bytes(MAX_NEWS_BYTES))
-            if kind == SHUNNED:
-                self._shunned.update(rest)
-            elif kind == DONOR:
-                self._donor = rest[0]
-            else:
-                self._group = Group(rest[0], frozenset(rest[1:]))
 
     def donor(self) -> str:
         """The peer whose state was last downloaded; "" before."""
-        with self._news_lock:
-            self._read_news()
+        with self._read_news():
             return self._donor
+
+    @contextlib.contextmanager
+    def _read_news(self) -> Iterator[None]:
+        with self._news_lock:
+            while self._news_here.poll():
+                kind, *rest = MSGPackSerializer.loads(self._news_here.recv_bytes(MAX_NEWS_BYTES))
+                if kind == SHUNNED:
+                    self._shunned.update(rest)
+                elif kind == DONOR:
+                    self._donor = rest[0]
+                else:
+                    self._group = Group(rest[0], frozenset(rest[1:]))
+            yield
 
     def set_step_seconds(self, seconds: float) -> None:
         """How long a step of ours takes: members of a group may be that late."""

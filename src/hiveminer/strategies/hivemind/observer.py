@@ -35,7 +35,7 @@ class HivemindObserver(Observer):
         membership: Membership,
         run: Run,
         run_id: str,
-        commit: Callable[[bytes], None] = lambda _: None,
+        commit: Callable[[bytes], None],
     ):
         require_shared_memory(sum(each.numel() for each in model.parameters()))
         self.model = model

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
-    """`hivemind.Optimizer`, local updates, with this package's averager and tracker."""
+    """Also loads the swarm's state when this peer is a single epoch behind it."""
 
     reloads: int = 0
     """How often a step was discarded because this peer had fallen behind."""
@@ -25,24 +25,21 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
         if self.tracker.reports.signed:  # else no entry is its peer's own
             self.dht.add_validators([Shapes(self.run_id)])
         try:
-            return self._make_averager(**kwargs)
+            return SwarmAverager(
+                dht=self.dht,
+                run_id=self.run_id,
+                min_matchmaking_time=self.matchmaking_time,
+                allreduce_timeout=self.allreduce_timeout,
+                shutdown_timeout=self.shutdown_timeout,
+                next_chunk_timeout=self.next_chunk_timeout,
+                client_mode=self.client_mode,
+                status_loglevel=self.status_loglevel,
+                start=True,
+                **kwargs,
+            )
         except BaseException:
             self.tracker.stop()  # its threads would keep the program alive
             raise
-
-    def _make_averager(self, **kwargs: Any) -> SwarmAverager:
-        return SwarmAverager(
-            dht=self.dht,
-            run_id=self.run_id,
-            min_matchmaking_time=self.matchmaking_time,
-            allreduce_timeout=self.allreduce_timeout,
-            shutdown_timeout=self.shutdown_timeout,
-            next_chunk_timeout=self.next_chunk_timeout,
-            client_mode=self.client_mode,
-            status_loglevel=self.status_loglevel,
-            start=True,
-            **kwargs,
-        )
 
     def _make_progress_tracker(self, target_batch_size: int, **kwargs: Any) -> SampleTracker:
         return SampleTracker(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
@@ -41,6 +41,11 @@ def progress_key(run_id: str) -> str:
     return f"{run_id}_progress"
 
 
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether this is an epoch, or a number of rows."""
+    return type(value) is int and 0 <= value <= MAX_COUNT
+
+
 class Report(NamedTuple):
     """A peer's report: its epoch, its rows in it, and the time by its own clock."""
 
@@ -61,7 +66,7 @@ def read_report(value: object) -> Report | None:
     counts = (value["epoch"], value["samples_accumulated"])
     if not isinstance(name, bytes) or not 0 < len(name) <= 64:
         return None
-    if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in counts):
+    if not all(map(is_count, counts)):
         return None
     if not all(type(number) is float and math.isfinite(number) for number in (time, speed)):
         return None
@@ -76,25 +81,21 @@ def signer_of(subkey: object) -> str | None:
     return peer_id_of_key(key[1]) if key is not None else None
 
 
-def donors_in(record: ValueWithExpiration | None) -> dict[PeerID, float]:
-    """The peers that serve their state, with their priorities."""
-    entries = record.value if record is not None else None
-    if not isinstance(entries, Mapping):
-        return {}
-    return {
-        PeerID(name): float(entry.value)
-        for name, entry in entries.items()
-        if _is_peer_id(name) and _is_number(entry.value)
-    }
+def donors_in(record: ValueWithExpiration | None) -> set[PeerID]:
+    """The peers that serve their state."""
+    entries = _entries_in(record).items()
+    return {PeerID(n) for n, entry in entries if _is_peer_id(n) and _is_number(entry.value)}
 
 
 def reporters_in(record: ValueWithExpiration | None) -> set[PeerID]:
     """The peers that report."""
-    entries = record.value if record is not None else None
-    if not isinstance(entries, Mapping):
-        return set()
-    reports = [read_report(entry.value) for entry in entries.values()]
+    reports = [read_report(entry.value) for entry in _entries_in(record).values()]
     return {PeerID.from_base58(report.peer) for report in reports if report is not None}
+
+
+def _entries_in(record: ValueWithExpiration | None) -> Mapping[Any, Any]:
+    entries = record.value if record is not None else None
+    return entries if isinstance(entries, Mapping) else {}
 
 
 class Shapes(RecordValidatorBase):  # type: ignore[misc]
@@ -118,8 +119,6 @@ class Shapes(RecordValidatorBase):  # type: ignore[misc]
         check = self._checks.get(record.key)
         if check is None:
             return True
-        if record.subkey in DHTProtocol.RESERVED_SUBKEYS:
-            return False
         try:
             name = DHTProtocol.serializer.loads(record.subkey)
             return check(name, DHTProtocol.serializer.loads(record.value))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hiveminer.strategies.hivemind.admission import Admission, epoch_in
 from hiveminer.strategies.hivemind.bounds import Bounds
-from hiveminer.strategies.hivemind.state_transfer import StateDownload, StateInspector, next_of
+from hiveminer.strategies.hivemind.state_transfer import StateDownload, StateInspector
 from hiveminer.strategies.hivemind.stub import CheckedStub
 from hiveminer.swarm.processes import detach_from_parent, guard_tasks
 
@@ -71,7 +71,7 @@ class RoundServer(StateDownload):
         self._own_vouch = b""
         self._admission = Admission(self.dht, on_shun=lambda peer: self._report(SHUNNED, peer))
         self._inspector = StateInspector(
-            self.dht,
+            dht=self.dht,
             run_id=self.run_id,
             own_id=self.peer_id,
             stub_of=lambda peer: self.get_stub(self._p2p, peer, namespace=self.prefix),
@@ -115,8 +115,8 @@ class RoundServer(StateDownload):
         if here is None:
             return stub
         return CheckedStub(
-            stub,
-            peer,
+            stub=stub,
+            peer=peer,
             admission=here._admission,
             bounds=here.bounds,
             inspector=here._inspector,
@@ -199,7 +199,7 @@ class RoundServer(StateDownload):
         of: int,
     ) -> averaging_pb2.AveragingData | None:
         try:
-            return await asyncio.wait_for(next_of(stream), STALL_SECONDS)
+            return await asyncio.wait_for(anext(stream, None), STALL_SECONDS)
         except TimeoutError:
             problem = f"it sent nothing for {STALL_SECONDS:.0f} s"
             if 0 < number < of:  # before the first, it may be no member of any group

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from hiveminer.strategies.hivemind.records import MAX_COUNT
+from hiveminer.strategies.hivemind.records import is_count
 
 NUMBERS = 32
 """Numbers in a sketch."""
@@ -104,13 +104,11 @@ def read_vouch(said: object) -> Vouch | None:
     if not isinstance(said, list | tuple) or len(said) != 2:
         return None
     epoch, numbers = said
-    if type(epoch) is not int or not 0 <= epoch <= MAX_COUNT:
+    if not is_count(epoch) or not isinstance(numbers, list | tuple) or len(numbers) != NUMBERS:
         return None
-    if not isinstance(numbers, list | tuple):
+    if not all(isinstance(number, float) and math.isfinite(number) for number in numbers):
         return None
-    if len(numbers) != NUMBERS or not all(isinstance(number, float) for number in numbers):
-        return None
-    return (epoch, list(numbers)) if all(map(math.isfinite, numbers)) else None
+    return epoch, list(numbers)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hiveminer.strategies.hivemind.optimizer import SwarmOptimizer
-from hiveminer.strategies.hivemind.records import MAX_COUNT
+from hiveminer.strategies.hivemind.records import is_count
 from hiveminer.training.optimizer import parameter_groups
 
 
@@ -128,7 +128,7 @@ def _read(facts: Mapping[str, Any], *, groups: int) -> tuple[int, int, dict[str,
         rates = list(schedule["rates"])
     except (KeyError, TypeError):
         raise ValueError("it does not say its epoch, rows and learning rate") from None
-    if not all(type(count) is int and 0 <= count <= MAX_COUNT for count in counts):
+    if not all(map(is_count, counts)):
         raise ValueError(f"its counts are out of bounds: {counts!r:.80}")
     if len(rates) != groups or not all(type(r) is float and math.isfinite(r) for r in rates):
         raise ValueError(f"its learning rates do not fit: {rates!r:.80}")

@@ -14,7 +14,8 @@ import math
 import random
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any, TypeGuard, TypeVar
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from hivemind.averaging import DecentralizedAverager
@@ -34,14 +35,13 @@ from hiveminer.strategies.hivemind.records import (
     averager_prefix,
     donors_in,
     donors_key,
+    is_count,
     progress_key,
     reporters_in,
 )
 from hiveminer.strategies.hivemind.sketch import Sketch, Vouch, agree, contradiction, read_vouch
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 OPEN_SECONDS = 10.0
 """Timeout for the first bytes of a donor's state."""
@@ -61,10 +61,7 @@ MAX_VOUCHES = 16
 
 
 class StateDownload(DecentralizedAverager):  # type: ignore[misc]
-    """The part of the averager that downloads a state, in the program's own process.
-
-    Sits between `TrainingStateAverager` and its base in the method resolution order.
-    """
+    """The part of the averager that downloads a state, in the program's own process."""
 
     loaded_epoch: int | None = None
     state_bytes: int = 0
@@ -124,7 +121,7 @@ class StateDownload(DecentralizedAverager):  # type: ignore[misc]
 
     def _problem_with(self, state: tuple[Any, Any]) -> str | None:
         metadata, tensors = state
-        if not isinstance(metadata, dict) or not is_epoch(metadata.get("epoch")):
+        if not isinstance(metadata, dict) or not is_count(metadata.get("epoch")):
             return "its epoch is missing"
         shapes = [tuple(tensor.shape) for tensor in self._state_tensors()]
         if [tuple(tensor.shape) for tensor in tensors] != shapes:
@@ -134,6 +131,7 @@ class StateDownload(DecentralizedAverager):  # type: ignore[misc]
         return None
 
 
+@dataclass(kw_only=True)
 class StateInspector:
     """Checks donors' states as they come in, in hivemind's averager process.
 
@@ -141,31 +139,19 @@ class StateInspector:
     stub_of: how to call a peer's averager.
     weights: the number of weight tensors; all_bytes: the size of a whole state.
     on_state: called with the donor of each state that passed. attempts: how often the peers are
-    asked, once per second.
+        asked, once per second.
     """
 
-    def __init__(
-        self,
-        dht: Any,
-        *,
-        run_id: str,
-        own_id: PeerID,
-        stub_of: Callable[[PeerID], Any],
-        weights: int,
-        all_bytes: int,
-        on_state: Callable[[str], None] = lambda _: None,
-        attempts: int = VOUCH_ATTEMPTS,
-    ):
-        self._dht = dht
-        self._run_id = run_id
-        self._own_id = own_id
-        self._stub_of = stub_of
-        self._weights = weights
-        self._all_bytes = all_bytes
-        self._on_state = on_state
-        self._attempts = attempts
-        self._vouches: dict[str, Vouch] = {}
-        self._reporting: set[str] = set()
+    dht: Any
+    run_id: str
+    own_id: PeerID
+    stub_of: Callable[[PeerID], Any]
+    weights: int
+    all_bytes: int
+    on_state: Callable[[str], None] = lambda _: None
+    attempts: int = VOUCH_ATTEMPTS
+    _vouches: dict[str, Vouch] = field(default_factory=dict)
+    _reporting: set[str] = field(default_factory=set)
 
     async def prepare(self) -> None:
         """Ask the peers what they vouch for; to be called before a download."""
@@ -179,20 +165,22 @@ class StateInspector:
         Raises AllreduceException when there is none, or it is too slow, too large, not finite,
         or not what the other peers hold.
         """
-        state = IncomingState(weights=self._weights, all_bytes=self._all_bytes)
+        state = IncomingState(weights=self.weights, all_bytes=self.all_bytes)
         loop = asyncio.get_running_loop()
         try:
             async with contextlib.aclosing(stream) as messages:
-                while not state.is_complete and (message := await next_of(messages)) is not None:
+                async for message in messages:
                     await loop.run_in_executor(None, state.add, message)
                     yield message
+                    if state.is_complete:
+                        break
             await loop.run_in_executor(None, state.end_tensor)
             if state.epoch is None:
                 raise AllreduceException("it has none to hand out")
             problem = await self._problem_with(state.epoch, state.sketch.numbers, str(donor))
             if problem is not None:
                 raise AllreduceException(problem)
-            self._on_state(str(donor))
+            self.on_state(str(donor))
         except AllreduceException as error:
             tell(logger, "state_download", f"the state of peer {donor} is refused: {error}")
             raise
@@ -204,7 +192,7 @@ class StateInspector:
         may have begun, or ended, during the download.
         """
         problem: str | None = None
-        for attempt in range(self._attempts):
+        for attempt in range(self.attempts):
             if attempt:
                 await asyncio.sleep(1.0)
                 await self.prepare()
@@ -226,20 +214,20 @@ class StateInspector:
 
     async def _ask_for_vouches(self) -> dict[str, Vouch]:
         donors, reporting = await asyncio.gather(
-            self._read(donors_key(averager_prefix(self._run_id))),
-            self._read(progress_key(self._run_id)),
+            self._read(donors_key(averager_prefix(self.run_id))),
+            self._read(progress_key(self.run_id)),
         )
         reporters = reporters_in(reporting)
         self._reporting = {str(peer) for peer in reporters}
-        peers = set(donors_in(donors)) | reporters
-        peers.discard(self._own_id)
+        peers = donors_in(donors) | reporters
+        peers.discard(self.own_id)
         asked = random.sample(sorted(peers), min(len(peers), MAX_VOUCHES))
         vouches = await asyncio.gather(*map(self._vouch_of, asked))
         return {str(peer): vouch for peer, vouch in zip(asked, vouches, strict=True) if vouch}
 
     async def _read(self, key: str) -> Any:
         try:
-            future = self._dht.get(key, latest=True, return_future=True)
+            future = self.dht.get(key, latest=True, return_future=True)
             return await asyncio.wait_for(future, VOUCH_SECONDS)
         except Exception as error:  # noqa: BLE001 - then nobody is in it
             logger.debug("%s could not be read: %r", key, error)
@@ -247,7 +235,7 @@ class StateInspector:
 
     async def _vouch_of(self, peer: PeerID) -> Vouch | None:
         try:
-            call = self._stub_of(peer).rpc_vouch(averaging_pb2.DownloadRequest())
+            call = self.stub_of(peer).rpc_vouch(averaging_pb2.DownloadRequest())
             answer = await asyncio.wait_for(call, VOUCH_SECONDS)
             if len(answer.metadata) > MAX_VOUCH_BYTES:
                 return None
@@ -287,7 +275,7 @@ class IncomingState:
         if message.metadata:
             metadata = MSGPackSerializer.loads(message.metadata)
             epoch = metadata.get("epoch") if isinstance(metadata, dict) else None
-            self.epoch = epoch if is_epoch(epoch) else None
+            self.epoch = epoch if is_count(epoch) else None
         if message.tensor_part.dtype and self._parts:
             self.end_tensor()
         self._parts.append(message.tensor_part)
@@ -305,10 +293,6 @@ class IncomingState:
         self._tensors += 1
 
 
-def is_epoch(value: object) -> TypeGuard[int]:
-    return type(value) is int and 0 <= value <= MAX_COUNT
-
-
 def tame_moments(optimizer: Optimizer) -> None:
     """Bring moments that a peer sent into what gradients can have made of them.
 
@@ -322,11 +306,3 @@ def tame_moments(optimizer: Optimizer) -> None:
             moments["step"].clamp_(0, MAX_COUNT)
             most = moments["exp_avg_sq"].clamp_(min=0).sqrt().mul_(10)
             moments["exp_avg"].clamp_(-most, most)
-
-
-async def next_of(messages: AsyncIterator[T]) -> T | None:
-    """The next message; None at the end."""
-    try:
-        return await messages.__anext__()
-    except StopAsyncIteration:
-        return None

@@ -6,7 +6,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from hivemind.proto import averaging_pb2
 
 from hiveminer.strategies.hivemind.admission import Admission
 from hiveminer.strategies.hivemind.bounds import Bounds
-from hiveminer.strategies.hivemind.state_transfer import OPEN_SECONDS, StateInspector, next_of
+from hiveminer.strategies.hivemind.state_transfer import OPEN_SECONDS, StateInspector
 
 T = TypeVar("T")
 
@@ -25,47 +26,38 @@ ANSWER_SECONDS = 15.0
 """Timeout for a group member's next averaged part, plus the time that it waits for the others."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class CheckedStub:
     """Calls another averager if it is a registered peer's, and checks its responses."""
 
-    def __init__(
-        self,
-        stub: Any,
-        peer: PeerID,
-        *,
-        admission: Admission,
-        bounds: Bounds,
-        inspector: StateInspector,
-        patience_seconds: Callable[[], float],
-    ):
-        self._stub = stub
-        self._peer = peer
-        self._admission = admission
-        self._bounds = bounds
-        self._inspector = inspector
-        self._patience_seconds = patience_seconds
+    stub: Any
+    peer: PeerID
+    admission: Admission
+    bounds: Bounds
+    inspector: StateInspector
+    patience_seconds: Callable[[], float]
 
     async def rpc_join_group(self, request: averaging_pb2.JoinRequest) -> Any:
         await self._check()
-        return await self._stub.rpc_join_group(request)
+        return await self.stub.rpc_join_group(request)
 
     async def rpc_aggregate_part(self, parts: AsyncIterator[averaging_pb2.AveragingData]) -> Any:
         await self._check()
         sent = _Sent(parts)
-        return self._results(await self._unless_gone(self._stub.rpc_aggregate_part(sent)), sent)
+        return self._results(await self._unless_gone(self.stub.rpc_aggregate_part(sent)), sent)
 
     async def rpc_download_state(self, request: averaging_pb2.DownloadRequest) -> Any:
         await self._check()
-        stream = await asyncio.wait_for(self._stub.rpc_download_state(request), OPEN_SECONDS)
-        return self._inspector.inspected(stream, self._peer)
+        stream = await asyncio.wait_for(self.stub.rpc_download_state(request), OPEN_SECONDS)
+        return self.inspector.inspected(stream, self.peer)
 
     async def rpc_vouch(self, request: averaging_pb2.DownloadRequest) -> Any:
         await self._check()
-        return await self._stub.rpc_vouch(request)
+        return await self.stub.rpc_vouch(request)
 
     async def _check(self) -> None:
-        if not await self._admission.admits(self._peer):
-            raise P2PHandlerError(f"peer {self._peer} has not proved a registered hotkey")
+        if not await self.admission.admits(self.peer):
+            raise P2PHandlerError(f"peer {self.peer} has not proved a registered hotkey")
 
     async def _results(
         self, stream: Any, sent: _Sent
@@ -76,10 +68,10 @@ class CheckedStub:
             while (message := await self._next_answer(messages)) is not None:
                 if sent.waiting and message.code == averaging_pb2.AVERAGED_PART:
                     part = sent.waiting.popleft()
-                    check = partial(_problem_with_result, message, part, self._bounds)
+                    check = partial(_problem_with_result, message, part, self.bounds)
                     problem = await loop.run_in_executor(None, check)
                     if problem is not None:
-                        self._admission.shun(self._peer, problem)
+                        self.admission.shun(self.peer, problem)
                         raise AllreduceException(problem)
                 yield message
                 if await sent.is_answered():
@@ -88,23 +80,23 @@ class CheckedStub:
     async def _next_answer(
         self, messages: AsyncIterator[averaging_pb2.AveragingData]
     ) -> averaging_pb2.AveragingData | None:
-        seconds = ANSWER_SECONDS + self._patience_seconds()
+        seconds = ANSWER_SECONDS + self.patience_seconds()
         try:
-            return await asyncio.wait_for(self._unless_gone(next_of(messages)), seconds)
+            return await asyncio.wait_for(self._unless_gone(anext(messages, None)), seconds)
         except TimeoutError:
             problem = f"it sent no average within {seconds:.0f} s"
-            self._admission.note_silence(self._peer, problem)
+            self.admission.note_silence(self.peer, problem)
             raise AllreduceException(problem) from None
 
-    async def _unless_gone(self, call: Coroutine[Any, Any, T]) -> T:
+    async def _unless_gone(self, call: Awaitable[T]) -> T:
         """The result of a call; raises AllreduceException once its peer is left out."""
-        gone = asyncio.ensure_future(self._admission.gone(str(self._peer)).wait())
+        gone = asyncio.ensure_future(self.admission.gone(str(self.peer)).wait())
         task = asyncio.ensure_future(call)
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
-            raise AllreduceException(f"peer {self._peer} is gone")
+            raise AllreduceException(f"peer {self.peer} is gone")
         finally:
             gone.cancel()
             task.cancel()
