@@ -21,22 +21,12 @@ from simulated_chain import (
     Truth,
     Vector,
     add,
-    facts_from_json,
-    facts_to_json,
     state_hash,
 )
 from simulated_peer import SimulatedPeer
 
 from hiveminer.strategies.sparseloco import rounds
-from hiveminer.strategies.sparseloco.rounds import (
-    Block,
-    Decision,
-    Facts,
-    Neuron,
-    Repair,
-    Rules,
-    VoidAndApply,
-)
+from hiveminer.strategies.sparseloco.rounds import Action, Decision, Neuron, Rules
 from hiveminer.strategies.sparseloco.schedule import Schedule
 
 FAULTS = ("withholds", "overwrites", "malformed", "too long", "junk record", "rounds")
@@ -66,7 +56,6 @@ class World:
         self.gone: set[bytes] = set()
         self.cuts: dict[tuple[int, bytes], Vector] = {}
         self.decisions: dict[int, Decision] = {}
-        self.log: list[str] = []
         self._sums: dict[tuple[bytes, bytes], Vector] = {}
         self.events: dict[str, int] = {}
         self.neurons = self._register()
@@ -123,7 +112,6 @@ class World:
         while self.chain.head.number < self.schedule.marks_block(last) + self.chain.lag + 2:
             self._tick()
         self._check_healed(last)
-        self._check_log()
 
     def _tick(self) -> None:
         self.chain.advance(self.neurons)
@@ -145,7 +133,6 @@ class World:
             before = (self.truth.confirmed, self.truth.newest)
             self.truth.follow(self.chain, number)
             self._check_rule(number, before)
-            self.log.append(facts_to_json(self.chain.facts(self.schedule, number)))
 
     def _disturb(self) -> None:
         rng = self.rng
@@ -171,12 +158,10 @@ class World:
     def happened(self, event: str) -> None:
         self.events[event] = self.events.get(event, 0) + 1
 
-    def note(self, action: object) -> None:
-        self.happened(type(action).__name__)
-        if isinstance(action, VoidAndApply) and action.returned:
-            self.happened("returned")
-        if isinstance(action, Repair) and action.differs:
-            self.happened("differs")
+    def note(self, action: Action) -> None:
+        for name in ("returned", "repairs", "differs"):
+            if getattr(action, name):
+                self.happened(name)
 
     # What peers reach.
 
@@ -199,21 +184,6 @@ class World:
             assert (decision.parent, hotkeys) == truth, f"round {number}"
         assert self.decisions.setdefault(number, decision) == decision
         return decision
-
-    def records(self, number: int) -> Facts:
-        """What a validator knows once the records are final."""
-        first = self.chain.blocks[self.schedule.first_block(number)]
-        block = self.chain.blocks[self.schedule.records_block(number)]
-        marks = Block(self.schedule.marks_block(number), b"")
-        return Facts(
-            number,
-            Block(first.number, first.hash),
-            Block(block.number, block.hash),
-            marks,
-            first.neurons,
-            block.commitments,
-            {},
-        )
 
     def permitted(self, hotkey: bytes, number: int) -> bool:
         neurons = self.chain.blocks[self.schedule.first_block(number)].neurons
@@ -316,12 +286,6 @@ class World:
         miners = [self.peers[neuron.hotkey] for neuron in self.neurons]
         works = any(peer.mines and not peer.fault for peer in miners)
         return works and honest >= self.rules.quorum * sum(stakes.values())
-
-    def _check_log(self) -> None:
-        """Every decision follows from the log alone."""
-        for number, line in enumerate(self.log):
-            decision = rounds.decide(self.rules, facts_from_json(line))
-            assert self.decisions[number] == decision
 
 
 # --- what disturbs the world ------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from hiveminer.strategies.sparseloco.rounds import Block, Facts, Neuron
@@ -124,54 +124,25 @@ class Chain:
                     self.pool.append(call)
         return depth
 
-    def facts(self, schedule: Schedule, number: int) -> Facts:
-        """What anyone reads; like the SDK's `at()`, it does not ask what is final."""
+    def records(self, schedule: Schedule, number: int) -> Facts:
+        """What anyone reads once the records are due; it is not asked whether they are final."""
         first = self.blocks[schedule.first_block(number)]
         records = self.blocks[schedule.records_block(number)]
-        marks = self.blocks[schedule.marks_block(number)]
         return Facts(
             number,
             Block(first.number, first.hash),
             Block(records.number, records.hash),
-            Block(marks.number, marks.hash),
+            Block(schedule.marks_block(number), b""),
             first.neurons,
             records.commitments,
-            marks.commitments,
+            {},
         )
 
-
-def facts_to_json(facts: Facts) -> str:
-    """One line of the log."""
-    plain = {**vars(facts), "neurons": [vars(neuron) for neuron in facts.neurons]}
-    for key in ("first_block", "records_block", "marks_block"):
-        plain[key] = vars(plain[key])
-    for key in ("records", "marks"):
-        plain[key] = {hotkey.hex(): raw.hex() for hotkey, raw in plain[key].items()}
-    return json.dumps(plain, default=bytes.hex)
-
-
-def facts_from_json(line: str) -> Facts:
-    plain = json.loads(line)
-
-    def block(key: str) -> Block:
-        return Block(plain[key]["number"], bytes.fromhex(plain[key]["hash"]))
-
-    def raws(key: str) -> dict[bytes, bytes]:
-        return {bytes.fromhex(k): bytes.fromhex(raw) for k, raw in plain[key].items()}
-
-    neurons = tuple(
-        Neuron(**{**neuron, "hotkey": bytes.fromhex(neuron["hotkey"])})
-        for neuron in plain["neurons"]
-    )
-    return Facts(
-        plain["round"],
-        block("first_block"),
-        block("records_block"),
-        block("marks_block"),
-        neurons,
-        raws("records"),
-        raws("marks"),
-    )
+    def facts(self, schedule: Schedule, number: int) -> Facts:
+        """The same with the marks."""
+        marks = self.blocks[schedule.marks_block(number)]
+        block = Block(marks.number, marks.hash)
+        return replace(self.records(schedule, number), marks_block=block, marks=marks.commitments)
 
 
 @dataclass

@@ -30,13 +30,9 @@ from simulated_chain import (
 from hiveminer.strategies.sparseloco import rounds
 from hiveminer.strategies.sparseloco.records import Mark, Record, decode_record, witness
 from hiveminer.strategies.sparseloco.rounds import (
-    Apply,
     Decision,
-    Empty,
     Position,
-    Repair,
     Transfer,
-    VoidAndApply,
 )
 
 if TYPE_CHECKING:
@@ -185,22 +181,16 @@ class SimulatedPeer:
         before = self.position
         self.position, action = rounds.settle(before, decision)
         self.world.note(action)
-        match action:
-            case Repair():
-                assert not action.differs or self.forked, "an honest peer made another state"
-                if action.returned:
-                    assert before.held is None
-                    q, _ = self.own[action.returned.round]
-                    self.learned_alone = add(self.learned_alone, q)
-            case VoidAndApply():
-                assert before.held is not None
-                assert before.confirmed is not None
-                moved = subtract(self.states[before.held], self.states[before.confirmed])
-                self.local = subtract(self.local, moved)
-                if action.returned:
-                    self.local = subtract(self.local, self.own[action.returned.round][0])
-            case Apply() | Empty():
-                pass
+        assert not action.differs or self.forked, "an honest peer made another state"
+        if before.held and self.position.held != before.held:
+            moved = subtract(self.states[before.held], self.states[self.position.held])
+            self.local = subtract(self.local, moved)
+        if action.returned:
+            q, _ = self.own[action.returned.round]
+            if before.held is None:
+                self.learned_alone = add(self.learned_alone, q)
+            else:
+                self.local = subtract(self.local, q)
         self._tidy()
 
     def _tidy(self) -> None:
@@ -337,7 +327,7 @@ class SimulatedPeer:
         """The good blobs by uid, and whether nothing that could count is missing."""
         world, base = self.world, self.position.base
         assert base is not None
-        facts = world.records(number)
+        facts = world.chain.records(world.schedule, number)
         names = rounds.candidates(world.rules, facts, base)
         good: dict[int, bytes] = {}
         missing: set[int] = set()

@@ -10,28 +10,20 @@ from fractions import Fraction
 import pytest
 
 from hiveminer.strategies.sparseloco import rounds
-from hiveminer.strategies.sparseloco.records import (
-    Mark,
-    Record,
-)
+from hiveminer.strategies.sparseloco.records import Mark, Record
 from hiveminer.strategies.sparseloco.rounds import (
-    Apply,
+    Action,
     Block,
     Contribution,
     Decision,
-    Empty,
     Facts,
     Neuron,
     OwnBlob,
     Position,
-    Repair,
     Rules,
     Transfer,
-    VoidAndApply,
 )
-from hiveminer.strategies.sparseloco.schedule import (
-    Schedule,
-)
+from hiveminer.strategies.sparseloco.schedule import Schedule
 
 RUN = bytes(range(8))
 PARENT = hashlib.sha256(b"parent").digest()
@@ -89,25 +81,47 @@ def counted(decision: Decision) -> list[int]:
     return [blob.uid for blob in decision.contributions]
 
 
-def test_one_percent_of_the_stake_alone_decides_nothing() -> None:
-    decision = rounds.decide(RULES, facts(validators(99, 1) + miners(7), {101: mark({7}, OTHER)}))
-    assert decision == Decision(ROUND, None, reason="too little stake marked")
+LITTLE, SPLIT = "too little stake marked", "no state was named by more than half"
+HALF = 10**17
 
 
-def test_two_equal_validators_with_different_parents_decide_nothing() -> None:
-    for states in ((PARENT, OTHER), (OTHER, PARENT)):
-        marks = {100 + i: mark({1}, state) for i, state in enumerate(states)}
-        decision = rounds.decide(RULES, facts(validators(1, 1) + miners(1), marks))
-        assert decision.parent is None
-        assert decision.reason == "no state was named by more than half"
-
-
-def test_two_equal_validators_one_bit_apart_count_what_both_mark() -> None:
-    marks = {100: mark({1, 2}), 101: mark({2})}
-    decision = rounds.decide(RULES, facts(validators(1, 1) + miners(1, 2), marks))
-    assert decision.parent == PARENT
-    assert counted(decision) == [2]
-    assert decision.left_out == ((1, "not marked by more than half"),)
+@pytest.mark.parametrize(
+    ("stakes", "marks", "expected"),
+    [
+        ((99, 1), [None, mark({1}, OTHER)], LITTLE),
+        ((1, 1), [mark({1}), mark({1}, OTHER)], SPLIT),
+        ((1, 1), [mark({1}, OTHER), mark({1})], SPLIT),
+        ((1, 1), [mark({1, 2}), mark({2})], (PARENT, [2])),
+        # Stake is compared to the last rao.
+        ((HALF + 1, HALF), [mark({1}), mark(set(), OTHER)], (PARENT, [1])),
+        ((HALF, HALF), [mark({1}), mark(set(), OTHER)], SPLIT),
+        ((HALF - 1, HALF), [mark({1}), mark(set(), OTHER)], (OTHER, [])),
+        # No stake counts as one rao.
+        ((0,), [mark({1})], (PARENT, [1])),
+        ((0, 0, 1), [mark({1}), mark({1}), mark(set(), OTHER)], (PARENT, [1])),
+        # A bit of a mark with another parent is no vote for the blob.
+        ((40, 20, 40), [mark({1}), mark(set()), mark({1}, OTHER)], (PARENT, [])),
+        # More than half is of all that marked, not of those behind the parent.
+        ((31, 29, 40), [mark({1}), mark(set()), mark(set(), OTHER)], (PARENT, [])),
+        # Marks of another round or run are none.
+        ((1,), [mark({1}, round=ROUND - 1)], LITTLE),
+        ((1,), [mark({1}, round=ROUND + 1)], LITTLE),
+        ((1,), [mark({1}, run=b"another.")], LITTLE),
+        ((), [], LITTLE),
+    ],
+)
+def test_what_marks_decide(
+    stakes: tuple[int, ...], marks: list[bytes | None], expected: str | tuple[bytes, list[int]]
+) -> None:
+    given = {100 + i: raw for i, raw in enumerate(marks) if raw}
+    decision = rounds.decide(RULES, facts(validators(*stakes) + miners(1, 2), given))
+    if isinstance(expected, str):
+        assert decision == Decision(ROUND, None, reason=expected)
+        return
+    assert (decision.parent, counted(decision)) == expected
+    left_out = {1, 2} - set(expected[1]) if expected[0] == PARENT else set()
+    why = "not marked by more than half" if left_out else "based on another state"
+    assert decision.left_out == tuple((uid, why) for uid in sorted(left_out or {1, 2}))
 
 
 @pytest.mark.parametrize(
@@ -130,27 +144,6 @@ def test_a_quorum_is_exact_where_floats_are_not() -> None:
     assert rounds.decide(replace(RULES, quorum=Fraction(0.1)), found).parent is None
 
 
-def test_stake_is_compared_to_the_last_rao() -> None:
-    half = 10**17
-    marks = {100: mark({1}), 101: mark(set(), OTHER)}
-    for more, parent in ((1, PARENT), (0, None), (-1, OTHER)):
-        found = facts(validators(half + more, half) + miners(1), marks)
-        assert rounds.decide(RULES, found).parent == parent
-
-
-def test_no_stake_counts_as_one_rao() -> None:
-    alone = rounds.decide(RULES, facts(validators(0) + miners(1), {100: mark({1})}))
-    assert counted(alone) == [1]
-    marks = {100: mark({1}), 101: mark({1}), 102: mark(set(), OTHER)}
-    three = rounds.decide(RULES, facts(validators(0, 0, 1) + miners(1), marks))
-    assert (three.parent, counted(three)) == (PARENT, [1])
-
-
-def test_nobody_permitted_or_nobody_there_is_an_empty_round() -> None:
-    assert rounds.decide(RULES, facts(miners(1), {})).parent is None
-    assert rounds.decide(RULES, facts([], {})).parent is None
-
-
 def test_without_permit_at_the_first_block_a_mark_is_nothing() -> None:
     late = replace(validators(50)[0], permit=False, uid=150, hotkey=hotkey(150))
     neurons = [*validators(1), late, *miners(1)]
@@ -163,21 +156,6 @@ def test_who_registered_after_the_first_block_does_not_count() -> None:
     records = {1: record(1), 2: record(2)}
     found = facts(validators(1) + miners(1), {100: mark({1, 2})}, records)
     assert counted(rounds.decide(RULES, found)) == [1]
-
-
-def test_a_uid_bit_with_another_parent_is_no_vote_for_the_blob() -> None:
-    # 60% name the parent, of which 40 mark the blob; the 40 others mark it with another.
-    marks = {100: mark({1}), 101: mark(set()), 102: mark({1}, OTHER)}
-    decision = rounds.decide(RULES, facts(validators(40, 20, 40) + miners(1), marks))
-    assert decision.parent == PARENT
-    assert counted(decision) == []
-
-
-def test_more_than_half_is_of_all_that_marked_not_of_those_behind_the_parent() -> None:
-    # 31 of the 60 behind the parent, but not of the 100 that marked.
-    marks = {100: mark({1}), 101: mark(set()), 102: mark(set(), OTHER)}
-    decision = rounds.decide(RULES, facts(validators(31, 29, 40) + miners(1), marks))
-    assert (decision.parent, counted(decision)) == (PARENT, [])
 
 
 @pytest.mark.parametrize(
@@ -201,14 +179,6 @@ def test_a_record_of_something_else_does_not_count(
     assert decision.left_out == (((1, why),) if why else ())
 
 
-@pytest.mark.parametrize(
-    "changes", [{"round": ROUND - 1}, {"round": ROUND + 1}, {"run": b"another."}]
-)
-def test_a_mark_of_something_else_is_nothing(changes: dict[str, object]) -> None:
-    found = facts(validators(1) + miners(1), {100: mark({1}, **changes)})
-    assert rounds.decide(RULES, found).parent is None
-
-
 def test_what_stands_at_the_deadline_counts_and_what_was_overwritten_does_not() -> None:
     # A mark overwrote uid 1's record before D; uid 2's second record replaced the first.
     second = record(2, blob_hash=bytes(32))
@@ -217,16 +187,11 @@ def test_what_stands_at_the_deadline_counts_and_what_was_overwritten_does_not() 
     assert [(blob.uid, blob.blob_hash) for blob in decision.contributions] == [(2, bytes(32))]
 
 
-def test_one_hotkey_may_mine_and_validate() -> None:
-    neurons = validators(1)
-    decision = rounds.decide(RULES, facts(neurons, {100: mark({100})}, {100: record(100)}))
-    assert counted(decision) == [100]
-
-
-def test_uids_0_and_255_count_and_a_uid_beyond_the_mask_cannot() -> None:
+def test_uids_0_and_255_and_a_validators_count_and_one_beyond_the_mask_cannot() -> None:
     neurons = validators(1) + miners(255, 0, 256)
-    decision = rounds.decide(RULES, facts(neurons, {100: mark({0, 255})}))
-    assert counted(decision) == [0, 255]
+    records = {uid: record(uid) for uid in (0, 100, 255, 256)}
+    decision = rounds.decide(RULES, facts(neurons, {100: mark({0, 100, 255})}, records))
+    assert counted(decision) == [0, 100, 255]
 
 
 def ranked(count: int) -> list[Neuron]:
@@ -341,7 +306,7 @@ def after_round(*, made: bool = True) -> Position:
     """Own blob counted in the round, on PARENT; the newest state is NEWER."""
     position = rounds.cut_blob(before_round(), ROUND, MINE.blob_hash)
     position, action = rounds.settle(position, decision(ROUND, PARENT))
-    assert action == Apply(PARENT, BLOBS)
+    assert action == Action()
     assert position.missing_blobs == BLOBS
     if not made:
         return position
@@ -356,7 +321,7 @@ def test_a_counted_blob_is_taken_off_once_its_state_is_made() -> None:
     assert position.states_to_keep == {PARENT, NEWER}
     assert position.own_blobs == (FORGOTTEN,)
     position, action = rounds.settle(position, decision(ROUND + 1, NEWER, blobs=False))
-    assert action == Apply(NEWER, ())
+    assert action == Action()
     assert (position.confirmed, position.newest, position.own_blobs) == (NEWER, NEWER, ())
 
 
@@ -364,20 +329,20 @@ def test_an_empty_round_moves_and_drops_nothing_but_the_cut() -> None:
     before = after_round()
     position = rounds.cut_blob(before, ROUND + 1, bytes(32))
     position, action = rounds.settle(position, decision(ROUND + 1, None))
-    assert action == Empty()
+    assert action == Action()
     assert position == replace(before, round=ROUND + 1)
 
 
 def test_a_void_round_gives_the_blob_back() -> None:
     position, action = rounds.settle(after_round(), decision(ROUND + 1, PARENT, blobs=False))
-    assert action == VoidAndApply(PARENT, (), returned=FORGOTTEN)
+    assert action == Action(returned=FORGOTTEN)
     assert (position.confirmed, position.newest, position.held) == (PARENT, PARENT, PARENT)
     assert position.own_blobs == ()
 
 
 def test_a_void_round_gives_nothing_back_to_whom_never_made_its_state() -> None:
     position, action = rounds.settle(after_round(made=False), decision(ROUND + 1, PARENT))
-    assert action == VoidAndApply(PARENT, BLOBS, returned=None)
+    assert action == Action()
     assert position.base == PARENT
     assert position.own_blobs == ()
 
@@ -387,7 +352,7 @@ def test_without_a_blob_a_peer_commits_on_the_confirmed_state_and_repairs_later(
     assert position.base == PARENT
     assert position.missing_blobs == BLOBS
     position, action = rounds.settle(position, decision(ROUND + 1, NEWER, blobs=False))
-    assert action == Repair(NEWER, ())
+    assert action == Action(repairs=True)
     assert position.base is None
     assert position.missing_state == NEWER
     position, transfer = rounds.take_state(position)
@@ -397,7 +362,7 @@ def test_without_a_blob_a_peer_commits_on_the_confirmed_state_and_repairs_later(
 
 def test_a_state_that_differs_is_repaired_and_said_to_differ() -> None:
     position, action = rounds.settle(after_round(), decision(ROUND + 1, OTHER))
-    assert action == Repair(OTHER, BLOBS, differs=True)
+    assert action == Action(repairs=True, differs=True)
     assert position.base is None
     assert position.missing_blobs == ()
     position, transfer = rounds.take_state(position)
@@ -407,7 +372,7 @@ def test_a_state_that_differs_is_repaired_and_said_to_differ() -> None:
 
 def test_a_joiner_takes_the_named_state_and_applies_that_rounds_blobs() -> None:
     position, action = rounds.settle(Position(ME), decision(40, PARENT))
-    assert action == Repair(PARENT, BLOBS)
+    assert action == Action(repairs=True)
     position, transfer = rounds.take_state(position)
     assert transfer == Transfer()
     position, transfer = rounds.make_newest(position, NEWER)
@@ -432,7 +397,7 @@ def test_a_restart_that_finds_its_states_goes_on() -> None:
 def test_a_void_round_gives_the_blob_back_after_a_restart_too() -> None:
     position = rounds.restart(after_round(), states=[])
     position, action = rounds.settle(position, decision(ROUND + 1, PARENT, blobs=False))
-    assert action == Repair(PARENT, (), returned=FORGOTTEN)
+    assert action == Action(repairs=True, returned=FORGOTTEN)
     position, transfer = rounds.take_state(position)
     assert transfer == Transfer()
     assert position.base == PARENT
@@ -442,7 +407,7 @@ def test_a_round_whose_blobs_cancel_out_is_not_void_when_its_state_is_named_agai
     position, _ = rounds.make_newest(after_round(made=False), PARENT)
     for known in (position, rounds.restart(position, states=[])):
         settled, action = rounds.settle(known, decision(ROUND + 1, PARENT, blobs=False))
-        assert getattr(action, "returned", None) is None
+        assert action.returned is None
         assert settled.own_blobs == ()
 
 
@@ -489,6 +454,6 @@ def test_nothing_is_made_or_taken_twice() -> None:
 
 def test_a_round_may_confirm_the_state_without_counting_anybody() -> None:
     position, action = rounds.settle(before_round(), decision(ROUND, PARENT, blobs=False))
-    assert action == Apply(PARENT, ())
+    assert action == Action()
     assert position.base == position.newest == PARENT
     assert position.missing_blobs == ()

@@ -27,7 +27,6 @@ from hiveminer.runtime.program import rendered
 from hiveminer.strategies.sparseloco.audit import Comparison, compare
 from hiveminer.strategies.sparseloco.log import PLAN, Log, logs_below
 from hiveminer.strategies.sparseloco.onchain import SubnetRounds
-from hiveminer.strategies.sparseloco.onchain import SubnetRounds
 from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.replay import Report, RoundReport, summarize, verify
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from hiveminer.errors import ChainError
 from hiveminer.strategies.sparseloco.log import Log
-from hiveminer.strategies.sparseloco.onchain import SubnetRounds
+from hiveminer.strategies.sparseloco.onchain import SubnetRounds, read_marks, read_records
 from hiveminer.strategies.sparseloco.rounds import Block, Facts
 from hiveminer.strategies.sparseloco.schedule import Schedule
 
@@ -37,7 +37,7 @@ def compare(
         if entry is None:
             continue
         try:
-            theirs = read_facts(chain, schedule, number)
+            theirs = read_marks(chain, read_records(chain, schedule, number))
             differing = _differing(entry.facts.of_registered(), theirs.of_registered())
         except ChainError as error:
             unread, why = unread + 1, why or str(error)
@@ -48,14 +48,6 @@ def compare(
         if differing:
             problems.append(f"round {number}: the chain has different {', '.join(differing)}")
     return Comparison(equal, unread, tuple(problems), why)
-
-
-def read_facts(chain: SubnetRounds, schedule: Schedule, number: int) -> Facts:
-    """Read what decides a round from its three final blocks. Raises ChainError."""
-    first, neurons = chain.snapshot(schedule.first_block(number))
-    records_block, records = chain.commitments(schedule.records_block(number))
-    marks_block, marks = chain.commitments(schedule.marks_block(number))
-    return Facts(number, first, records_block, marks_block, neurons, records, marks)
 
 
 def _differing(ours: Facts, theirs: Facts) -> list[str]:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 
 from hiveminer.errors import ChainError
 from hiveminer.strategies.sparseloco.apply import State
-from hiveminer.strategies.sparseloco.follower import Follower, Reading
+from hiveminer.strategies.sparseloco.follower import Follower
 from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.replica import Replica
+from hiveminer.strategies.sparseloco.rounds import Facts
 from hiveminer.strategies.sparseloco.update import Tensors
 
 logger = logging.getLogger(__name__)
@@ -70,16 +71,15 @@ class CuttingFollower(Follower):
         self._committed = number
         logger.info("round %d: committed an update of %d bytes", number, record.blob_bytes)
 
-    def after_records(self, reading: Reading, head: int) -> None:
+    def after_records(self, facts: Facts, head: int) -> None:
         """Serve our blob from now on: it is too late to copy it for this round."""
         cut = self.replica.position.cut
-        assert reading.records is not None
-        if self._looked_back < reading.number:
-            self._looked_back = reading.number
-            self._look_back(reading.number, reading.records)
-        for neuron in reading.neurons:
+        if self._looked_back < facts.round:
+            self._looked_back = facts.round
+            self._look_back(facts.round, facts.records)
+        for neuron in facts.neurons:
             if cut is not None and neuron.hotkey == self.replica.position.hotkey:
-                self.shelf.serve(reading.number, neuron.uid, cut.blob_hash)
+                self.shelf.serve(facts.round, neuron.uid, cut.blob_hash)
 
     def _look_back(self, number: int, records: Mapping[bytes, bytes]) -> None:
         """Log why this peer missed a round, unless it had nothing to send."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import logging
 import random
 import time
 from collections import defaultdict
@@ -33,13 +32,10 @@ from hiveminer.strategies.sparseloco.streams import (
     HAVE,
     OPEN_SECONDS,
     REQUEST,
-    CallFailed,
     call,
 )
 from hiveminer.swarm.admission import Admission
 from hiveminer.swarm.identity import proved_peers
-
-logger = logging.getLogger(__name__)
 
 MAX_CALLS = 64
 """Concurrent `have` calls."""
@@ -250,17 +246,11 @@ class Fetching:
         chunk_seconds: float,
     ) -> None:
         """Append a peer's answer to `into`, or what came of it, and note whether it answers."""
-        try:
-            await call(
-                self._p2p, peer, self._name, request, size=size, into=into,
-                answer_seconds=answer_seconds, chunk_seconds=chunk_seconds,
-            )  # fmt: skip
-        except CallFailed as error:
-            logger.debug("a call of peer %s failed: %s", peer, error)
-            if not error.answered:
-                self._silent.add(str(peer))
-                return
-        self._silent.discard(str(peer))
+        answers = await call(
+            self._p2p, peer, self._name, request, size=size, into=into,
+            answer_seconds=answer_seconds, chunk_seconds=chunk_seconds,
+        )  # fmt: skip
+        (self._silent.discard if answers else self._silent.add)(str(peer))
 
 
 def _manifest(digest: bytes, raw: bytes, shapes: Mapping[str, torch.Size]) -> Manifest:

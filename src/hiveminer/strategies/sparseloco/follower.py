@@ -11,22 +11,18 @@ import logging
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 from hiveminer.errors import ChainError, HiveminerError
 from hiveminer.strategies.sparseloco.apply import State
-from hiveminer.strategies.sparseloco.download import Downloads, download_seconds
+from hiveminer.strategies.sparseloco.download import FETCH_BYTES, FETCH_SECONDS, Downloads
 from hiveminer.strategies.sparseloco.log import EVERY_ROUNDS
+from hiveminer.strategies.sparseloco.onchain import read_marks, read_records
 from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.replay import does_not_follow, load_blobs, rebuild
 from hiveminer.strategies.sparseloco.replica import Replica
 from hiveminer.strategies.sparseloco.rounds import (
-    Block,
     Decision,
     Facts,
-    Neuron,
-    Repair,
     decide,
     next_action,
 )
@@ -44,17 +40,6 @@ KEPT_BLOCKS = 256
 
 CLOSE_SECONDS = 5.0
 """How long `close` waits for the thread."""
-
-
-@dataclass
-class Reading:
-    """What has been read of the current round."""
-
-    number: int
-    first_block: Block | None = None
-    neurons: tuple[Neuron, ...] = ()
-    records_block: Block | None = None
-    records: Mapping[bytes, bytes] | None = None
 
 
 class Follower(ABC):
@@ -80,7 +65,7 @@ class Follower(ABC):
         """The hotkeys whose blobs counted, by round that was not empty; oldest first."""
         self._start_state = start_state
         self._poll_seconds = parts.poll_seconds or max(0.1, parts.chain.block_seconds / 2)
-        self._reading = Reading(-1)
+        self._known: Facts | None = None
         self.stopping = threading.Event()
         self._told = ""
         self._empty = 0
@@ -94,8 +79,11 @@ class Follower(ABC):
         """Called at each poll from the cut of round `number` until its records' deadline."""
 
     @abstractmethod
-    def after_records(self, reading: Reading, head: int) -> None:
-        """Called at each poll from when the records of the round are final until it is decided."""
+    def after_records(self, facts: Facts, head: int) -> None:
+        """Called at each poll from when the records of the round are final until it is decided.
+
+        facts: of the round, without marks.
+        """
 
     def after_settling(self, facts: Facts) -> None:  # noqa: B027 - optional
         """Called after each round has been settled."""
@@ -137,10 +125,9 @@ class Follower(ABC):
         self._settle_to(newest)
         number = newest + 1
         self._catch_up(until=schedule.cut_block(number))
-        self._read(number, final)
         head = self.chain.head()
-        if self._reading.records is not None:
-            self.after_records(self._reading, head)
+        if final >= schedule.records_block(number):
+            self.after_records(self._records(number), head)
         elif schedule.cut_block(number) <= head < schedule.records_block(number):
             self.before_records(number, head)
 
@@ -191,11 +178,11 @@ class Follower(ABC):
     def _settle(self, facts: Facts) -> None:
         decision = decide(self.plan.rules, facts)
         action = next_action(self.replica.position, decision)
-        if isinstance(action, Repair) and action.differs and self._refuses(decision):
+        if action.differs and self._refuses(decision):
             self.replica.skip(facts.round)
         else:
             self.replica.settle(decision)
-            if decision.parent is not None and not isinstance(action, Repair):
+            if decision.parent is not None and not action.repairs:
                 self.problem = ""
         taken = decision.parent is not None and decision.parent == self.replica.position.confirmed
         self.log.add_round(facts, made=self.replica.position.newest if taken else None)
@@ -265,29 +252,15 @@ class Follower(ABC):
 
     # Reading ------------------------------------------------------------------------
 
-    def _read(self, number: int, final: int) -> None:
-        """Read what is final by now of a round."""
-        if self._reading.number != number:
-            self._reading = Reading(number)
-        reading, schedule = self._reading, self.plan.rules.schedule
-        if reading.first_block is None and final >= schedule.first_block(number):
-            reading.first_block, reading.neurons = self.chain.snapshot(schedule.first_block(number))
-        if reading.records is None and final >= schedule.records_block(number):
-            block, records = self.chain.commitments(schedule.records_block(number))
-            reading.records_block, reading.records = block, records
+    def _records(self, number: int) -> Facts:
+        """The facts of a round without marks, once its records are final."""
+        if self._known is None or self._known.round != number:
+            self._known = read_records(self.chain, self.plan.rules.schedule, number)
+        return self._known
 
     def _facts(self, number: int) -> Facts:
         """Everything that decides a round, which must be final."""
-        self._read(number, self.plan.rules.schedule.marks_block(number))
-        reading = self._reading
-        assert reading.first_block is not None
-        assert reading.records_block is not None
-        assert reading.records is not None
-        block, marks = self.chain.commitments(self.plan.rules.schedule.marks_block(number))
-        return Facts(
-            number, reading.first_block, reading.records_block, block, reading.neurons,
-            reading.records, marks,
-        )  # fmt: skip
+        return read_marks(self.chain, self._records(number))
 
     # Fetching -----------------------------------------------------------------------
 
@@ -315,8 +288,8 @@ class Follower(ABC):
         decision = replica.decision
         assert decision is not None
         size = sum(each.blob_bytes for each in missing)
-        blocks = until - 1 - self.chain.head()
-        seconds = download_seconds(size, blocks=blocks, block_seconds=self.chain.block_seconds)
+        blocks = max(1, until - 1 - self.chain.head())
+        seconds = min(FETCH_SECONDS + size / FETCH_BYTES, blocks * self.chain.block_seconds)
         self.downloads.blobs(decision.round, missing, seconds=seconds)
         blobs = load_blobs(self.log, missing)
         if blobs is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import bittensor as bt
@@ -10,7 +11,8 @@ import bittensor as bt
 from hiveminer.chain import Chain
 from hiveminer.chain.client import committed_bytes
 from hiveminer.errors import ChainError
-from hiveminer.strategies.sparseloco.rounds import Block, Neuron
+from hiveminer.strategies.sparseloco.rounds import Block, Facts, Neuron
+from hiveminer.strategies.sparseloco.schedule import Schedule
 
 VALID_BLOCKS = 8
 """A record or a mark expires after this many blocks: it would be too late anyway."""
@@ -77,6 +79,20 @@ class SubnetRounds:
             return Block(number, before), found
 
         return self.chain.read(doing, read)
+
+
+def read_records(chain: SubnetRounds, schedule: Schedule, number: int) -> Facts:
+    """What is known of a round once its records are final: its facts, without marks."""
+    first_block, neurons = chain.snapshot(schedule.first_block(number))
+    records_block, records = chain.commitments(schedule.records_block(number))
+    marks_block = Block(schedule.marks_block(number), b"")
+    return Facts(number, first_block, records_block, marks_block, neurons, records, {})
+
+
+def read_marks(chain: SubnetRounds, facts: Facts) -> Facts:
+    """These facts with the marks, once they are final."""
+    block, marks = chain.commitments(facts.marks_block.number)
+    return replace(facts, marks_block=block, marks=marks)
 
 
 async def _hash(client: bt.Client, number: int) -> bytes:

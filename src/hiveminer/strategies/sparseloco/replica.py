@@ -151,11 +151,10 @@ class Replica:
         with self.lock:
             before = self.position
             position, action = rounds.settle(before, decision)
-            if isinstance(action, rounds.VoidAndApply):
-                if before.held != position.held:
-                    self._go_to(self.states[action.parent])
-                if action.returned is not None:
-                    update.give_back(self._pending(), self.cuts[action.returned.blob_hash].cut)
+            if position.held is not None and position.held != before.held:
+                self._go_to(self.states[position.held])
+            if action.returned is not None:
+                update.give_back(self._pending(), self.cuts[action.returned.blob_hash].cut)
             if decision.parent is not None:
                 self.decision = decision
             self.position = position

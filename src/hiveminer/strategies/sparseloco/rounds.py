@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from hiveminer.strategies.sparseloco.records import (
     MAX_UIDS,
     Mark,
-    Record,
     decode_mark,
     decode_record,
 )
@@ -149,14 +148,10 @@ def decide(rules: Rules, facts: Facts) -> Decision:
     return _count(rules, facts, parent, is_marked)
 
 
-def candidates(rules: Rules, facts: Facts, parent: bytes) -> tuple[Neuron, ...]:
-    """The authors whose records have this run, round and parent and are within bounds, which a
-    validator that holds `parent` may mark. `facts.marks` is not read."""
-    return tuple(
-        neuron
-        for neuron, record in _records(rules, facts)
-        if _record_problem(rules, record, parent) is None
-    )
+def candidates(rules: Rules, facts: Facts, parent: bytes) -> dict[Neuron, Contribution]:
+    """The blobs that a validator that holds `parent` may mark, by author: their records have this
+    run, round and parent and are within bounds. `facts.marks` is not read."""
+    return {neuron: blob for neuron, blob, why in _records(rules, facts, parent) if not why}
 
 
 def first_places(
@@ -199,49 +194,37 @@ def _marks(rules: Rules, facts: Facts, permitted: Iterable[bytes]) -> dict[bytes
     return marks
 
 
-def _records(rules: Rules, facts: Facts) -> list[tuple[Neuron, Record]]:
-    """The records of this run and round by ascending uid, whatever their parent."""
-    records = []
+def _records(
+    rules: Rules, facts: Facts, parent: bytes
+) -> Iterator[tuple[Neuron, Contribution, str]]:
+    """The records of this run and round by ascending uid, and why each cannot count, if so."""
     for neuron in sorted(facts.neurons, key=lambda neuron: neuron.uid):
         record = decode_record(facts.records.get(neuron.hotkey))
-        if (
-            record is not None
-            and (record.run, record.round) == (rules.run, facts.round)
-            and 0 <= neuron.uid < MAX_UIDS
-        ):
-            records.append((neuron, record))
-    return records
-
-
-def _record_problem(rules: Rules, record: Record, parent: bytes) -> str | None:
-    if record.parent != parent:
-        return "based on another state"
-    if not 0 < record.blob_bytes <= rules.max_blob_bytes:
-        return "blob size out of bounds"
-    return None
+        if record is None or (record.run, record.round) != (rules.run, facts.round):
+            continue
+        if not 0 <= neuron.uid < MAX_UIDS:
+            continue
+        why = ""
+        if record.parent != parent:
+            why = "based on another state"
+        elif not 0 < record.blob_bytes <= rules.max_blob_bytes:
+            why = "blob size out of bounds"
+        blob = Contribution(neuron.uid, neuron.hotkey, record.blob_bytes, record.blob_hash)
+        yield neuron, blob, why
 
 
 def _count(rules: Rules, facts: Facts, parent: bytes, is_marked: Callable[[int], bool]) -> Decision:
-    records = _records(rules, facts)
-    left_out, eligible = {}, []
-    for neuron, record in records:
-        problem = _record_problem(rules, record, parent)
-        if problem is None and not is_marked(neuron.uid):
-            problem = "not marked by more than half"
-        if problem is None:
-            eligible.append(neuron)
+    left_out, eligible = {}, {}
+    for neuron, blob, why in _records(rules, facts, parent):
+        if why or not is_marked(neuron.uid):
+            left_out[neuron.uid] = why or "not marked by more than half"
         else:
-            left_out[neuron.uid] = problem
+            eligible[neuron] = blob
     chosen = first_places(
         eligible, places=rules.max_contributors, records_hash=facts.records_block.hash
     )
-    counted = {neuron.uid for neuron in chosen}
-    left_out |= {n.uid: "more contributors than places" for n in eligible if n.uid not in counted}
-    contributions = tuple(
-        Contribution(neuron.uid, neuron.hotkey, record.blob_bytes, record.blob_hash)
-        for neuron, record in records
-        if neuron.uid in counted
-    )
+    left_out |= {n.uid: "more contributors than places" for n in eligible.keys() - set(chosen)}
+    contributions = tuple(blob for neuron, blob in eligible.items() if neuron in chosen)
     return Decision(facts.round, parent, contributions, left_out=tuple(sorted(left_out.items())))
 
 
@@ -325,41 +308,19 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Empty:
-    """Nothing changes, and nothing is dropped."""
+class Action:
+    """What a peer does about a decision, besides to apply its blobs to the state that it names.
 
-
-@dataclass(frozen=True)
-class Apply:
-    """The peer holds `parent`: apply the blobs to it."""
-
-    parent: bytes
-    contributions: tuple[Contribution, ...]
-
-
-@dataclass(frozen=True)
-class VoidAndApply(Apply):
-    """The last counted round is void: go back to the confirmed state, then apply the blobs.
-
-    returned: the own blob of the void round, whose q goes back into u, if there is one.
+    returned: the own blob of the last counted round, whose q goes back into u, since that round is
+    void. repairs: the peer does not hold the named state, and downloads it. differs: it computed
+    another newest state from the same log. Then it takes the named one only if the two are equal
+    within rounding; otherwise it keeps its own and stops committing, since a majority must not
+    rewrite history for those who hold it.
     """
 
     returned: OwnBlob | None = None
-
-
-@dataclass(frozen=True)
-class Repair(VoidAndApply):
-    """The peer does not hold `parent`: download it, then apply the blobs.
-
-    differs: the peer computed another newest state from the same log. It takes the named one
-    only if the two are equal within rounding; otherwise it keeps its own and stops committing,
-    since a majority must not rewrite history for those who hold it.
-    """
-
+    repairs: bool = False
     differs: bool = False
-
-
-Action = Empty | Apply | VoidAndApply | Repair
 
 
 def start(hotkey: bytes, state: bytes, *, settled: int = -1) -> Position:
@@ -372,16 +333,13 @@ def start(hotkey: bytes, state: bytes, *, settled: int = -1) -> Position:
 
 def next_action(position: Position, decision: Decision) -> Action:
     """What the peer must do after the decision of its next round."""
-    parent, blobs = decision.parent, decision.contributions
+    parent = decision.parent
     if parent is None:
-        return Empty()
-    if position.base is not None and parent == position.newest:
-        return Apply(parent, blobs)
+        return Action()
     returned = position.counted if position.taken and _is_void(position, parent) else None
-    if position.base is not None and parent == position.confirmed:
-        return VoidAndApply(parent, blobs, returned)
-    made = position.base is not None and position.newest is not None
-    return Repair(parent, blobs, returned, differs=made)
+    holds = position.base is not None
+    repairs = not holds or parent not in position.states_to_keep
+    return Action(returned, repairs, differs=repairs and holds and position.newest is not None)
 
 
 def settle(position: Position, decision: Decision) -> tuple[Position, Action]:
@@ -411,7 +369,7 @@ def settle(position: Position, decision: Decision) -> tuple[Position, Action]:
             confirmed=decision.parent,
             contributions=decision.contributions,
             newest=None if decision.contributions else decision.parent,
-            held=position.held if isinstance(action, Repair) else decision.parent,
+            held=position.held if action.repairs else decision.parent,
             counted=cut if counts else None,
             taken=False,
             owed=owed,

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import struct
 import time
 from collections import Counter
 from collections.abc import Iterator
 
 from hivemind.p2p import P2P, PeerID
+
+logger = logging.getLogger(__name__)
 
 HAVE, GET = 1, 2
 OK, ABSENT = 0, 1
@@ -62,14 +65,6 @@ class Streams:
             self._open -= Counter([caller])
 
 
-class CallFailed(Exception):
-    """A call failed; another peer may have the data. answered: whether an answer came."""
-
-    def __init__(self, why: str, *, answered: bool):
-        super().__init__(why)
-        self.answered = answered
-
-
 async def call(
     p2p: P2P,
     peer: PeerID,
@@ -80,9 +75,9 @@ async def call(
     into: bytearray,
     answer_seconds: float,
     chunk_seconds: float,
-) -> None:
-    """Append the `size` bytes of a peer's answer to `into`. Raises CallFailed; what was received
-    before that is kept."""
+) -> bool:
+    """Append the `size` bytes of a peer's answer to `into`, or what came of them; returns whether
+    the peer answers."""
     answered = False
     try:
         async with asyncio.timeout(answer_seconds):
@@ -91,21 +86,20 @@ async def call(
             writer.write(request)
             answer = await asyncio.wait_for(reader.readexactly(ANSWER.size), answer_seconds)
             answered = True
-            status, length = ANSWER.unpack(answer)
-            if status != OK or length != size:
-                why = "absent" if status == ABSENT else f"{length} bytes, not {size}"
-                raise CallFailed(why, answered=True)
+            if ANSWER.unpack(answer) != (OK, size):
+                return True
             latest = time.monotonic() + OPEN_SECONDS + size / SLOWEST_BYTES
             while size:
                 seconds = min(chunk_seconds, latest - time.monotonic())
                 chunk = await asyncio.wait_for(reader.read(min(size, CHUNK_BYTES)), seconds)
                 if not chunk:
-                    raise CallFailed(f"{size} bytes are missing", answered=True)
+                    break
                 into += chunk
                 size -= len(chunk)
-    except CallFailed:
-        raise
+        return True
     except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-        raise CallFailed(repr(error), answered=False) from None
-    except Exception as error:  # the daemon's own, for a peer that is gone or refuses
-        raise CallFailed(repr(error), answered=answered) from error
+        logger.debug("peer %s does not answer: %r", peer, error)
+        return False
+    except Exception as error:  # noqa: BLE001 - the daemon's own: the peer is gone, or refuses
+        logger.debug("a call of peer %s failed: %r", peer, error)
+        return answered
