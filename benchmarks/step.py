@@ -65,7 +65,6 @@ from hiveminer.training.model import (
     builtin_model,
     builtin_tokenizer,
     encode,
-    parameter_count,
     ready_to_train,
 )
 from hiveminer.training.optimizer import build_optimizer
@@ -238,7 +237,7 @@ def compare(size: str, *, rounds: int, rows: int) -> dict[str, Any]:
         for name in names[number % 4 :] + names[: number % 4]:
             tokens, (wall, cpu) = bench.ways[name]()
             speeds[name].append((tokens / wall, tokens / cpu))
-    result: dict[str, Any] = {"parameters": parameter_count(bench.model.parameters())}
+    result: dict[str, Any] = {"parameters": bench.model.num_parameters()}
     for name, found in speeds.items():
         result[f"tokens_per_second_{name}"] = round(statistics.median(s for s, _ in found), 1)
     for key, other in RATIOS.items():

@@ -32,7 +32,6 @@ from hiveminer.training.model import (
     integer_weights,
     load_model,
     load_tokenizer,
-    parameter_count,
     report_beyond,
     schema_hash,
     share_beyond,
@@ -65,7 +64,7 @@ def test_builtin_weights_are_these_bits() -> None:
 
 def test_builtin_model_is_small_trains_and_has_no_dropout() -> None:
     model = builtin_model()
-    assert parameter_count(model.parameters()) == 891_904
+    assert model.num_parameters() == 891_904
     assert model.training
     ids = torch.arange(10)[None]
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)

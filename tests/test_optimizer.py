@@ -150,18 +150,3 @@ def test_the_schedule_sets_the_rate_of_both() -> None:
     for _ in range(4):
         scheduler.step()
     assert math.isclose(moved(model) / slow, 1, rel_tol=0.2)
-
-
-def test_a_step_with_a_closure_returns_its_loss() -> None:
-    model = tiny_model("llama")
-    optimizer = inner_optimizer(model, MUON)
-    tokens = torch.arange(16).view(2, 8)
-
-    def loss() -> torch.Tensor:
-        optimizer.zero_grad()
-        value: torch.Tensor = model(input_ids=tokens, labels=tokens).loss
-        value.backward()
-        return value
-
-    losses = [optimizer.step(loss).item() for _ in range(5)]
-    assert losses[-1] < losses[0]

@@ -268,7 +268,7 @@ class Miner(BaseMinerNeuron):
         logger.info(
             "run %s: %d parameters on %s, %d rows, epoch %d",
             self.run_id,
-            model.parameter_count(self.model.parameters()),
+            self.model.num_parameters(),
             self.device,
             len(self.dataset),
             self.swarm.epoch,

@@ -88,7 +88,7 @@ def _absolute(name: str) -> str:
 
 def _fitted(table: dict[str, Any], *, keep_rate: bool) -> dict[str, Any]:
     """Sequence length and learning rate for the user's model."""
-    from hiveminer.training.model import parameter_count, shape_of_model
+    from hiveminer.training.model import shape_of_model
     from hiveminer.training.optimizer import usual_learning_rate
 
     model = shape_of_model(table["model"]["name"])
@@ -96,7 +96,7 @@ def _fitted(table: dict[str, Any], *, keep_rate: bool) -> dict[str, Any]:
     section = {**table["model"], "sequence_length": min(512, positions)}
     if keep_rate or table["model"]["name"] == BUILTIN:
         return {"model": section}
-    rate = TRAINED_SHARE * usual_learning_rate(parameter_count(model.parameters()))
+    rate = TRAINED_SHARE * usual_learning_rate(model.num_parameters())
     optimizer = {**table["optimizer"], "learning_rate": float(f"{rate:.1e}")}
     return {"model": section, "optimizer": optimizer}
 

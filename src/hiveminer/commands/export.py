@@ -22,7 +22,7 @@ from hiveminer.strategies.base import Context, GlobalState, Observer
 from hiveminer.strategies.registry import open_observer
 from hiveminer.training.data import load_rows
 from hiveminer.training.evaluation import HELD_OUT_ROWS
-from hiveminer.training.model import parameter_count, schema_hash
+from hiveminer.training.model import schema_hash
 from hiveminer.training.model_folder import Origin, check_absent, save_model, set_weights
 from hiveminer.training.task import load_task
 
@@ -120,7 +120,7 @@ def _fetched(observer: Observer, neuron: Neuron) -> GlobalState:
 def _growing(folder: Path, found: Found, settings: ExportSettings) -> Iterator[None]:
     """A progress bar that follows the size of the draft while it is written."""
     size = 2 if settings.dtype != "float32" else 4
-    total = size * parameter_count(found.model.parameters())
+    total = size * found.model.num_parameters()
     done = threading.Event()
 
     def follow(bar: tqdm[Any]) -> None:

@@ -12,7 +12,7 @@ from hiveminer.config.settings import RunCheckSettings, WorkSettings
 from hiveminer.errors import OperatorError, one_line
 from hiveminer.training.data import load_rows, split_held_out
 from hiveminer.training.memory import FLOAT32, memory_left
-from hiveminer.training.model import parameter_count, shape_of_model
+from hiveminer.training.model import shape_of_model
 from hiveminer.training.model_checks import check_length
 from hiveminer.training.optimizer import usual_learning_rate
 from hiveminer.training.task import load_model
@@ -26,7 +26,7 @@ def main(settings: RunCheckSettings) -> int:
     wrong: list[str] = []
     with _listed(wrong):
         model = shape_of_model(run.model.name, revision=run.model.revision)
-        parameters = parameter_count(model.parameters())
+        parameters = model.num_parameters()
         remarks += about_learning_rate(run, parameters=parameters)
         check_length(model.config, run.model.sequence_length)
         if 2 * FLOAT32 * parameters < memory_left(torch.device("cpu")):

@@ -54,7 +54,10 @@ START_CURES = (
     ("permission denied", "ports below 1024 need privileges: choose another with --dht.port"),
     ("binary", "reinstall hivemind: pip install --force-reinstall --no-deps hivemind"),
     ("failed to start in", "this machine is too busy: check what else runs on it, and start again"),
-    ("its process ended", "the system may have killed it for lack of memory: free some, and start again"),
+    (
+        "its process ended",
+        "the system may have killed it for lack of memory: free some, and start again",
+    ),
 )
 """Remedies when the daemon does not start, by its error."""
 

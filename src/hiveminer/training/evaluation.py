@@ -48,7 +48,7 @@ def evaluate(
 ) -> Evaluation | None:
     """Evaluate a model on rows, each truncated to `sequence_length` tokens; None when there is
     nothing to predict. on_rows: called with the number of rows after each batch."""
-    nats, tokens, size = 0.0, 0, 0
+    nats, tokens = 0.0, 0
     device = next(model.parameters()).device
     was_training = model.training
     model.train(False)
@@ -65,12 +65,10 @@ def evaluate(
             )
             nats += float(losses.double().sum())
             tokens += int((targets != IGNORED).sum())
-            size += sum(
-                predicted_bytes(tokenizer, text, max_length=sequence_length) for text in batch
-            )
             on_rows(len(batch))
     finally:
         model.train(was_training)
+    size = sum(predicted_bytes(tokenizer, text, max_length=sequence_length) for text in texts)
     return Evaluation(len(texts), tokens, size, nats / tokens) if tokens else None
 
 

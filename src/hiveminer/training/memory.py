@@ -67,19 +67,19 @@ def memory_needed(
 ) -> MemoryNeeded:
     """The memory that training the model needs; it may be on the `meta` device."""
     trained = [value for value in model.parameters() if value.requires_grad]
-    weights = sum(value.numel() * value.element_size() for value in model.parameters())
-    gradients = sum(value.numel() * value.element_size() for value in trained)
+    numbers = sum(value.numel() for value in trained)
+    gradients = sum(value.nbytes for value in trained)
     config = getattr(model, "config", None)
     width = getattr(config, "hidden_size", 0) * getattr(config, "num_hidden_layers", 0)
     vocabulary = getattr(config, "vocab_size", 0)
     return MemoryNeeded(
         parameters=sum(value.numel() for value in model.parameters()),
-        weights=weights,
+        weights=sum(value.nbytes for value in model.parameters()),
         gradients=gradients,
         optimizer_state=2 * gradients,
-        casts=BFLOAT16 * sum(value.numel() for value in trained) if bfloat16 else 0,
-        averaging=AVERAGING * sum(value.numel() for value in trained),
-        snapshot=SNAPSHOT * sum(value.numel() for value in trained),
+        casts=BFLOAT16 * numbers if bfloat16 else 0,
+        averaging=AVERAGING * numbers,
+        snapshot=SNAPSHOT * numbers,
         activations=sequence_length * (width + 2 * vocabulary) * FLOAT32,
     )
 
@@ -101,7 +101,9 @@ def check_machine(
 
     device: as configured; on the CPU, training is counted too. No device is initialized.
     """
-    cpu = device == "cpu" or (device is None and not _has_accelerator())
+    compiled = torch.version.cuda is not None or torch.version.hip is not None
+    accelerator = compiled or torch.backends.mps.is_available()  # creates no CUDA context
+    cpu = device == "cpu" or (device is None and not accelerator)
     if cpu:
         wanted = needed.host + needed.training - needed.weights
     else:  # weights and optimizer state have moved by the first checkpoint
@@ -133,12 +135,6 @@ def _refuse(needed: MemoryNeeded, wanted: int, left: int, *, where: str) -> None
             f"{_gigabytes(wanted)} more memory to train, and {where} has {_gigabytes(left)} left: "
             "free some, or join a run with a smaller model"
         )
-
-
-def _has_accelerator() -> bool:
-    """Whether the best device is not the CPU; creates no CUDA context."""
-    compiled = torch.version.cuda is not None or torch.version.hip is not None
-    return compiled or torch.backends.mps.is_available()
 
 
 def _container_left(cgroup: Path) -> int:

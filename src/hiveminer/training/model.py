@@ -12,7 +12,7 @@ import logging
 import pickle
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -299,10 +299,6 @@ def ready_to_train(model: PreTrainedModel) -> PreTrainedModel:
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
     model.train()
     return model
-
-
-def parameter_count(parameters: Iterable[torch.Tensor]) -> int:
-    return sum(value.numel() for value in parameters)
 
 
 def _source(name: str, what: str) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -91,19 +90,21 @@ def save_model(
     model.to(DTYPES[dtype])  # type: ignore[arg-type]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        with tempfile.TemporaryDirectory(
+            prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
+        ) as beside:
+            draft = Path(beside, "new")
+            draft.mkdir()
+            _write(draft, model, tokenizer, facts, origin)
+            if replace and folder.exists():
+                folder.rename(Path(beside, "old"))
+            draft.rename(folder)
+            sync(folder.parent)
     except OSError as error:
-        raise _unwritable(folder, error) from None
-    try:
-        _write(draft, model, tokenizer, facts, origin)
-        draft.chmod(0o755)
-        _put(draft, folder, replace=replace)
-    except OSError as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise _unwritable(folder, error) from None
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+        reason = error.strerror or str(error)
+        raise OperatorError(
+            f"{folder} cannot be written: {reason}; choose another folder"
+        ) from None
 
 
 def read_facts(folder: Path) -> dict[str, Any]:
@@ -113,11 +114,6 @@ def read_facts(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return facts if isinstance(facts, dict) else {}
-
-
-def _unwritable(folder: Path, error: OSError) -> OperatorError:
-    reason = error.strerror or str(error)
-    return OperatorError(f"{folder} cannot be written: {reason}; choose another folder")
 
 
 def _write(
@@ -141,18 +137,6 @@ def _write(
         path.chmod(0o644)  # safetensors writes files that only their owner can read
         sync(path)
     sync(draft)
-
-
-def _put(draft: Path, folder: Path, *, replace: bool) -> None:
-    """Rename the draft; an existing folder is moved away first."""
-    if replace and folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        folder.rename(old / "old")
-        draft.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        draft.rename(folder)
-    sync(folder.parent)
 
 
 # --- the card ---------------------------------------------------------------------------------
@@ -207,6 +191,12 @@ def card(facts: Mapping[str, Any], run: Run) -> str:
     if not is_local(run.model.name) and run.model.name != BUILTIN:
         front.append(f"base_model: {run.model.name}")
     front += ["tags:", "- hiveminer", "- bittensor", "- hivemind", "---"]
+    data = "local files" if is_local(run.data.name) else run.data.name
+    if run.data.name == BUILTIN:
+        data = "the Python standard library's source"
+    loss = "not measured"
+    if facts["held_out_loss"] is not None:
+        loss = f"{facts['held_out_loss']:.4f} nats per token, on {facts['held_out_rows']} rows"
     rows = [
         ("run id", f"`{facts['run_id']}`"),
         ("epoch", facts["epoch"]),
@@ -215,10 +205,10 @@ def card(facts: Mapping[str, Any], run: Run) -> str:
         ("stored as", facts["dtype"]),
         ("rows trained", _known(facts["rows"])),
         ("tokens trained", _known(facts["tokens"])),
-        ("held-out loss", _loss(facts)),
+        ("held-out loss", loss),
         ("base model", facts["base_model"]),
         ("license of the base model", facts["license"] or "not known"),
-        ("data", f"{_data_name(run)}"),
+        ("data", data),
         ("date", facts["written_at"]),
         ("versions", ", ".join(f"{name} {each}" for name, each in facts["versions"].items())),
     ]
@@ -237,15 +227,3 @@ def card(facts: Mapping[str, Any], run: Run) -> str:
 
 def _known(count: int | None) -> str:
     return "not known" if count is None else f"{count:,}"
-
-
-def _loss(facts: Mapping[str, Any]) -> str:
-    if facts["held_out_loss"] is None:
-        return "not measured"
-    return f"{facts['held_out_loss']:.4f} nats per token, on {facts['held_out_rows']} rows"
-
-
-def _data_name(run: Run) -> str:
-    if run.data.name == BUILTIN:
-        return "the Python standard library's source"
-    return "local files" if is_local(run.data.name) else run.data.name

@@ -69,15 +69,10 @@ class MuonAndAdamW(torch.optim.Optimizer):
         super().__init__([group for inner in self._inner for group in inner.param_groups], {})
         self._share()
 
-    def step(self, closure: Any = None) -> Any:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One step of both."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for inner in self._inner:
             inner.step()
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -109,13 +104,10 @@ def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
 def parameter_groups(
     parameters: Iterable[nn.Parameter], *, weight_decay: float
 ) -> list[dict[str, Any]]:
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in parameters:
-        (matrices if parameter.dim() > 1 else vectors).append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+    parameters = list(parameters)
+    groups: list[dict[str, Any]] = [
+        {"params": [each for each in parameters if each.dim() > 1], "weight_decay": weight_decay},
+        {"params": [each for each in parameters if each.dim() <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
