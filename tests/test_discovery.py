@@ -115,7 +115,7 @@ def test_a_peer_that_is_alone_says_why_and_a_split_that_it_was_healed(tmp_path: 
     assert "this machine has no such address: choose one with --dht.ip" in said["foreign address"]
     assert "the swarm's peer does not start on 192.0.2.1 port 0: " in words
     assert "choose another with --dht.port" in said["busy port"]
-    assert "its process ended with 7; the system may have ended it" in said["dying"]
+    assert "its process ended with 7; the system may have killed it" in said["dying"]
     # The foreign address, the dying one, alone at the start, and alone when cut off.
     assert words.count("[peer_start]") == 4
     assert "nothing is listening there" in said["stopped"]
@@ -134,11 +134,11 @@ def test_a_peer_that_is_alone_says_why_and_a_split_that_it_was_healed(tmp_path: 
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ("dial tcp4 192.0.2.1:5: connect: connection refused", "it is stopped"),
+        ("dial tcp4 192.0.2.1:5: connect: connection refused", "nothing is listening"),
         ("peer id mismatch: expected Qm, but remote key matches 12D3", "another peer"),
         ("context deadline exceeded", "a firewall"),
-        ("dial backoff", "a moment ago"),
-        ("backoff\n connection refused", "it is stopped"),
+        ("dial backoff", "recent attempt"),
+        ("backoff\n connection refused", "nothing is listening"),
     ],
 )
 def test_what_a_failed_dial_means(words: str, why: str) -> None:
@@ -147,7 +147,7 @@ def test_what_a_failed_dial_means(words: str, why: str) -> None:
 
 def test_what_to_do_when_a_peer_does_not_start() -> None:
     assert "--dht.port" in start_cure("bind: address already in use")
-    assert "above 1023" in start_cure("bind: permission denied")
+    assert "privileges" in start_cure("bind: permission denied")
     assert "reinstall hivemind" in start_cure("p2pd binary not found at x")
     assert "--dht.port" in start_cure("something new")
 
