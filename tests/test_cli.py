@@ -50,9 +50,8 @@ def test_a_command_hands_its_settings_on(
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_every_command_can_be_loaded(name: str) -> None:
-    command = cli.COMMANDS[name]
-    assert callable(importlib.import_module(command.module).main)
-    assert issubclass(getattr(settings, command.settings), ProgramSettings)
+    assert callable(importlib.import_module(cli.module_of(name)).main)
+    assert issubclass(getattr(settings, cli.COMMANDS[name].settings), ProgramSettings)
 
 
 def test_a_commands_mistake_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

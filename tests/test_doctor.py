@@ -19,7 +19,7 @@ from hiveminer.commands.checks import chain as chain_checks
 from hiveminer.commands.checks import machine, rounds, training
 from hiveminer.commands.checks.base import Check, Examination, passed
 from hiveminer.commands.checks.machine import PYTHONS
-from hiveminer.commands.doctor import examine, exit_code, within
+from hiveminer.commands.doctor import examine, within
 from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import OperatorError
 
@@ -250,11 +250,6 @@ def test_a_check_that_hangs_breaks_or_refuses_is_a_failure_with_a_cure() -> None
     assert (refused.verdict, refused.found, refused.cure) == ("failed", "no such thing", "make one")
     assert within(breaks, seconds=5).found == "KeyError: 'x'"
     assert "not checked" in within(refuses, seconds=0).found
-
-
-def test_the_exit_code_is_the_number_of_failures_capped() -> None:
-    assert exit_code([passed("x"), *(Check(str(n), "failed", "x", "y") for n in range(3))]) == 3
-    assert exit_code([Check(str(n), "failed", "x", "y") for n in range(300)]) == 100
 
 
 def test_the_pythons_are_those_of_pyproject() -> None:

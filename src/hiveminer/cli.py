@@ -18,9 +18,8 @@ if TYPE_CHECKING:
 
 
 class Command(NamedTuple):
-    """The module with a command's `main(settings)`, its settings class, and its description."""
+    """A command's settings class, its description, and what it takes besides flags."""
 
-    module: str
     settings: str
     sentence: str
     has_json: bool = False
@@ -30,68 +29,55 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command(
-        "hiveminer.commands.demo",
-        "DemoSettings",
-        "Start a validator and miners on this machine, and show how they learn.",
+        "DemoSettings", "Start a validator and miners on this machine, and show how they learn."
     ),
     "miner": Command(
-        "hiveminer.miner",
-        "MinerSettings",
-        "Train what validators send, together with the other miners.",
+        "MinerSettings", "Train what validators send, together with the other miners."
     ),
     "validator": Command(
-        "hiveminer.validator",
-        "ValidatorSettings",
-        "Give miners rows to train on, judge their answers, and set weights.",
+        "ValidatorSettings", "Give miners rows to train on, judge their answers, and set weights."
     ),
     "doctor": Command(
-        "hiveminer.commands.doctor",
         "MinerSettings",
         "Check this machine with a miner's flags, and say what is wrong (--json for machines).",
         has_json=True,
     ),
     "status": Command(
-        "hiveminer.commands.status",
         "MinerSettings",
         "Show the subnet's neurons, with a miner's flags (--json for machines).",
         has_json=True,
     ),
     "export": Command(
-        "hiveminer.commands.export",
-        "ExportSettings",
-        "Write the trained model as a folder that transformers loads anywhere.",
+        "ExportSettings", "Write the trained model as a folder that transformers loads anywhere."
     ),
     "generate": Command(
-        "hiveminer.commands.generate",
         "GenerateSettings",
         "Continue a text with the trained model.",
         word="text",
     ),
     "evaluate": Command(
-        "hiveminer.commands.evaluate",
         "EvaluateSettings",
         "Measure the trained model on held-out rows, and what the run began with (--json).",
         has_json=True,
     ),
     "log": Command(
-        "hiveminer.commands.log",
         "LogSettings",
         "List the rounds of strategy sparseloco, and --verify them (--json for machines).",
         has_json=True,
         word="folder",
     ),
     "run new": Command(
-        "hiveminer.commands.run_new",
-        "RunNewSettings",
-        "Write a commented run.toml, with the data's hash filled in.",
+        "RunNewSettings", "Write a commented run.toml, with the data's hash filled in."
     ),
     "run check": Command(
-        "hiveminer.commands.run_check",
         "RunCheckSettings",
         "Say what is wrong or unwise in a run.toml.",
         word="file",
     ),
 }
+
+NEURONS = ("miner", "validator")
+"""The commands that are modules of the package itself, not of `commands`."""
 
 
 def main(
@@ -118,6 +104,7 @@ def _interrupted(_number: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _run(words: Sequence[str], load: Callable[[str], Any]) -> int | None:
+    from hiveminer.config import settings as config
     from hiveminer.config.flags import did_you_mean
     from hiveminer.errors import OperatorError
     from hiveminer.runtime.dependencies import explained
@@ -143,9 +130,10 @@ def _run(words: Sequence[str], load: Callable[[str], Any]) -> int | None:
         rest = [word for word in rest if word != "--json"]
     if command.word and rest and not rest[0].startswith("-"):
         rest = [f"--{command.word}={rest[0]}", *rest[1:]]
-    settings = _settings(command, name, rest)
+    tree: type[ProgramSettings] = getattr(config, command.settings)
+    settings = config.parse(rest, cls=tree, prog=f"hiveminer {name}", description=command.sentence)
     try:
-        code: int | None = load(command.module).main(settings, **options)
+        code: int | None = load(module_of(name)).main(settings, **options)
     except ImportError as error:
         reason = explained(error)
         if reason is None:
@@ -154,11 +142,10 @@ def _run(words: Sequence[str], load: Callable[[str], Any]) -> int | None:
     return code
 
 
-def _settings(command: Command, name: str, words: Sequence[str]) -> ProgramSettings:
-    from hiveminer.config import settings
-
-    tree: type[ProgramSettings] = getattr(settings, command.settings)
-    return settings.parse(words, cls=tree, prog=f"hiveminer {name}", description=command.sentence)
+def module_of(name: str) -> str:
+    """The module whose `main(settings)` is this command."""
+    package = "hiveminer" if name in NEURONS else "hiveminer.commands"
+    return f"{package}.{name.replace(' ', '_')}"
 
 
 def _overview() -> str:

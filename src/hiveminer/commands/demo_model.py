@@ -31,24 +31,24 @@ def keep_model(state: Path, lines: Sequence[dict[str, Any]], out: Path) -> bool:
     evaluated = evaluations(lines)
     if not evaluated:
         return False
-    for folder in state.glob(f"*/*/*/{MODELS_FOLDER}/{name_of(evaluated[-1]['epoch'])}"):
+    name = name_of(evaluated[-1]["epoch"])
+    folder = next(state.glob(f"*/*/*/{MODELS_FOLDER}/{name}"), None)
+    if folder is not None:
         shutil.rmtree(out, ignore_errors=True)
         folder.rename(out)
-        return True
-    return False
+    return folder is not None
 
 
 def samples(run: Run, model: Path) -> dict[str, str]:
     """`prompt`, and what the initial (`before`) and the trained model (`after`) wrote."""
     import torch
 
+    from hiveminer.commands.evaluate import held_out_texts
     from hiveminer.commands.generate import continuation
-    from hiveminer.training.data import load_rows, split_held_out
+    from hiveminer.training.data import load_rows
     from hiveminer.training.model import load_model, load_tokenizer
 
-    rows = load_rows(run.data)
-    _, held_out = split_held_out(len(rows), run.data.held_out)
-    prompt = prompt_of(rows.texts(list(held_out)[:HELD_OUT_TRIED]))
+    prompt = prompt_of(held_out_texts(run, load_rows(run.data), rows=HELD_OUT_TRIED))
     written = {"prompt": prompt}
     for name, place in (("before", run.model.name), ("after", str(model))):
         torch.manual_seed(0)

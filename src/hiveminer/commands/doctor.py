@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 
+from rich.markup import escape
 from rich.table import Table
 
 from hiveminer.commands.checks import chain, machine, rounds, training
@@ -30,9 +31,6 @@ CHECK_SECONDS = 12.0
 
 LOAD_SECONDS = 300.0
 """Limit of the check that loads model and data; not counted in TOTAL_SECONDS."""
-
-MAX_EXIT_CODE = 100
-
 
 CHECKS: tuple[tuple[str, Callable[[Examination], Check]], ...] = (
     ("python", machine.python),
@@ -112,27 +110,18 @@ def as_text(checks: Sequence[Check]) -> str:
         table.add_column(column, overflow="fold")
     for check in checks:
         cure = f"\n-> {check.cure}" if check.cure else ""
-        table.add_row(MARKS[check.verdict], check.name, _plain(check.found + cure))
+        table.add_row(MARKS[check.verdict], check.name, escape(check.found + cure))
     count = {v: sum(c.verdict == v for c in checks) for v in ("passed", "warned", "failed")}
     return rendered(table, ", ".join(f"{number} {verdict}" for verdict, number in count.items()))
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
-
-
-def as_json(checks: Sequence[Check]) -> str:
-    """The same for machines."""
-    failures = sum(check.verdict == "failed" for check in checks)
-    return json.dumps({"failed": failures, "checks": [asdict(check) for check in checks]}, indent=1)
 
 
 def main(settings: MinerSettings, *, as_json_text: bool = False) -> int:
     """Check this machine; the exit code is the number of failures, at most 100."""
     checks = list(examine(Examination(settings)))
-    print(as_json(checks) if as_json_text else as_text(checks))
-    return exit_code(checks)
-
-
-def exit_code(checks: Sequence[Check]) -> int:
-    return min(MAX_EXIT_CODE, sum(check.verdict == "failed" for check in checks))
+    failures = sum(check.verdict == "failed" for check in checks)
+    if as_json_text:
+        found = {"failed": failures, "checks": [asdict(check) for check in checks]}
+        print(json.dumps(found, indent=1))
+    else:
+        print(as_text(checks))
+    return min(100, failures)

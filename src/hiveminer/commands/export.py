@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hiveminer.commands.evaluate import evaluated, held_out_texts
-from hiveminer.commands.models import Found, from_checkpoint
+from hiveminer.commands.models import Found, from_checkpoint, written_at
 from hiveminer.config.run import Run, RunId, load_run
 from hiveminer.config.settings import ExportSettings
 from hiveminer.errors import SwarmError
@@ -39,7 +39,8 @@ def main(settings: ExportSettings) -> int:
         trained: dict[str, Any] = found.metadata.get("trained") or {}
         swarm: dict[str, Any] = found.metadata.get("swarm") or {}
         epoch = int(swarm.get("epoch", 0))
-        source = f"a miner's checkpoint of {time.strftime('%Y-%m-%d %H:%M', _written(found))} UTC"
+        written = time.gmtime(written_at(found.metadata))
+        source = f"a miner's checkpoint of {time.strftime('%Y-%m-%d %H:%M', written)} UTC"
         if swarm.get("counts") is False:
             source += " (its own weights: no miner's update has counted yet)"
     else:
@@ -138,7 +139,3 @@ def _growing(folder: Path, found: Found, settings: ExportSettings) -> Iterator[N
         finally:
             done.set()
             follower.join()
-
-
-def _written(found: Found) -> time.struct_time:
-    return time.gmtime(float(found.metadata.get("written_at") or 0))

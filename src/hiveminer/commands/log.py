@@ -27,7 +27,6 @@ from hiveminer.runtime.program import rendered
 from hiveminer.strategies.sparseloco.audit import Comparison, compare
 from hiveminer.strategies.sparseloco.log import PLAN, Log, logs_below
 from hiveminer.strategies.sparseloco.onchain import SubnetRounds
-from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.replay import Report, RoundReport, summarize, verify
 
 SHOWN_CHARACTERS = 12
@@ -79,22 +78,21 @@ def look(settings: LogSettings, *, open_rounds: OpenRounds) -> Shown:
     if not settings.verify:
         return Shown(folder, run_id, _only(settings, summarize(log, plan)), None, None)
     total = len(log.blobs()) + len(log.states())
-    with progress_bar(title="verify", total=total, unit="file", shown=settings.logging.bars) as bar:
+    bars = settings.logging.bars
+    with progress_bar(title="verify", total=total, unit="file", shown=bars) as bar:
         report = verify(log, plan, on_file=bar.update)
     compared = None
     if settings.given("subtensor.network"):
-        with open_rounds(settings) as chain:
-            compared = _compared(settings, log, plan, chain)
+        total = len(log.rounds())
+        with (
+            open_rounds(settings) as chain,
+            progress_bar(title="compare", total=total, unit="round", shown=bars) as bar,
+        ):
+            compared = compare(log, plan.rules.schedule, chain, on_round=bar.update)
         report = replace(report, problems=(*report.problems, *compared.problems))
     report = _only(settings, report)
     is_verified = report.verified and (compared is None or compared.equal > 0)
     return Shown(folder, run_id, report, is_verified, compared)
-
-
-def _compared(settings: LogSettings, log: Log, plan: Plan, chain: SubnetRounds) -> Comparison:
-    total, shown = len(log.rounds()), settings.logging.bars
-    with progress_bar(title="compare", total=total, unit="round", shown=shown) as bar:
-        return compare(log, plan.rules.schedule, chain, on_round=bar.update)
 
 
 def _only(settings: LogSettings, report: Report) -> Report:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,7 +14,7 @@ from hiveminer.errors import OperatorError
 from hiveminer.neuron import subnet_folder
 from hiveminer.strategies.registry import checkpoint_weights
 from hiveminer.training import model as models
-from hiveminer.training.checkpoint import STATE_FOLDER, Checkpoint, newest
+from hiveminer.training.checkpoint import STATE_FOLDER, newest
 from hiveminer.training.model_folder import set_weights
 
 
@@ -50,22 +48,22 @@ def from_checkpoint(settings: Settings, run: Run) -> Found:
     model = models.load_model(run.model.name, revision=run.model.revision)
     schema = models.schema_hash(model)
     refused: list[str] = []
-    best: tuple[Path, Checkpoint] | None = None
-
-    def why_not(metadata: dict[str, Any]) -> str | None:
-        return _of_another_run(metadata, run, schema)
-
-    for folder in _checkpoint_folders(place):
-        found = newest(folder, accept=why_not, refuse=refused.append)
-        if found is not None and (best is None or _age(found) > _age(best[1])):
-            best = folder, found
-    if best is None:
+    found = []
+    for folder in sorted(place.glob(f"*/{STATE_FOLDER}")):
+        checkpoint = newest(
+            folder,
+            accept=lambda metadata: _of_another_run(metadata, run, schema),
+            refuse=refused.append,
+        )
+        if checkpoint is not None:
+            found.append((folder, checkpoint))
+    if not found:
         why = f" ({refused[0]})" if refused else ""
         raise OperatorError(
             f"there is no checkpoint of this run in {place}{why}; train first, name the run with "
             "--neuron.run, or export from the swarm with --source swarm"
         )
-    folder, checkpoint = best
+    folder, checkpoint = max(found, key=lambda each: written_at(each[1].metadata))
     for reason in refused:
         print(f"hiveminer: {reason}", file=sys.stderr)
     try:
@@ -76,13 +74,9 @@ def from_checkpoint(settings: Settings, run: Run) -> Found:
     return Found(model, tokenizer, run, str(folder / checkpoint.name), checkpoint.metadata)
 
 
-def _checkpoint_folders(place: Path) -> Iterator[Path]:
-    if place.is_dir():
-        yield from sorted(place.glob(f"*/{STATE_FOLDER}"))
-
-
-def _age(checkpoint: Checkpoint) -> float:
-    written = checkpoint.metadata.get("written_at")
+def written_at(metadata: dict[str, Any]) -> float:
+    """When a checkpoint was written, in seconds since 1970."""
+    written = metadata.get("written_at")
     return written if isinstance(written, float | int) else 0.0
 
 

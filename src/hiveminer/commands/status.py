@@ -12,12 +12,13 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import bittensor as bt
+from rich.markup import escape
 from rich.table import Table
 
 from hiveminer.chain import Chain, open_subnet, open_wallet
@@ -149,12 +150,10 @@ def _row(
 def read_local(folder: Path) -> Local:
     """Scores of local validators, and calls and refusals of local miners, on one subnet."""
     local = Local()
-    if not folder.is_dir():
-        return local
-    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for place in sorted(folder.glob("*/")):
         local.hotkeys.add(place.name)
         local.scores.update(_scores(place))
-        for line in last_lines(place / "metrics.jsonl"):
+        for line in _last_lines(place / "metrics.jsonl"):
             _take(local, place.name, line)
     return local
 
@@ -169,9 +168,10 @@ def _scores(place: Path) -> dict[str, float]:
     return {}
 
 
-def _take(local: Local, hotkey: str, line: Mapping[str, Any]) -> None:
+def _take(local: Local, hotkey: str, text: bytes) -> None:
     """A miner's `train` and a validator's `answer` are two ends of one call."""
     with contextlib.suppress(KeyError, TypeError, ValueError):
+        line = json.loads(text)
         kind, at = line["kind"], float(line["time"])
         if kind == "train":
             _latest(local, hotkey, str(line["caller"]), at)
@@ -186,20 +186,16 @@ def _latest(local: Local, miner: str, validator: str, at: float) -> None:
     calls[validator] = max(at, calls.get(validator, 0.0))
 
 
-def last_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The last complete lines of a JSON-lines file, in order."""
+def _last_lines(path: Path) -> list[bytes]:
+    """The lines within TAIL_BYTES of a file's end, in order."""
     try:
         with path.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, size - TAIL_BYTES))
             lines = stream.read().splitlines()
     except OSError:
-        return
-    for line in lines[1:] if size > TAIL_BYTES else lines:
-        with contextlib.suppress(ValueError):
-            said = json.loads(line)
-            if isinstance(said, dict):
-                yield said
+        return []
+    return lines[1:] if size > TAIL_BYTES else lines
 
 
 # For people and machines -------------------------------------------------------------------
@@ -223,9 +219,9 @@ def _cells(row: Row) -> list[str]:
     return [
         uid,
         row.hotkey[:8],
-        (row.axon or "").replace("[", r"\["),
+        escape(row.axon or ""),
         alive,
-        (row.peer or "")[-8:].replace("[", r"\["),
+        escape((row.peer or "")[-8:]),
         "" if row.epoch is None else str(row.epoch),
         f"{row.stake:.1f}" + (" v" if row.permit else ""),
         "" if row.score is None else f"{row.score:.2f}",

@@ -106,9 +106,10 @@ def address(exam: Examination) -> Check:
         exam.ip = settings.axon.external_ip or settings.axon_ip
         return passed(f"{exam.ip}: the embedded network is on this machine alone")
     given = settings.axon.external_ip or settings.axon.ip
-    asked = given is None or given in ("0.0.0.0", "::")
-    exam.ip = exam.ask_outside() if asked or given is None else given
-    said = "as two services on the internet see it" if asked else "as given"
+    if given is None or given in addresses.EVERY_ADDRESS:
+        exam.ip, said = exam.ask_outside(), "as two services on the internet see it"
+    else:
+        exam.ip, said = given, "as given"
     dht_ip = settings.dht.external_ip or exam.ip
     for flag, ip in (("--axon.external_ip", exam.ip), ("--dht.external_ip", dht_ip)):
         problem = addresses.check(ip)

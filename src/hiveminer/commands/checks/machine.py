@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import netrc
 import os
+import platform
 import shutil
 import sys
 
@@ -20,7 +21,7 @@ SHOWN = ("bittensor", "hivemind", "torch", "transformers", "datasets")
 
 
 def python(exam: Examination) -> Check:
-    version = ".".join(str(part) for part in sys.version_info[:3])
+    version = platform.python_version()
     if not PYTHONS[0] <= sys.version_info[:2] < PYTHONS[1]:
         return failed(version, "install Python 3.11, 3.12 or 3.13")
     return passed(version)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import socket
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
-
-import bittensor as bt
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from hiveminer.commands.checks.base import Check, Examination, failed, gigabytes, passed, warned
 from hiveminer.config.run import load_run
@@ -102,7 +100,8 @@ def peers(exam: Examination) -> Check:
         own = exam.chain.hotkey
         said = {who: text.decode(errors="replace") for who, text in commitments.items()}
         if exam.run is not None and exam.run.strategy == "sparseloco":  # records have the slot
-            said |= _stated(exam.chain.wallet, exam.metagraph)
+            axons = asyncio.run(probe(exam.chain.wallet, endpoints_of(exam.metagraph)))
+            said |= {who: each.peer for who, each in axons.items() if isinstance(each, IsAlive)}
         others = (text for who, text in said.items() if who != own)
         known = known or [text.split()[0] for text in others if text.startswith("/")]
     other = _other_run(exam, commitments)
@@ -110,18 +109,13 @@ def peers(exam: Examination) -> Check:
         return failed(other, "get the subnet's run.toml and data: --neuron.run")
     if not known:
         return passed("none yet; this miner would be the first")
-    answered = sum(answers(known[:MAX_PEERS]))
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        answered = sum(pool.map(_answers, known[:MAX_PEERS]))
     said_so = f"{answered} of {min(len(known), MAX_PEERS)} take a connection"
     if answered:
         return passed(said_so)
     cure = "their ports may be closed to you; a miner starts alone and tries again"
     return (failed if exam.settings.dht.initial_peers else warned)(said_so, cure)
-
-
-def _stated(wallet: Any, metagraph: bt.Metagraph) -> dict[str, str]:
-    """By hotkey, the address in the swarm that an axon states in its signed `IsAlive`."""
-    answers = asyncio.run(probe(wallet, endpoints_of(metagraph)))
-    return {who: each.peer for who, each in answers.items() if isinstance(each, IsAlive)}
 
 
 def _other_run(exam: Examination, commitments: Mapping[str, bytes]) -> str | None:
@@ -141,13 +135,8 @@ def _other_run(exam: Examination, commitments: Mapping[str, bytes]) -> str | Non
     return differences[0] if differences and None not in differences else None
 
 
-def answers(peers: Iterable[str]) -> list[bool]:
-    """Which of these multiaddresses accept a TCP connection; all are tried at once."""
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        return list(pool.map(_answers, peers))
-
-
 def _answers(peer: str) -> bool:
+    """Whether this multiaddress accepts a TCP connection."""
     parts = peer.split("/")
     try:
         host, port = parts[2], int(parts[parts.index("tcp") + 1])
