@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +18,14 @@ import httpx
 from bittensor import http_auth
 from bittensor.keyfiles import Keypair
 
+from hiveminer.config.settings import BlacklistSettings
 from hiveminer.errors import Refused, TrainingError
-from hiveminer.protocol import IsAlive, Train
+from hiveminer.protocol import IsAlive, Synapse, Train
 from hiveminer.rpc.axon import Axon
-from hiveminer.rpc.blacklist import STRANGER, Standing
+from hiveminer.rpc.blacklist import STRANGER, Standing, refusal
+from hiveminer.rpc.connections import Limits, bind
 from hiveminer.rpc.queue import WorkQueue
+from hiveminer.rpc.route import Route
 from programs import wait_for
 
 Wallet = SimpleNamespace
@@ -46,11 +49,11 @@ UNKNOWN = wallet("Ferdie")
 ED25519 = wallet("Bob", crypto_type=bittensor.CRYPTO_ED25519)
 
 STANDINGS = {
-    ss58(VALIDATOR): Standing(uid=0, registered=True, validator_permit=True, stake=100.0),
-    ss58(OTHER): Standing(uid=1, registered=True, validator_permit=True, stake=20.0),
-    ss58(THIRD): Standing(uid=2, registered=True, validator_permit=True, stake=50.0),
-    ss58(NO_PERMIT): Standing(uid=3, registered=True, validator_permit=False, stake=1.0),
-    ss58(ED25519): Standing(uid=4, registered=True, validator_permit=True, stake=1.0),
+    ss58(VALIDATOR): Standing(registered=True, validator_permit=True, stake=100.0),
+    ss58(OTHER): Standing(registered=True, validator_permit=True, stake=20.0),
+    ss58(THIRD): Standing(registered=True, validator_permit=True, stake=50.0),
+    ss58(NO_PERMIT): Standing(registered=True, validator_permit=False, stake=1.0),
+    ss58(ED25519): Standing(registered=True, validator_permit=True, stake=1.0),
 }
 
 
@@ -100,9 +103,9 @@ def message(headers: dict[str, str], *, start: str = "POST /Train HTTP/1.1") -> 
 class Served:
     """A miner's axon, and what it has trained; its worker waits for `gate`."""
 
-    axon: Axon
     queue: WorkQueue
-    gate: threading.Event
+    axon: Axon = field(init=False)
+    gate: threading.Event = field(default_factory=threading.Event)
     trained: list[str] = field(default_factory=list)
     threads: set[str] = field(default_factory=set)
 
@@ -160,27 +163,46 @@ class Served:
 @contextlib.contextmanager
 def serving(
     *,
-    wallet: Wallet = MINER,
     queue: WorkQueue | None = None,
-    attach: Callable[[Axon, WorkQueue], object] | None = None,
-    **options: Any,
+    port: int = 0,
+    metrics_port: int | None = None,
+    standing: Callable[[str], Standing] = standing,
+    alive: Mapping[str, Any] | None = None,
+    train: Mapping[str, Any] | None = None,
+    **limits: Any,
 ) -> Iterator[Served]:
-    """A miner's axon that serves until the block ends; `attach` adds other synapses."""
-    queue = queue or WorkQueue(name="trainer")
-    queue.start()
-    axon = Axon(wallet, **{"standing": standing, **options})
-    served = Served(axon, queue, threading.Event())
+    """A miner's axon that serves until the block ends; alive, train: changes to their routes."""
+
+    def blacklist(synapse: Synapse) -> tuple[bool, str]:
+        caller = standing(synapse.dendrite.hotkey)
+        needs_permit = isinstance(synapse, Train)
+        reason = refusal(caller, BlacklistSettings(), needs_permit=needs_permit)
+        return reason is not None, reason or ""
+
+    def stake(synapse: Synapse) -> float:
+        return standing(synapse.dendrite.hotkey).stake
+
+    served = Served(queue or WorkQueue())
+    common: dict[str, Any] = {"blacklist": blacklist, "priority": stake}
+    is_alive = {"forward": served.is_alive} | common | (alive or {})
+    training = {"forward": served.forward, "queue": served.queue} | common | (train or {})
+    served.axon = Axon(
+        MINER,
+        bind("127.0.0.1", port),
+        [Route(IsAlive, **is_alive), Route(Train, **training)],
+        standing=standing,
+        metrics_port=metrics_port,
+        limits=Limits(**limits),
+    )
     served.gate.set()
-    axon.attach(served.is_alive).attach(served.forward, queue=queue)
-    if attach is not None:
-        attach(axon, queue)
-    axon.start()
+    served.queue.start()
     try:
+        served.axon.start()
         yield served
     finally:
         served.gate.set()
-        queue.stop(5)
-        axon.stop()
+        served.queue.stop(5)
+        served.axon.stop()
 
 
 def status_of(connection: socket.socket) -> int:

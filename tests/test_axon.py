@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
-import bittensor
 import httpx
 import pytest
 from bittensor import http_auth
-from bittensor.keyfiles import Keypair
 from serving import (
     BODY,
     ED25519,
@@ -25,7 +21,6 @@ from serving import (
     UNKNOWN,
     VALIDATOR,
     Served,
-    Wallet,
     ns,
     serving,
     signed,
@@ -37,12 +32,9 @@ from serving import (
 
 from hiveminer.errors import Refused
 from hiveminer.protocol import IsAlive, Train
-from hiveminer.rpc import axon as axon_module
-from hiveminer.rpc.axon import Axon
-from hiveminer.rpc.blacklist import Policy
-from hiveminer.rpc.metrics import RefusalLog
+from hiveminer.rpc.metrics import RefusalLog, SilenceWatch
 from hiveminer.rpc.queue import WorkQueue
-from hiveminer.rpc.signatures import ANSWER_METHOD, answer_path, verify_signed
+from hiveminer.rpc.signatures import ANSWER_METHOD, answer_path
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +70,7 @@ def test_a_signed_call_is_answered_and_the_answer_is_signed_for_that_call(shared
         nonce_store=http_auth.InMemoryNonceStore(),
     )
     assert caller.hotkey_ss58 == ss58(MINER)
-    assert shared.threads == {"trainer"}
+    assert shared.threads == {"worker"}
 
 
 def test_the_query_is_part_of_what_is_signed(shared: Served) -> None:
@@ -189,32 +181,6 @@ def test_a_replay_is_refused_and_a_retry_is_not(shared: Served) -> None:
     assert shared.trained.count("replayed") == 1
 
 
-def test_the_scheme_is_passed_where_the_sdk_takes_it() -> None:
-    asked = []
-
-    def later(
-        headers: Any, body: bytes, *, expected_crypto_type: int, **options: Any
-    ) -> http_auth.Caller:
-        asked.append(expected_crypto_type)
-        return http_auth.verify(headers, body, **options)
-
-    def verify(by: Wallet) -> http_auth.Caller:
-        return verify_signed(
-            signed(BODY, by=by),
-            BODY,
-            method="POST",
-            path="/Train",
-            receiver=ss58(MINER),
-            nonce_store=http_auth.InMemoryNonceStore(),
-            verify=later,
-        )
-
-    assert verify(VALIDATOR).hotkey_ss58 == ss58(VALIDATOR)
-    with pytest.raises(http_auth.MalformedAuth, match="sr25519"):
-        verify(ED25519)
-    assert asked == [bittensor.CRYPTO_SR25519]
-
-
 def test_only_the_registered_are_served_and_only_the_permitted_trained_for(
     shared: Served,
 ) -> None:
@@ -229,29 +195,14 @@ def test_only_the_registered_are_served_and_only_the_permitted_trained_for(
     assert "never trained" not in shared.trained
 
 
-def test_too_little_stake_is_refused_with_the_reason() -> None:
-    with serving(policy=Policy(min_stake=50.0)) as served:
-        poor = served.call(train(), by=OTHER)
-        assert (poor.status_code, "stake" in poor.json()["detail"]) == (403, True)
-        assert served.call(train()).status_code == 200
-
-
-def test_without_a_chain_nobody_is_served() -> None:
-    with serving(standing=axon_module.nobody) as served:
-        assert served.alive().status_code == 403
-
-
 def test_the_blacklist_is_asked_before_the_body_and_sees_only_the_caller() -> None:
     seen: list[tuple[str, str]] = []
-
-    def forward(synapse: Train) -> Train:
-        return synapse
 
     def blacklist(synapse: Train) -> tuple[bool, str]:
         seen.append((synapse.dendrite.hotkey, synapse.dendrite.ip))
         return True, "closed today"
 
-    with serving(attach=lambda axon, queue: axon.attach(forward, blacklist, queue=queue)) as served:
+    with serving(train={"blacklist": blacklist}) as served:
         head = {"content-length": "5000", http_auth.HEADER_HOTKEY: ss58(VALIDATOR)}
         with served.raw_call(b"", head) as connection:
             assert status_of(connection) == 403
@@ -276,7 +227,7 @@ def test_the_same_request_trains_once_also_at_the_same_time(served: Served) -> N
     served.gate.clear()
     with ThreadPoolExecutor(8) as pool:
         calls = [pool.submit(served.call, train("same")) for _ in range(6)]
-        until(lambda: served.axon._callers.remembered == 6)
+        until(lambda: len(served.axon._callers._seen) == 6)
         served.gate.set()
         answers = {call.result(60).content for call in calls}
     answers.add(served.call(train("same")).content)
@@ -370,13 +321,17 @@ def test_what_forward_raises_becomes_a_status_and_the_miner_goes_on(
     assert served.call(train("good")).status_code == 200
 
 
-def test_a_wallet_that_cannot_sign_is_told_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    public = Keypair(ss58_address=ss58(MINER))
-    with serving(wallet=Wallet(hotkey=public)) as served:
-        response = served.alive()
-        assert (response.status_code, served.axon.counts["failed"]) == (500, 1)
-    assert "a request failed" in caplog.text
-    assert not [name for name in response.headers if name.startswith("x-bittensor")]
+def test_nobody_waits_beyond_the_limit_though_the_worker_is_busy() -> None:
+    with serving(train={"wait_seconds": 0.05}) as served, ThreadPoolExecutor() as pool:
+        served.gate.clear()
+        running = pool.submit(served.call, train("running"))
+        until(lambda: served.queue.busy)
+        late = served.call(train("late"))
+        assert (late.status_code, "too long" in late.json()["detail"]) == (503, True)
+        assert served.queue.waiting == 0
+        served.gate.set()
+        assert running.result(60).status_code == 200
+    assert served.trained == ["running"]
 
 
 def test_a_check_refuses_before_the_queue_and_an_async_forward_runs_in_the_worker() -> None:
@@ -396,19 +351,12 @@ def test_a_check_refuses_before_the_queue_and_an_async_forward_runs_in_the_worke
         if synapse.run_id != "run":
             raise Refused(409, f"this miner trains run, not {synapse.run_id}")
 
-    with serving(
-        attach=lambda axon, queue: axon.attach(forward, queue=queue, check_fn=check).attach(alive)
-    ) as served:
+    with serving(alive={"forward": alive}, train={"forward": forward, "check": check}) as served:
         assert served.call(train("good")).json()["loss"] == 1.5
         other = served.call(train("bad", run_id="another"))
         assert (other.status_code, "not another" in other.json()["detail"]) == (409, True)
         assert served.alive().json()["epoch"] == 7
-    assert threads == ["trainer"]
-
-
-def test_forward_must_say_what_it_takes() -> None:
-    with pytest.raises(TypeError, match="annotate"):
-        Axon(MINER).attach(lambda synapse: synapse)
+    assert threads == ["worker"]
 
 
 # What is to be seen
@@ -434,7 +382,7 @@ def test_the_next_line_of_a_refusal_says_how_many_there_were(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     times = iter([0.0, 59.0, 59.0, 61.0])
-    refusals = RefusalLog(every_seconds=60.0, clock=lambda: next(times))
+    refusals = RefusalLog(clock=lambda: next(times))
     for kind in ("blacklist", "blacklist", "path", "blacklist"):
         refusals.refused(kind, "why", "127.0.0.1")
     lines = [line.rpartition("; ")[::2] for line in caplog.messages]
@@ -448,9 +396,16 @@ def test_the_next_line_of_a_refusal_says_how_many_there_were(
 def test_silence_is_told_each_time_that_it_lasts_too_long(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.WARNING)
-    with serving(quiet_seconds=0.05):
-        until(lambda: caplog.text.count("no validator has called") == 2)
+    times = iter([0, 599, 600, 601, 1200, 1800, 1801])
+    silence = SilenceWatch(port=8091, clock=lambda: next(times))
+    for _ in range(4):
+        silence.check()
+    silence.heard()
+    silence.check()
+    assert [line[:43] for line in caplog.messages] == [
+        "no validator has called for 10 minutes: if ",
+        "no validator has called for 20 minutes: if ",
+    ]
 
 
 def test_only_a_validators_verified_call_ends_the_silence(
@@ -458,7 +413,7 @@ def test_only_a_validators_verified_call_ends_the_silence(
 ) -> None:
     forged = {**signed(b"{}", by=OTHER, path="/IsAlive"), http_auth.HEADER_HOTKEY: ss58(VALIDATOR)}
     with serving() as served:
-        silence = served.axon._silence
+        silence = served.axon.silence
         begun = silence.last_call
         assert served.send(b"{}", forged, path="/IsAlive").status_code == 401
         assert served.alive(by=NO_PERMIT).status_code == 200

@@ -40,7 +40,6 @@ from serving import (
 from hiveminer.protocol import MAX_ROWS, IsAlive
 from hiveminer.rpc.blacklist import Standing
 from hiveminer.rpc.dendrite import Dendrite, Endpoint
-from hiveminer.rpc.signatures import verify_signed
 
 
 @pytest.fixture(scope="module")
@@ -85,16 +84,6 @@ def test_a_long_hotkey_or_header_never_reaches_base58(shared: Served) -> None:
     many = {f"x-{i}": "1" for i in range(80)}
     assert shared.send(b"", {**signed(b""), **many}).status_code == 431
     assert shared.axon.counts["signature"] == before
-    with pytest.raises(http_auth.MalformedAuth, match="that long"):
-        verify_signed(
-            {**signed(BODY), http_auth.HEADER_HOTKEY: "5" * 65},
-            BODY,
-            method="POST",
-            path="/Train",
-            receiver=ss58(MINER),
-            nonce_store=http_auth.InMemoryNonceStore(),
-            verify=lambda *_, **__: pytest.fail("it got as far as the signature"),
-        )
 
 
 def alive_message(start: str = "POST /IsAlive HTTP/1.1", **headers: str) -> bytes:
@@ -381,7 +370,7 @@ class Crowd:
 @pytest.mark.parametrize("hotkeys", [1, 12])
 def test_hotkeys_without_a_permit_take_no_validators_place(hotkeys: int) -> None:
     many = [wallet(f"many{number}") for number in range(hotkeys)]
-    plain = Standing(uid=9, registered=True, validator_permit=False, stake=0.0)
+    plain = Standing(registered=True, validator_permit=False, stake=0.0)
     known = {ss58(who): plain for who in many}
     with (
         serving(
@@ -479,7 +468,7 @@ def test_no_request_however_malformed_brings_a_500() -> None:
         until(lambda: fuzzed.alive().status_code == 200)
         until(lambda: not fuzzed.axon._gate.open)
         assert fuzzed.axon._bodies.size == 0
-        assert fuzzed.axon._callers.remembered <= 1000
+        assert len(fuzzed.axon._callers._seen) <= 1000
         assert fuzzed.queue.waiting == 0
 
 

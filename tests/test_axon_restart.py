@@ -1,4 +1,4 @@
-"""The axon's port and its requests across restarts, forks and kills."""
+"""The axon's port and its requests across restarts, forks and kills, and a port in use."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from serving import (
-    MINER,
-    Served,
+    message,
     ns,
     serving,
     signed,
@@ -25,23 +25,12 @@ from serving import (
     train,
     until,
 )
+from small_neurons import SmallMiner, miner_settings, running
 
+from hiveminer.config.settings import AxonSettings, MinerSettings, NeuronSettings, SubtensorSettings
 from hiveminer.errors import OperatorError
-from hiveminer.rpc.axon import Axon
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Served]:
-    """One axon for the tests that leave it as they found it."""
-    with serving() as served:
-        yield served
-
-
-@pytest.fixture
-def served() -> Iterator[Served]:
-    with serving() as served:
-        yield served
-
+from hiveminer.rpc.connections import bind
+from programs import wait_for
 
 # Across restarts
 
@@ -88,9 +77,7 @@ def test_after_kill_9_in_mid_work_the_same_bytes_are_refused_and_a_fresh_request
     body = train("killed")
 
     def request() -> bytes:
-        head = {**signed(body), "host": "x", "content-length": str(len(body))}
-        lines = [f"{name}: {value}" for name, value in head.items()]
-        return "\r\n".join(["POST /Train HTTP/1.1", *lines, "", ""]).encode() + body
+        return message({**signed(body), "content-length": str(len(body))}) + body
 
     with another_process(port=0, train_seconds=60) as process:
         port = int(line_of(process))
@@ -110,40 +97,20 @@ def test_after_kill_9_in_mid_work_the_same_bytes_are_refused_and_a_fresh_request
         assert line_of(process) == "killed"
 
 
-def test_nothing_begins_before_the_time_at_which_it_was_signed(served: Served) -> None:
+def test_nothing_begins_before_the_time_at_which_it_was_signed() -> None:
     """Or the process after this one could not tell that it was done already."""
     body = train()
     nonce = ns(0.4)
-    assert served.send(body, signed(body, nonce_ns=nonce)).status_code == 200
-    assert time.time_ns() >= nonce
-
-
-def test_a_port_in_use_is_told_in_one_line(served: Served) -> None:
-    for options, flag in [
-        ({"port": served.axon.port}, "--axon.port"),
-        ({"metrics_port": served.axon.port}, "--axon.metrics_port"),
-    ]:
-        with pytest.raises(OperatorError, match=f"{flag} {served.axon.port}: .*in use"):
-            Axon(MINER, **options).start()  # type: ignore[arg-type]
-
-
-def test_a_port_can_be_taken_before_it_is_served() -> None:
-    axon = Axon(MINER)
-    port = axon.bind()
-    with pytest.raises(OperatorError, match="in use"):
-        Axon(MINER, port=port).bind()
-    axon.stop()
-    again = Axon(MINER, port=port)
-    assert again.bind() == port
-    again.stop()
+    with serving() as served:
+        assert served.send(body, signed(body, nonce_ns=nonce)).status_code == 200
+        assert time.time_ns() >= nonce
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_child_that_was_forked_does_not_hold_the_port() -> None:
     with serving() as served:
         port = served.axon.port
-        assert served.axon._socket is not None
-        assert not served.axon._socket.get_inheritable()
+        assert not served.axon._listener.get_inheritable()
         read, write = os.pipe()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -153,9 +120,7 @@ def test_a_child_that_was_forked_does_not_hold_the_port() -> None:
             os.read(read, 1)
             os._exit(0)
     try:
-        again = Axon(MINER, port=port)
-        again.start()
-        again.stop()
+        bind("127.0.0.1", port).close()
     finally:
         os.close(write)
         os.waitpid(child, 0)
@@ -176,3 +141,61 @@ def test_stop_tells_who_waits_and_cuts_off_who_is_silent() -> None:
         assert running.result(60).status_code == 503
         assert status_of(silent) == 0
         silent.close()
+
+
+# Where the port is another's
+
+
+@contextlib.contextmanager
+def neuron(folder: Path, **axon: Any) -> Iterator[SmallMiner]:
+    settings = MinerSettings(
+        subtensor=SubtensorSettings(path=folder / "embedded"),
+        neuron=NeuronSettings(path=folder / "neuron"),
+        axon=AxonSettings(**axon),
+    )
+    with SmallMiner(settings) as miner:
+        miner.queue.start()
+        yield miner
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield other.getsockname()[1]
+
+
+def test_a_port_that_was_asked_for_and_is_in_use_is_named(tmp_path: Path, taken: int) -> None:
+    with (
+        neuron(tmp_path, port=taken) as idle,
+        pytest.raises(OperatorError, match=f"--axon.port {taken}: the port is in use"),
+    ):
+        idle._start_axon()
+
+
+def test_a_metrics_port_in_use_is_named_by_its_own_flag(tmp_path: Path, taken: int) -> None:
+    """Also where the axon itself may take the next free port."""
+    with (
+        neuron(tmp_path, metrics_port=taken) as idle,
+        pytest.raises(OperatorError, match=f"--axon.metrics_port {taken}: the port is in use"),
+    ):
+        idle._start_axon()
+
+
+def test_the_next_free_port_is_taken_where_none_was_asked_for(tmp_path: Path) -> None:
+    usual = AxonSettings().port
+    with neuron(tmp_path) as idle, contextlib.ExitStack() as stack:
+        # It may be another program's already: it is in use either way.
+        with contextlib.suppress(OSError):
+            stack.enter_context(socket.create_server(("127.0.0.1", usual)))
+        idle.axon = idle._start_axon()
+        assert usual < idle.axon.port < usual + 64
+
+
+def test_a_miner_whose_axon_has_died_ends_and_names_it(tmp_path: Path) -> None:
+    with running(miner_settings(tmp_path)) as program:
+        program.endpoint()
+        axon = program.miner.axon
+        assert axon is not None
+        axon._server.should_exit = True
+        wait_for(lambda: not program.thread.is_alive(), seconds=60)
+    assert "the thread 'axon' has died" in str(program.error)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from hiveminer.rpc.blacklist import STRANGER, Policy, Standing, refusal
+from hiveminer.config.settings import BlacklistSettings as Policy
+from hiveminer.rpc.blacklist import STRANGER, Standing, refusal
 
-VALIDATOR = Standing(uid=0, registered=True, validator_permit=True, stake=10.0)
-MINER = Standing(uid=1, registered=True, validator_permit=False, stake=0.0)
+VALIDATOR = Standing(registered=True, validator_permit=True, stake=10.0)
+MINER = Standing(registered=True, validator_permit=False, stake=0.0)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +23,7 @@ MINER = Standing(uid=1, registered=True, validator_permit=False, stake=0.0)
         (STRANGER, Policy(), True, "not registered"),
         (STRANGER, Policy(allow_non_registered=True), False, None),
         (STRANGER, Policy(allow_non_registered=True), True, "permit"),
-        (STRANGER, Policy(True, False), True, None),
+        (STRANGER, Policy(allow_non_registered=True, force_validator_permit=False), True, None),
         (VALIDATOR, Policy(min_stake=10.0), True, None),
         (VALIDATOR, Policy(min_stake=10.5), True, "stake of 10 TAO is below 10.5"),
         (VALIDATOR, Policy(min_stake=10.5), False, None),

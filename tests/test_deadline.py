@@ -6,13 +6,11 @@ import asyncio
 from collections.abc import Sequence
 
 import torch
-from serving import MINER, VALIDATOR, ss58, standing
+from serving import MINER, VALIDATOR, serving, ss58
 from steps import one_thread  # noqa: F401 - a fixture
 
 from hiveminer.protocol import Train
-from hiveminer.rpc.axon import Axon
 from hiveminer.rpc.dendrite import Dendrite, Endpoint
-from hiveminer.rpc.queue import WorkQueue
 from hiveminer.training import model
 from hiveminer.training.trainer import LocalStep, Trainer
 
@@ -44,8 +42,6 @@ class RealTraining:
 
 
 def test_training_stops_at_its_deadline_and_answers_with_whole_batches() -> None:
-    training, queue = RealTraining(), WorkQueue()
-    queue.start()
     request = Train(
         request_id="late",
         run_id="run",
@@ -60,9 +56,8 @@ def test_training_stops_at_its_deadline_and_answers_with_whole_batches() -> None
         async with Dendrite(VALIDATOR) as dendrite:
             return await dendrite.call(endpoint, request, timeout_seconds=60)
 
-    with Axon(MINER, standing=standing).attach(training.forward, queue=queue) as axon:
-        answer = asyncio.run(call(axon.port))
-    queue.stop(5)
+    with serving(train={"forward": RealTraining().forward}) as served:
+        answer = asyncio.run(call(served.axon.port))
     assert answer.loss is not None
     assert answer.samples == 2 * answer.steps
     assert 0 < answer.samples < ROWS

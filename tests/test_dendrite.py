@@ -12,11 +12,10 @@ import bittensor
 import httpx
 import pytest
 from bittensor import http_auth
-from serving import MINER, OTHER, UNKNOWN, VALIDATOR, Wallet, ss58, standing, wallet
+from serving import MINER, OTHER, UNKNOWN, VALIDATOR, Served, Wallet, serving, ss58, wallet
 
 from hiveminer.errors import MinerError, OperatorError
 from hiveminer.protocol import IsAlive, Synapse, Train
-from hiveminer.rpc.axon import Axon
 from hiveminer.rpc.dendrite import Dendrite, Endpoint
 from hiveminer.rpc.signatures import ANSWER_METHOD, answer_path
 
@@ -81,14 +80,9 @@ def error_of(handler: Handler, synapse: Synapse | None = None) -> MinerError:
 
 
 @pytest.fixture
-def axon() -> Iterator[Axon]:
-    def is_alive(synapse: IsAlive) -> IsAlive:
-        synapse.completion = True
-        return synapse
-
-    axon = Axon(MINER, standing=standing).attach(is_alive)
-    with axon:
-        yield axon
+def served() -> Iterator[Served]:
+    with serving() as served:
+        yield served
 
 
 # What it believes
@@ -322,23 +316,23 @@ def test_endpoints_have_urls() -> None:
 
 
 def test_a_proxy_in_the_environment_sees_nothing(
-    axon: Axon, monkeypatch: pytest.MonkeyPatch
+    served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
 
     async def one() -> IsAlive:
         async with Dendrite(VALIDATOR) as dendrite:
-            endpoint = Endpoint(ss58(MINER), "127.0.0.1", axon.port)
+            endpoint = Endpoint(ss58(MINER), "127.0.0.1", served.axon.port)
             return await dendrite.call(endpoint, IsAlive(), timeout_seconds=5)
 
     assert asyncio.run(one()).completion
 
 
-def test_a_refusal_by_a_real_axon_has_status_and_reason(axon: Axon) -> None:
+def test_a_refusal_by_a_real_axon_has_status_and_reason(served: Served) -> None:
     async def one() -> None:
         async with Dendrite(UNKNOWN) as dendrite:
-            endpoint = Endpoint(ss58(MINER), "127.0.0.1", axon.port)
+            endpoint = Endpoint(ss58(MINER), "127.0.0.1", served.axon.port)
             await dendrite.call(endpoint, IsAlive(), timeout_seconds=5)
 
     with pytest.raises(MinerError, match="not registered") as raised:

@@ -189,9 +189,7 @@ def test_a_request_that_hangs_is_reported_once_with_the_calls_of_its_thread(
     with quiet(), StuckMiner(miner_settings(tmp_path)) as miner:
         miner.queue.start()
         asked = request(timeout_seconds=0.05)
-        job = miner.queue.submit(
-            lambda: miner._forward(asked), caller="5", key="1", priority=1, expires_seconds=60
-        )
+        job = miner.queue.submit(lambda: miner._forward(asked), caller="5", key="1", priority=1)
         wait_for(lambda: told(caplog, "stall"), seconds=60)
         calls = ""
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, Self
@@ -18,9 +19,10 @@ from hiveminer.errors import OperatorError
 from hiveminer.neuron import Neuron
 from hiveminer.protocol import IsAlive, Synapse, Train
 from hiveminer.rpc.axon import Axon
-from hiveminer.rpc.blacklist import Policy, refusal
-from hiveminer.rpc.connections import PortInUse
+from hiveminer.rpc.blacklist import refusal
+from hiveminer.rpc.connections import PortInUse, bind
 from hiveminer.rpc.queue import WorkQueue
+from hiveminer.rpc.route import Route
 from hiveminer.runtime import addresses
 from hiveminer.runtime.processes import require_alive
 from hiveminer.runtime.signals import SHUTDOWN_SECONDS
@@ -54,11 +56,6 @@ class BaseMinerNeuron(ABC):
         self._ask_outside = ask_outside
         self._closed = False
         self.axon: Axon | None = None
-        self.policy = Policy(
-            allow_non_registered=settings.blacklist.allow_non_registered,
-            force_validator_permit=settings.blacklist.force_validator_permit,
-            min_stake=settings.blacklist.min_stake,
-        )
         self.queue = WorkQueue(capacity=settings.axon.max_waiting, idle=self._idle)
         self.neuron = Neuron(settings, role="miner", chain=chain)
         with contextlib.ExitStack() as unfinished:
@@ -73,7 +70,7 @@ class BaseMinerNeuron(ABC):
         """(refuse?, why): asked before the body is read, so only `synapse.dendrite` is filled."""
         reason = refusal(
             self.neuron.standing(synapse.dendrite.hotkey),
-            self.policy,
+            self.settings.blacklist,
             needs_permit=isinstance(synapse, Train),
         )
         return (reason is not None, reason or "")
@@ -120,7 +117,8 @@ class BaseMinerNeuron(ABC):
         logger.info("serving on %s port %d", self.settings.axon_ip, self.axon.port)
         while not self.neuron.stopping.wait(1.0):
             self.neuron.check_registered()
-            require_alive(self.axon.thread, *self.queue.threads)
+            require_alive(self.axon.thread, self.queue.thread)
+            self.axon.silence.check()
             self.check()
 
     def close(self) -> None:
@@ -156,38 +154,35 @@ class BaseMinerNeuron(ABC):
         self.close()
 
     def _start_axon(self) -> Axon:
-        """Bind the configured port, or the next free one where none was configured."""
-        settings = self.settings
-        free = self.neuron.chain.embedded and not settings.given("axon.port")
-        for port in addresses.ports_to_try(settings.axon.port, free=free):
-            axon = Axon(
-                self.neuron.chain.wallet,
-                host=settings.axon_ip,
-                port=port,
-                standing=self.neuron.standing,
-                policy=self.policy,
-                metrics_port=settings.axon.metrics_port,
-            )
-            axon.attach(self.is_alive, self.blacklist, self.priority, synapse=IsAlive)
-            axon.attach(
-                self._forward,
-                self.blacklist,
-                self.priority,
-                synapse=Train,
-                queue=self.queue,
-                check_fn=self.accept,
-            )
+        route = functools.partial(Route, blacklist=self.blacklist, priority=self.priority)
+        axon = Axon(
+            self.neuron.chain.wallet,
+            self._listen(),
+            [
+                route(IsAlive, self.is_alive),
+                route(Train, self._forward, check=self.accept, queue=self.queue),
+            ],
+            standing=self.neuron.standing,
+            metrics_port=self.settings.axon.metrics_port,
+        )
+        axon.start()
+        return axon
+
+    def _listen(self) -> socket.socket:
+        """At the configured port, or the next free one where none was configured."""
+        first = self.settings.axon.port
+        free = self.neuron.chain.embedded and not self.settings.given("axon.port")
+        for port in addresses.ports_to_try(first, free=free):
             try:
-                axon.bind()
+                listener = bind(self.settings.axon_ip, port)
             except PortInUse:
                 if not free:
                     raise
                 continue
-            axon.start()
-            if port not in (settings.axon.port, 0):
-                logger.info("port %d is in use: the axon takes %d", settings.axon.port, axon.port)
-            return axon
-        raise OperatorError(f"no free port from {settings.axon.port} on; choose with --axon.port")
+            if port != first:
+                logger.info("port %d is in use: the axon takes %d", first, port)
+            return listener
+        raise OperatorError(f"no free port from {first} on; choose with --axon.port")
 
     def _announce(self, axon: Axon) -> None:
         """Publish our address on chain."""

@@ -50,12 +50,20 @@ class TrainingError(HiveminerError):
 
 
 class Refused(HiveminerError):
-    """A request is refused with this HTTP status and reason."""
+    """A request is refused with this HTTP status and reason; `kind` is its name in the counts."""
 
-    def __init__(self, status: int, reason: str, *, retry_after_seconds: float | None = None):
+    def __init__(
+        self,
+        status: int,
+        reason: str,
+        *,
+        kind: str | None = None,
+        retry_after_seconds: float | None = None,
+    ):
         super().__init__(reason)
         self.status = status
         self.reason = reason
+        self.kind = kind or f"refused_{status}"
         self.retry_after_seconds = retry_after_seconds
 
 

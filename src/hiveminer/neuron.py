@@ -179,7 +179,6 @@ class Neuron:
         if neuron is None:
             return STRANGER
         return Standing(
-            uid=neuron.uid,
             registered=True,
             validator_permit=neuron.validator_permit,
             stake=float(neuron.total_stake.amount),

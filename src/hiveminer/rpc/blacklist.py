@@ -9,31 +9,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hiveminer.config.settings import BlacklistSettings
+
 
 @dataclass(frozen=True)
 class Standing:
     """What the metagraph says of one hotkey. `stake` is in TAO."""
 
-    uid: int | None
     registered: bool
     validator_permit: bool
     stake: float
 
 
-STRANGER = Standing(uid=None, registered=False, validator_permit=False, stake=0.0)
+STRANGER = Standing(registered=False, validator_permit=False, stake=0.0)
 """A hotkey that the subnet does not know."""
 
 
-@dataclass(frozen=True)
-class Policy:
-    """The operator's choice. `min_stake` is in TAO and is asked where the permit is."""
-
-    allow_non_registered: bool = False
-    force_validator_permit: bool = True
-    min_stake: float = 0.0
-
-
-def refusal(standing: Standing, policy: Policy, *, needs_permit: bool) -> str | None:
+def refusal(standing: Standing, policy: BlacklistSettings, *, needs_permit: bool) -> str | None:
     """Why this hotkey is turned down, in one line, or None if it may call.
 
     `needs_permit` says that the call costs work (`Train`), not a glance (`IsAlive`).

@@ -18,7 +18,8 @@ import re
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import h11
@@ -55,6 +56,27 @@ _silent = logging.getLogger(f"{__name__}.uvicorn")
 _silent.setLevel(logging.CRITICAL + 1)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What callers may use of an axon, and for how long.
+
+    max_unverified_bytes: of all bodies together whose signature has not been verified yet.
+    requests_per_second, burst: the budget of each hotkey.
+    max_nonces: remembered of callers without a validator permit. Validators are few, and each is
+        bounded by its budget.
+    """
+
+    max_connections: int = 512
+    max_connections_per_ip: int = 128
+    max_connections_per_hotkey: int = 64
+    max_unverified_bytes: int = 16 * 2**20
+    header_seconds: float = 3.0
+    body_seconds: float = 10.0
+    requests_per_second: float = 200.0
+    burst: int = 1000
+    max_nonces: int = 200_000
+
+
 class PortInUse(OperatorError):
     """The port is in use by another program; the next one may be free."""
 
@@ -80,7 +102,14 @@ def bind(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         listener.close()
         raise bind_error(error, "--axon.port", host, port) from None
+    close_in_children(listener)
     return listener
+
+
+def close_in_children(listener: socket.socket) -> None:
+    """Forked processes must not keep the port open."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=listener.close)
 
 
 def bind_error(error: Exception, flag: str, host: str, port: int) -> OperatorError:
@@ -109,32 +138,18 @@ class Gate:
     connections nor a hotkey with many addresses can displace a validator's call.
     """
 
-    def __init__(
-        self,
-        *,
-        max_connections: int,
-        max_connections_per_ip: int,
-        max_connections_per_hotkey: int,
-        header_seconds: float,
-        count: Callable[[str, str], None],
-    ) -> None:
-        self.header_seconds = header_seconds
+    def __init__(self, limits: Limits, *, count: Callable[[str, str], None]) -> None:
+        self.limits = limits
         self.count = count
-        self.open: dict[Connection, None] = {}
-        self._max = max_connections
-        self._max_per_ip = max_connections_per_ip
-        self._max_per_hotkey = max_connections_per_hotkey
-        self._by_network: dict[str, dict[Connection, None]] = {}
-        self._by_hotkey: dict[str, dict[Connection, None]] = {}
+        self.open: dict[Connection, None] = {}  # by age
 
     def enter(self, newcomer: Connection) -> None:
         """Add a connection, and cut another if there are too many."""
-        near = self._by_network.setdefault(newcomer.network, {})
-        near[newcomer] = None
         self.open[newcomer] = None
-        if len(near) > self._max_per_ip:
+        near = [each for each in self.open if each.network == newcomer.network]
+        if len(near) > self.limits.max_connections_per_ip:
             _victim(near, newcomer).drop("connections_of_ip")
-        if len(self.open) > self._max:
+        if len(self.open) > self.limits.max_connections:
             _victim(self.open, newcomer).drop("connections")
 
     def prove(self, connection: Connection, hotkey: str, rank: Rank) -> None:
@@ -142,19 +157,14 @@ class Gate:
         connection.rank = rank
         if connection.hotkey == hotkey:
             return
-        _remove(self._by_hotkey, connection.hotkey, connection)
+        others = [each for each in self.open if each.hotkey == hotkey]
         connection.hotkey = hotkey
-        theirs = self._by_hotkey.setdefault(hotkey, {})
-        theirs[connection] = None
-        if len(theirs) > self._max_per_hotkey:
-            others = [each for each in theirs if each is not connection]
+        if len(others) >= self.limits.max_connections_per_hotkey:
             min(others, key=lambda each: not each.idle).drop("connections_of_hotkey")
 
     def leave(self, connection: Connection) -> None:
         """Remove a connection. Idempotent."""
         self.open.pop(connection, None)
-        _remove(self._by_network, connection.network, connection)
-        _remove(self._by_hotkey, connection.hotkey, connection)
 
     def close(self) -> None:
         """Cut every connection."""
@@ -162,14 +172,7 @@ class Gate:
             connection.transport.abort()
 
 
-def _remove(groups: dict[str, dict[Connection, None]], name: str, connection: Connection) -> None:
-    group = groups.get(name, {})
-    group.pop(connection, None)
-    if not group:
-        groups.pop(name, None)
-
-
-def _victim(among: dict[Connection, None], newcomer: Connection) -> Connection:
+def _victim(among: Iterable[Connection], newcomer: Connection) -> Connection:
     # This runs for each connection of a flood: the oldest stranger is found at once.
     for connection in among:
         if connection.rank is Rank.STRANGER and connection is not newcomer:
@@ -319,7 +322,7 @@ class Connection(H11Protocol):
         """One deadline for the whole header."""
         if awaited and self._header_due is None and not self.transport.is_closing():
             self._header_due = self.loop.call_later(
-                self.gate.header_seconds, self.drop, "header_deadline"
+                self.gate.limits.header_seconds, self.drop, "header_deadline"
             )
         elif not awaited and self._header_due is not None:
             self._header_due.cancel()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections import Counter
@@ -12,22 +11,20 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Gauge, Histogram, start_http_server
 from prometheus_client import Counter as PrometheusCounter
 
-from hiveminer.rpc.connections import bind_error
+from hiveminer.rpc.connections import bind_error, close_in_children
 
 log = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 LOG_SECONDS = 60.0
+QUIET_SECONDS = 600.0
 BUCKET_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.1, 0.25, 1, 5, 20, 60, 300, 1200)
 
 
 class RefusalLog:
-    """Logs each kind of refusal once per `every_seconds`, with the number in between."""
+    """Logs each kind of refusal once per LOG_SECONDS, with the number in between."""
 
-    def __init__(
-        self, *, every_seconds: float = LOG_SECONDS, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._every_seconds = every_seconds
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._next: dict[str, float] = {}
         self._skipped: Counter[str] = Counter()
@@ -47,36 +44,34 @@ class RefusalLog:
         if now < self._next.get(kind, now):
             self._skipped[kind] += 1
             return False
-        self._next[kind] = now + self._every_seconds
+        self._next[kind] = now + LOG_SECONDS
         return True
 
 
 class SilenceWatch:
-    """Warns after each `quiet_seconds` without a validator's call: the axon may be unreachable."""
+    """Warns after each QUIET_SECONDS without a validator's call: the axon may be unreachable."""
 
-    def __init__(self, quiet_seconds: float) -> None:
-        self._quiet_seconds = quiet_seconds
-        self.last_call = time.monotonic()
+    def __init__(self, *, port: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._port = port
+        self._clock = clock
+        self.last_call = self._warned = clock()
 
     def heard(self) -> None:
         """Record a validator's call."""
-        self.last_call = time.monotonic()
+        self.last_call = self._clock()
 
-    async def watch(self, port: int) -> None:
-        warned = 0.0
-        while True:
-            due = max(self.last_call, warned) + self._quiet_seconds
-            now = time.monotonic()
-            if now < due:
-                await asyncio.sleep(due - now)
-                continue
-            warned = now
-            log.warning(
-                "no validator has called for %d minutes: if that goes on, see whether "
-                "port %d can be reached from outside",
-                (now - self.last_call) // 60,
-                port,
-            )
+    def check(self) -> None:
+        """Warn if it is time; called about once a second."""
+        now = self._clock()
+        if now - max(self.last_call, self._warned) < QUIET_SECONDS:
+            return
+        self._warned = now
+        log.warning(
+            "no validator has called for %d minutes: if that goes on, see whether "
+            "port %d can be reached from outside",
+            (now - self.last_call) // 60,
+            self._port,
+        )
 
 
 class AxonMetrics:
@@ -120,15 +115,10 @@ class AxonMetrics:
             self._server, _ = start_http_server(port, addr=LOOPBACK, registry=self._registry)
         except OSError as error:
             raise bind_error(error, "--axon.metrics_port", LOOPBACK, port) from None
+        close_in_children(self._server.socket)
         return int(self._server.server_port)
 
     def close(self) -> None:
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()
-            self._server = None
-
-    def close_socket(self) -> None:
-        """Release the port in a forked child."""
-        if self._server is not None:
-            self._server.socket.close()

@@ -17,7 +17,7 @@ import traceback
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from hiveminer.errors import HiveminerError, Refused
@@ -37,7 +37,6 @@ class _Job:
     key: str
     content: str
     priority: float
-    expires_at: float
     future: Future[Any] = field(default_factory=Future)
     waiters: int = 1
 
@@ -56,9 +55,8 @@ class WorkQueue:
         capacity: int = 64,
         share: int = 4,
         remember: int = 16,
-        idle: Callable[[], None] | None = None,
+        idle: Callable[[], None] = lambda: None,
         idle_seconds: float = 1.0,
-        name: str = "worker",
     ) -> None:
         self.capacity = capacity
         self.share = share
@@ -70,16 +68,13 @@ class WorkQueue:
         self._running: _Job | None = None
         self._finished: OrderedDict[str, OrderedDict[str, _Job]] = OrderedDict()
         self._served: set[str] = set()
-        self._average_seconds: float | None = None
+        self._average_seconds = FIRST_GUESS_SECONDS
         self._stopping = False
-        self._worker = threading.Thread(target=self._work, name=name, daemon=True)
-        self._expirer = threading.Thread(target=self._expire, name=f"{name}-expiry", daemon=True)
-        self.threads = self._worker, self._expirer
+        self.thread = threading.Thread(target=self._work, name="worker", daemon=True)
 
     def start(self) -> None:
         """Start the worker; jobs may have been submitted before."""
-        self._worker.start()
-        self._expirer.start()
+        self.thread.start()
 
     def stop(self, timeout_seconds: float) -> list[str]:
         """Refuse the waiting jobs and let the running one finish.
@@ -92,9 +87,9 @@ class WorkQueue:
             dropped, self._waiting = self._waiting, []
             self._changed.notify_all()
         for job in dropped:
-            _fail(job, Refused(503, "the miner is stopping"))
-        if self._worker.is_alive():
-            self._worker.join(timeout_seconds)
+            job.future.set_exception(Refused(503, "the miner is stopping"))
+        if self.thread.is_alive():
+            self.thread.join(timeout_seconds)
         running = self._running
         return [job.key for job in dropped] + ([running.key] if running else [])
 
@@ -115,16 +110,14 @@ class WorkQueue:
         caller: str,
         key: str,
         priority: float,
-        expires_seconds: float,
         content: str = "",
     ) -> Future[Any]:
         """Queue `call`, or join the job that `caller` submitted under the same `key`.
 
-        The future fails with `Refused` 503 after waiting for `expires_seconds`, and with 429 if
-        the job loses its place. Raises `Refused`: 409 for a known key with other `content`, 429
-        when the queue or the caller's share is full, 503 after `stop`.
+        The future fails with `Refused` 429 if the job loses its place. Raises `Refused`: 409 for a
+        known key with other `content`, 429 when the queue or the caller's share is full, 503 after
+        `stop`.
         """
-        displaced = None
         with self._changed:
             known = self._find(caller, key)
             if known is not None:
@@ -134,26 +127,21 @@ class WorkQueue:
                 return known.future
             priority = -math.inf if math.isnan(priority) else priority
             displaced = self._make_room(caller, priority)
-            expires_at = time.monotonic() + expires_seconds
-            job = _Job(call, caller, key, content, priority, expires_at)
+            job = _Job(call, caller, key, content, priority)
             self._waiting.append(job)
             self._changed.notify_all()
         if displaced is not None:
-            _fail(displaced, self._full())
+            displaced.future.set_exception(self._full())
         return job.future
 
-    def leave(self, future: Future[Any]) -> bool:
-        """Withdraw one waiter of `future`; returns whether that removed a waiting job."""
+    def leave(self, future: Future[Any]) -> None:
+        """Withdraw one waiter of `future`; a waiting job is removed with its last one."""
         with self._changed:
-            job = next((job for job in self._waiting if job.future is future), None)
-            if job is None:
-                return False
-            job.waiters -= 1
-            if job.waiters > 0:
-                return False
-            self._waiting.remove(job)
-        future.cancel()
-        return True
+            for job in [job for job in self._waiting if job.future is future]:
+                job.waiters -= 1
+                if not job.waiters:
+                    self._waiting.remove(job)
+                    future.cancel()
 
     def _find(self, caller: str, key: str) -> _Job | None:
         for job in (self._running, *self._waiting):
@@ -187,43 +175,39 @@ class WorkQueue:
         return Refused(429, "the queue is full", retry_after_seconds=self._retry_seconds())
 
     def _retry_seconds(self) -> float:
-        return min(max(self._average_seconds or FIRST_GUESS_SECONDS, 1.0), 600.0)
+        return min(max(self._average_seconds, 1.0), 600.0)
 
     def _work(self) -> None:
         while not self._stopping:
             job = self._next()
             if job is not None:
                 self._run(job)
-            elif self.idle is not None and not self._stopping:
-                _run_idle(self.idle)
+            elif not self._stopping:
+                self._run_idle()
+
+    def _run_idle(self) -> None:
+        try:
+            self.idle()
+        except Exception:
+            log.exception("the worker's idle step failed; the worker continues")
 
     def _next(self) -> _Job | None:
-        """The next job; None when `idle` is due or the queue has stopped."""
-        idle_at = time.monotonic() + self.idle_seconds
+        """The job with the highest priority among the callers not served yet in this round; None
+        when `idle` is due or the queue has stopped."""
         with self._changed:
-            while not self._stopping:
-                if self._waiting:
-                    job = self._take()
-                    if job.future.set_running_or_notify_cancel():
-                        self._running = job
-                        return job
-                    continue
-                left = idle_at - time.monotonic()
-                if left <= 0:
-                    return None
-                self._changed.wait(left)
-        return None
-
-    def _take(self) -> _Job:
-        """The job with the highest priority among the callers not served yet in this round."""
-        candidates = [job for job in self._waiting if job.caller not in self._served]
-        if not candidates:
-            self._served.clear()
-            candidates = self._waiting
-        job = max(candidates, key=lambda job: job.priority)
-        self._served.add(job.caller)
-        self._waiting.remove(job)
-        return job
+            self._changed.wait_for(lambda: self._waiting or self._stopping, self.idle_seconds)
+            if not self._waiting:
+                return None
+            candidates = [job for job in self._waiting if job.caller not in self._served]
+            if not candidates:
+                self._served.clear()
+                candidates = self._waiting
+            job = max(candidates, key=lambda job: job.priority)
+            self._served.add(job.caller)
+            self._waiting.remove(job)
+            job.future.set_running_or_notify_cancel()
+            self._running = job
+            return job
 
     def _run(self, job: _Job) -> None:
         began = time.monotonic()
@@ -236,8 +220,7 @@ class WorkQueue:
             error = _as_exception(raised)
         with self._changed:
             seconds = time.monotonic() - began
-            before = self._average_seconds
-            self._average_seconds = seconds if before is None else 0.7 * before + 0.3 * seconds
+            self._average_seconds = 0.7 * self._average_seconds + 0.3 * seconds
             self._running = None
             if not isinstance(error, Refused):
                 self._remember(job)
@@ -250,40 +233,12 @@ class WorkQueue:
     def _remember(self, job: _Job) -> None:
         answers = self._finished.setdefault(job.caller, OrderedDict())
         self._finished.move_to_end(job.caller)
-        answers[job.key] = replace(job, call=_answered)
+        job.call = lambda: None  # it holds the request
+        answers[job.key] = job
         if len(answers) > self.remember:
             answers.popitem(last=False)
         if len(self._finished) > REMEMBERED_CALLERS:
             self._finished.popitem(last=False)
-
-    def _expire(self) -> None:
-        """Refuse jobs that have waited too long, also while the worker is busy."""
-        while not self._stopping:
-            with self._changed:
-                now = time.monotonic()
-                late = [job for job in self._waiting if job.expires_at <= now]
-                self._waiting = [job for job in self._waiting if job.expires_at > now]
-                if not late:
-                    ends = [job.expires_at for job in self._waiting]
-                    self._changed.wait(min(ends) - now if ends else None)
-            for job in late:
-                _fail(job, Refused(503, "waited too long for its turn"))
-
-
-def _answered() -> None:
-    """Replaces a finished job's call, which holds the request."""
-
-
-def _fail(job: _Job, error: Exception) -> None:
-    if job.future.set_running_or_notify_cancel():
-        job.future.set_exception(error)
-
-
-def _run_idle(call: Callable[[], None]) -> None:
-    try:
-        call()
-    except Exception:
-        log.exception("the worker's idle step failed; the worker continues")
 
 
 def _as_exception(raised: BaseException) -> Exception:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
-import math
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,29 +22,9 @@ Header = tuple[str, str]
 
 MAX_HEADER_BYTES = 8192
 MAX_HEADERS = 64
-MAX_UNVERIFIED_BYTES = 16 * 2**20
-"""Limit of all bodies together whose signature has not been verified yet."""
-
 DRAIN_BYTES = 4 * 2**20
 DRAIN_SECONDS = 1.0
 """How much of a refused body is still read, so that the caller sees the refusal."""
-
-
-class Declined(Refused):
-    """A refusal by the axon; `kind` is the name under which it is counted."""
-
-    def __init__(
-        self,
-        kind: str,
-        status: int,
-        reason: str,
-        *,
-        retry_after_seconds: float | None = None,
-        headers: Sequence[Header] = (),
-    ):
-        super().__init__(status, reason, retry_after_seconds=retry_after_seconds)
-        self.kind = kind
-        self.headers = headers
 
 
 class Disconnected(Exception):
@@ -60,13 +38,6 @@ class Answer:
     status: int
     body: bytes
     headers: Sequence[Header] = ()
-
-    @classmethod
-    def refusal(cls, refused: Refused) -> Answer:
-        headers = list(getattr(refused, "headers", ()))
-        if refused.retry_after_seconds is not None:
-            headers.append(("retry-after", str(math.ceil(refused.retry_after_seconds))))
-        return cls(refused.status, json.dumps({"detail": refused.reason}).encode(), headers)
 
 
 class Request:
@@ -109,15 +80,15 @@ class Request:
         return Terminal(hotkey=self.claimed_hotkey, ip=self.connection.ip)
 
     def check_header(self) -> None:
-        """Raise `Declined` for a header that is too large or names no possible hotkey."""
+        """Raise `Refused` for a header that is too large or names no possible hotkey."""
         if self.oversized:
-            raise Declined("header_size", 431, "the header is too large")
+            raise Refused(431, "the header is too large", kind="header_size")
         if not self.claimed_hotkey:
-            raise Declined("credentials", 401, f"missing {http_auth.HEADER_HOTKEY}")
+            raise Refused(401, f"missing {http_auth.HEADER_HOTKEY}", kind="credentials")
         try:
             check_size(self.claimed_hotkey, self.nonce)
         except http_auth.MalformedAuth as error:
-            raise Declined("credentials", 401, str(error)) from None
+            raise Refused(401, str(error), kind="credentials") from None
 
     async def receive(self) -> bytes:
         """The next part of the body. Raises `Disconnected`."""
@@ -128,8 +99,8 @@ class Request:
         return bytes(message.get("body", b""))
 
     async def read(self, *, cap: int, deadline_seconds: float, bodies: UnverifiedBodies) -> bytes:
-        """The whole body, of at most `cap` bytes. Raises `Declined` or `Disconnected`."""
-        too_large = Declined("body_size", 413, f"the body is larger than {cap} bytes")
+        """The whole body, of at most `cap` bytes. Raises `Refused` or `Disconnected`."""
+        too_large = Refused(413, f"the body is larger than {cap} bytes", kind="body_size")
         length = self.headers.get("content-length") or "0"
         if len(length) > 12 or int(length) > cap:
             raise too_large
@@ -142,7 +113,7 @@ class Request:
                         raise too_large
                     bodies.add(self, len(body))
         except TimeoutError:
-            raise Declined("body_deadline", 408, "the body took too long") from None
+            raise Refused(408, "the body took too long", kind="body_deadline") from None
         return bytes(body)
 
     async def until_disconnected(self) -> None:

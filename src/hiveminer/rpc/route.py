@@ -3,40 +3,49 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import hashlib
 import inspect
 import time
+from asyncio import FIRST_COMPLETED
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, cast
 
+from hiveminer.errors import Refused
 from hiveminer.protocol import InvalidBody, Synapse, Terminal
 from hiveminer.rpc.queue import WorkQueue
-from hiveminer.rpc.request import Declined, Disconnected, Request
+from hiveminer.rpc.request import Disconnected, Request
 
 
 @dataclass(frozen=True)
 class Route:
-    """How a synapse is served."""
+    """How `POST /<synapse>` is served.
+
+    forward: synapse -> synapse; may raise `Refused` (its status) and `TrainingError` (422).
+    blacklist: synapse -> (refused, reason); gets a synapse of which only `dendrite` is filled,
+        before the body is read and the signature is checked.
+    priority: of the parsed synapse.
+    check: called with the parsed one, before the queue; raises `Refused`.
+    queue: whose worker runs `forward` (an `async def` in a loop of its own), after waiting at
+        most `wait_seconds`; without one it runs on the event loop and must be quick.
+    """
 
     synapse: type[Synapse]
     forward: Callable[[Any], Any]
     blacklist: Callable[[Any], tuple[bool, str]]
     priority: Callable[[Any], float]
-    check: Callable[[Any], None]
-    queue: WorkQueue | None
-    wait_seconds: float
+    check: Callable[[Any], None] = lambda synapse: None
+    queue: WorkQueue | None = None
+    wait_seconds: float = 900.0
 
     def check_caller(self, terminal: Terminal) -> None:
-        """Apply the blacklist to a claimed hotkey. Raises `Declined`."""
+        """Apply the blacklist to a claimed hotkey. Raises `Refused`."""
         claim = self.synapse.model_construct()
         claim._dendrite = terminal
         refused, reason = self.blacklist(claim)
         if refused:
-            raise Declined("blacklist", 403, reason)
+            raise Refused(403, reason, kind="blacklist")
 
     def parse(self, body: bytes, terminal: Terminal) -> Synapse:
         """The synapse in a verified body. Raises `Refused`."""
@@ -44,7 +53,7 @@ class Route:
             synapse = self.synapse.from_json(body)
         except InvalidBody as error:
             kind, status = ("fields", 422) if error.is_json else ("json", 400)
-            raise Declined(kind, status, str(error)) from None
+            raise Refused(status, str(error), kind=kind) from None
         synapse._dendrite = terminal
         self.check(synapse)
         return synapse
@@ -65,20 +74,23 @@ class Route:
             caller=synapse.dendrite.hotkey,
             key=getattr(synapse, "request_id", "") or f"{request.path} {request.nonce}",
             priority=float(self.priority(synapse)),
-            expires_seconds=self.wait_seconds,
             content=hashlib.sha256(content.encode()).hexdigest(),
         )
+        done = asyncio.wrap_future(future)
+        # asyncio reports an exception that nobody asks for.
+        done.add_done_callback(lambda done: done.cancelled() or done.exception())
+        gone = asyncio.ensure_future(request.until_disconnected())
+        either = functools.partial(asyncio.wait, [done, gone], return_when=FIRST_COMPLETED)
         try:
-            await _first(future, request)
+            await either(timeout=self.wait_seconds)
+            if future.running():
+                await either()
+            if future.done():
+                return cast(bytes, future.result())
+            raise Disconnected if gone.done() else Refused(503, "waited too long for its turn")
         finally:
-            gone = not future.done()
-            if gone:
-                queue.leave(future)
-        if gone:
-            raise Disconnected
-        if future.cancelled():
-            raise Declined("cancelled", 503, "the request was dropped")
-        return cast(bytes, future.result())
+            gone.cancel()
+            queue.leave(future)
 
     def _work(self, synapse: Synapse) -> bytes:
         answer = self.forward(synapse)
@@ -96,25 +108,3 @@ async def wait_until_signed_time(nonce_ns: int) -> None:
     ahead = (nonce_ns - time.time_ns()) / 1e9
     if ahead > 0:
         await asyncio.sleep(ahead)
-
-
-async def _first(future: Future[bytes], request: Request) -> None:
-    """Wait until the future is done or the caller has hung up."""
-    loop = asyncio.get_running_loop()
-    done = asyncio.Event()
-
-    def wake(_: Future[bytes]) -> None:
-        # The loop may be closed by then.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(done.set)
-
-    future.add_done_callback(wake)
-    waits = [
-        asyncio.ensure_future(done.wait()),
-        asyncio.ensure_future(request.until_disconnected()),
-    ]
-    try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for wait in waits:
-            wait.cancel()

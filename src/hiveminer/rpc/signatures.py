@@ -8,18 +8,13 @@ status, so that an old answer or another status does not verify.
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import bittensor
 from bittensor import http_auth
 
 from hiveminer.errors import OperatorError
-
-MAX_AGE_SECONDS = http_auth.DEFAULT_MAX_AGE
-ALLOWED_SKEW_SECONDS = http_auth.DEFAULT_ALLOWED_SKEW
 
 MAX_HOTKEY = 64
 """Characters of an ss58 address. Decoding base58 takes time quadratic in its length, and it
@@ -90,15 +85,11 @@ def verify_signed(
     path: str,
     receiver: str,
     nonce_store: http_auth.NonceStore,
-    max_age_seconds: float = MAX_AGE_SECONDS,
-    allowed_skew_seconds: float = ALLOWED_SKEW_SECONDS,
-    verify: Callable[..., http_auth.Caller] = http_auth.verify,
+    max_age_seconds: float = http_auth.DEFAULT_MAX_AGE,
+    allowed_skew_seconds: float = http_auth.DEFAULT_ALLOWED_SKEW,
 ) -> http_auth.Caller:
-    """The only place that calls `http_auth.verify`. Raises `http_auth.AuthError`.
-
-    Only sr25519 is accepted, whatever the headers say: later versions of the SDK take
-    that choice as `expected_crypto_type`, earlier ones do not know the parameter.
-    """
+    """The only place that calls `http_auth.verify`. Raises `http_auth.AuthError`, also for keys
+    other than sr25519."""
     given = {name.lower(): value for name, value in headers.items()}
     if given.get(http_auth.HEADER_CRYPTO.lower(), "sr25519") != "sr25519":
         raise http_auth.MalformedAuth("only sr25519 hotkeys are accepted")
@@ -106,10 +97,7 @@ def verify_signed(
         given.get(name.lower(), "") for name in (http_auth.HEADER_HOTKEY, http_auth.HEADER_NONCE)
     )
     check_size(hotkey, nonce)
-    options: dict[str, Any] = {}
-    if _takes_crypto_type(verify):
-        options["expected_crypto_type"] = bittensor.CRYPTO_SR25519
-    return verify(
+    return http_auth.verify(
         headers,
         body,
         method=method,
@@ -118,13 +106,7 @@ def verify_signed(
         max_age=max_age_seconds,
         allowed_skew=allowed_skew_seconds,
         nonce_store=nonce_store,
-        **options,
     )
-
-
-@functools.lru_cache(maxsize=4)
-def _takes_crypto_type(verify: Callable[..., Any]) -> bool:
-    return "expected_crypto_type" in inspect.signature(verify).parameters
 
 
 class _AnyNonce:
