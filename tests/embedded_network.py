@@ -13,9 +13,7 @@ import bittensor as bt
 import pytest
 from chain_worker import Keys, new_keys
 
-from hiveminer.chain import (
-    EmbeddedSubstrate,
-)
+from hiveminer.chain import EmbeddedSubstrate
 
 RAO = 10**9
 VALIDATOR_STAKE = 2000.0

@@ -108,9 +108,6 @@ def test_the_files_own_block_length_wins(tmp_path: Path) -> None:
         substrate = EmbeddedSubstrate(path, block_seconds=asked)
         assert asyncio.run(substrate.block_time()) == 0.5
         asyncio.run(substrate.close())
-    for bad in (0.0, -1.0, float("nan"), 1e9):
-        with pytest.raises(ValueError, match="block_seconds"):
-            EmbeddedSubstrate(path, block_seconds=bad)
 
 
 def test_a_file_that_is_not_ours_is_refused_in_one_line(tmp_path: Path) -> None:

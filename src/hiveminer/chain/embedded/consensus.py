@@ -7,10 +7,7 @@ at each read, so that tests and demos see what was set.
 With `s_i` the stake share of validator i among the validators whose weights count, and
 `w_ij` its weights normalised to a sum of 1:
 
-    rank_j      = sum_i s_i w_ij
-    incentive_j = rank_j / sum_k rank_k
-    consensus_j = rank_j / max_k rank_k
-    trust_j     = the stake share of those who gave j any weight
+    incentive_j = sum_i s_i w_ij
     dividends_i = s_i sum_j w_ij incentive_j, normalised to a sum of 1
     emission_j  = half incentive_j, half dividends_j
 """
@@ -20,55 +17,39 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-RAO_PER_TAO = 10**9
+from hiveminer.chain.embedded.schema import RAO_PER_TAO
+from hiveminer.chain.embedded.state import Neuron
 
 STAKE_THRESHOLD_RAO = 1_000 * RAO_PER_TAO
 """The least stake a hotkey needs to set weights, as on the main network."""
 
 
 @dataclass(frozen=True)
-class Member:
-    """A neuron, as consensus sees it; its index in the list is its uid.
-
-    stake: in rao. last_update: the block of its last weights. registered: the block of its
-    registration.
-    """
-
-    stake: int
-    last_update: int
-    registered: int
-
-
-@dataclass(frozen=True)
 class Scores:
     """One column each, by uid, every value from 0 to 1."""
 
-    rank: list[float]
-    trust: list[float]
-    consensus: list[float]
     incentive: list[float]
     dividends: list[float]
     emission: list[float]
 
 
-def permits(stakes: Sequence[int], *, max_validators: int) -> list[bool]:
+def permits(neurons: Sequence[Neuron], settings: Mapping[str, int]) -> list[bool]:
     """Whether each uid holds a validator permit.
 
     The `max_validators` largest stakes do, if they reach the threshold; a tie goes to the lower
     uid. The real chain renews permits once per epoch, this one at every block.
     """
-    able = [uid for uid, stake in enumerate(stakes) if stake >= STAKE_THRESHOLD_RAO]
-    best = set(sorted(able, key=lambda uid: (-stakes[uid], uid))[:max_validators])
-    return [uid in best for uid in range(len(stakes))]
+    able = [n for n in neurons if n.stake >= STAKE_THRESHOLD_RAO]
+    best = sorted(able, key=lambda n: (-n.stake, n.uid))[: settings["max_validators"]]
+    return [n in best for n in neurons]
 
 
 def scores(
-    neurons: Sequence[Member],
+    neurons: Sequence[Neuron],
     weights: Mapping[int, Mapping[int, int]],
+    settings: Mapping[str, int],
     *,
-    permitted: Sequence[bool],
     block: int,
-    activity_cutoff: int,
 ) -> Scores:
     """The columns of the metagraph, by the formulas at the top.
 
@@ -76,49 +57,21 @@ def scores(
     a permit and set it no longer than `activity_cutoff` blocks ago; a weight counts if it
     was set after its target registered, so that a recycled uid inherits nothing.
     """
-    size = len(neurons)
-    rows = {
-        uid: row
-        for uid, given in weights.items()
-        if uid < size
-        and permitted[uid]
-        and block - neurons[uid].last_update <= activity_cutoff
-        and (row := _normalised(given, neurons, neurons[uid].last_update))
-    }
+    permitted = permits(neurons, settings)
+    rows: dict[int, dict[int, int]] = {}
+    for uid, given in weights.items():
+        set_at = neurons[uid].last_update
+        row = {to: weight for to, weight in given.items() if neurons[to].registered < set_at}
+        if row and permitted[uid] and block - set_at <= settings["activity_cutoff"]:
+            rows[uid] = row
     total = sum(neurons[uid].stake for uid in rows)
-    share = {uid: neurons[uid].stake / total for uid in rows}
-    rank, trust, earned = [0.0] * size, [0.0] * size, [0.0] * size
+    incentive, earned = [0.0] * len(neurons), [0.0] * len(neurons)
     for uid, row in rows.items():
         for target, weight in row.items():
-            rank[target] += share[uid] * weight
-            trust[target] += share[uid]
-    incentive = _share(rank)
+            incentive[target] += neurons[uid].stake / total * weight / sum(row.values())
     for uid, row in rows.items():
-        earned[uid] = share[uid] * sum(w * incentive[target] for target, w in row.items())
-    dividends = _share(earned)
-    top = max(rank, default=0.0)
-    return Scores(
-        rank=rank,
-        trust=trust,
-        consensus=[value / top if top else 0.0 for value in rank],
-        incentive=incentive,
-        dividends=dividends,
-        emission=_share([i + d for i, d in zip(incentive, dividends, strict=True)]),
-    )
-
-
-def _normalised(
-    given: Mapping[int, int], neurons: Sequence[Member], updated: int
-) -> dict[int, float]:
-    kept = {
-        uid: value
-        for uid, value in given.items()
-        if uid < len(neurons) and value > 0 and neurons[uid].registered < updated
-    }
-    total = sum(kept.values())
-    return {uid: value / total for uid, value in kept.items()}
-
-
-def _share(values: Sequence[float]) -> list[float]:
-    total = sum(values)
-    return [value / total if total else 0.0 for value in values]
+        good = sum(weight * incentive[target] for target, weight in row.items())
+        earned[uid] = neurons[uid].stake / total * good / sum(row.values())
+    dividends = [each / (sum(earned) or 1.0) for each in earned]
+    emission = [(i + d) / 2 for i, d in zip(incentive, dividends, strict=True)]
+    return Scores(incentive, dividends, emission)

@@ -13,13 +13,13 @@ a block the state is copied to `history`, so that it can be read as of an earlie
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import secrets
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import bittensor as bt
 
@@ -42,9 +42,16 @@ KEPT_BLOCKS = 256
 BUSY_SECONDS = 5.0
 """How long a writer waits for another process's transaction to end."""
 
-MAX_BLOCK_SECONDS = 3600.0
-
 _CURE = "remove it, or choose another place"
+
+
+class Header(NamedTuple):
+    """chain_id: 32 hexadecimal digits, drawn when the file was made. genesis_seconds: the start
+    of block 1, in seconds since 1970."""
+
+    chain_id: str
+    genesis_seconds: float
+    block_seconds: float
 
 
 class Ledger:
@@ -55,8 +62,6 @@ class Ledger:
     """
 
     def __init__(self, path: Path, *, block_seconds: float, clock: Callable[[], float]):
-        if not (math.isfinite(block_seconds) and 0 < block_seconds <= MAX_BLOCK_SECONDS):
-            raise ValueError(f"block_seconds must be in 0..{MAX_BLOCK_SECONDS:.0f}")
         self.path = Path(path)
         self._clock = clock
         self._wanted_block_seconds = float(block_seconds)
@@ -64,39 +69,25 @@ class Ledger:
         # in every forked child. And no lock, which a fork could leave locked: each thread writes
         # under its own key.
         self._connections: dict[tuple[int, int], sqlite3.Connection] = {}
-        self._network: tuple[str, float, float] | None = None
+        self._header: Header | None = None
 
     # The clock ------------------------------------------------------------------
 
     @property
-    def chain_id(self) -> str:
-        """32 hexadecimal digits, drawn when the file was made."""
-        return self._header()[0]
+    def header(self) -> Header:
+        """What the file says of itself. Raises as `connection` does."""
+        if self._header is None:
+            self._header = _read_header(self.connection(), self.path)
+        return self._header
 
-    @property
-    def genesis_seconds(self) -> float:
-        """The start of block 1, in seconds since 1970."""
-        return self._header()[1]
-
-    @property
-    def block_seconds(self) -> float:
-        """Seconds per block, from the file."""
-        return self._header()[2]
-
-    def now(self) -> float:
-        """Seconds since 1970, by this network's clock."""
-        return self._clock()
+    def start_of(self, block: int) -> float:
+        """When a block begins, in seconds since 1970."""
+        return self.header.genesis_seconds + (block - 1) * self.header.block_seconds
 
     def block(self) -> int:
         """The current block's number, from 1."""
-        age = self._clock() - self.genesis_seconds
-        return max(0, int(age / self.block_seconds)) + 1
-
-    def _header(self) -> tuple[str, float, float]:
-        if self._network is None:
-            self.connection()
-        assert self._network is not None
-        return self._network
+        age = self._clock() - self.header.genesis_seconds
+        return max(0, int(age / self.header.block_seconds)) + 1
 
     # Connections ----------------------------------------------------------------
 
@@ -112,7 +103,7 @@ class Ledger:
         try:
             if not self.path.exists():
                 _create(self.path, block_seconds=self._wanted_block_seconds, now=self._clock())
-            made, self._network = _connect(self.path)
+            made = _connect(self.path)
         except (OSError, sqlite3.OperationalError) as error:
             raise OperatorError(
                 f"the embedded network cannot use {self.path}: {error}; "
@@ -156,7 +147,7 @@ class Ledger:
                 return str(row[0])
             if not _sealed(db) < number <= max(self.block(), _written(db)):
                 raise bt.ChainError(f"the embedded network has no block {number} any more, or yet")
-        return f"0x{self.chain_id}{number:032x}"
+        return f"0x{self.header.chain_id}{number:032x}"
 
     def number_of(self, block_hash: str) -> int:
         """The number of the block with this hash."""
@@ -165,7 +156,7 @@ class Ledger:
         if row is not None:
             return int(row[0])
         name, number = block_hash[:-32], block_hash[-32:]
-        if name != f"0x{self.chain_id}":
+        if name != f"0x{self.header.chain_id}":
             raise bt.ChainError(f"no such block: {block_hash[:80]}")
         return int(number, 16)
 
@@ -232,7 +223,7 @@ class Ledger:
             raise bt.ChainError(f"embedded network, {self.path}: {error}") from error
 
 
-def _connect(path: Path) -> tuple[sqlite3.Connection, tuple[str, float, float]]:
+def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode=rw",
         uri=True,
@@ -243,14 +234,14 @@ def _connect(path: Path) -> tuple[sqlite3.Connection, tuple[str, float, float]]:
     )
     try:
         _upgrade(connection)
-        header = _read_header(connection, path)
+        _read_header(connection, path)
         # In WAL mode the file survives any crash of a process; only a power cut may undo the last
         # few writes, which a network for tests can afford.
         connection.execute("PRAGMA synchronous = NORMAL")
     except BaseException:
         connection.close()
         raise
-    return connection, header
+    return connection
 
 
 def _upgrade(connection: sqlite3.Connection) -> None:
@@ -273,7 +264,7 @@ def _pragmas(connection: sqlite3.Connection) -> tuple[int, int]:
     return application, version
 
 
-def _read_header(connection: sqlite3.Connection, path: Path) -> tuple[str, float, float]:
+def _read_header(connection: sqlite3.Connection, path: Path) -> Header:
     application, version = _pragmas(connection)
     if application != APPLICATION_ID:
         raise OperatorError(f"{path} is not an embedded network's file; {_CURE}")
@@ -281,13 +272,11 @@ def _read_header(connection: sqlite3.Connection, path: Path) -> tuple[str, float
         raise OperatorError(
             f"{path} is of version {version}, and this program reads {SCHEMA_VERSION}; {_CURE}"
         )
-    row = connection.execute(
-        "SELECT chain_id, genesis_seconds, block_seconds FROM network"
-    ).fetchone()
-    chain_id, genesis, seconds = str(row[0]), float(row[1]), float(row[2])
-    if not (math.isfinite(genesis) and 0 < seconds <= MAX_BLOCK_SECONDS):
-        raise ValueError("its clock is invalid")
-    return chain_id, genesis, seconds
+    return Header(
+        *connection.execute(
+            "SELECT chain_id, genesis_seconds, block_seconds FROM network"
+        ).fetchone()
+    )
 
 
 def _create(path: Path, *, block_seconds: float, now: float) -> None:

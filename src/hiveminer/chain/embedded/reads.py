@@ -7,61 +7,19 @@ refused. A reader is a function of an open transaction, the parameters, and the 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import bittensor as bt
-
 from hiveminer.chain.embedded import state
-from hiveminer.chain.embedded.consensus import RAO_PER_TAO
+from hiveminer.chain.embedded.consensus import permits, scores
 from hiveminer.chain.embedded.rules import MAX_COMMITMENT_SPACE
-from hiveminer.chain.embedded.schema import HYPERPARAMETERS
-
-_NAME, _SYMBOL = b"embedded", "\N{GREEK SMALL LETTER ALPHA}".encode()
+from hiveminer.chain.embedded.schema import HYPERPARAMETERS, RAO_PER_TAO
 
 Reader = Callable[[sqlite3.Connection, list[Any], int], Any]
-
-
-def item(module: str, name: str) -> Reader:
-    """The reader of a storage item. Raises `bittensor.ChainError` for an unsupported one."""
-    if module == "SubtensorModule" and name in _SETTINGS:
-        setting = _SETTINGS[name]
-        return lambda db, params, block: _setting(db, setting, params[0])
-    return _find(_ITEMS, module, name)
-
-
-def whole_map(module: str, name: str) -> Reader:
-    """The reader of a whole storage map, as (key, value) pairs. Raises as `item` does."""
-    return _find(_MAPS, module, name)
-
-
-def runtime(api: str, method: str) -> Reader:
-    """The reader of a runtime API's answer. Raises as `item` does."""
-    return _find(_RUNTIME, api, method)
-
-
-def not_kept(what: str) -> bt.ChainError:
-    """The error for what this network does not support."""
-    text = f"the embedded network does not keep {what}"
-    return bt.ChainError(text, code=bt.ErrorCode.DISABLED)
-
-
-def nonce(db: sqlite3.Connection, address: str) -> int:
-    """Number of calls that this account has made."""
-    row = db.execute("SELECT nonce FROM accounts WHERE address = ?", (address,)).fetchone()
-    return 0 if row is None else int(row[0])
-
-
-def _find(readers: dict[tuple[str, str], Reader], module: str, name: str) -> Reader:
-    reader = readers.get((module, name))
-    if reader is None:
-        raise not_kept(f"{module}.{name}")
-    return reader
+Readers = dict[tuple[str, str], Reader]
 
 
 # Storage items -------------------------------------------------------------------
-
-_SETTINGS = {each.storage: name for name, each in HYPERPARAMETERS.items()}
 
 
 def _setting(db: sqlite3.Connection, name: str, netuid: int) -> int | bool | None:
@@ -73,12 +31,14 @@ def _setting(db: sqlite3.Connection, name: str, netuid: int) -> int | bool | Non
     return bool(row[0]) if HYPERPARAMETERS[name].type == "Bool" else int(row[0])
 
 
+def _setting_of(name: str) -> Reader:
+    return lambda db, params, block: _setting(db, name, params[0])
+
+
 def _account(db: sqlite3.Connection, params: list[Any], block: int) -> dict[str, Any]:
     free = state.balance(db, params[0])
-    return {
-        "nonce": nonce(db, params[0]),
-        "data": {"free": free, "reserved": 0, "frozen": 0, "flags": 0},
-    }
+    data = {"free": free, "reserved": 0, "frozen": 0, "flags": 0}
+    return {"nonce": state.nonce(db, params[0]), "data": data}
 
 
 def _last_updates(db: sqlite3.Connection, params: list[Any], block: int) -> list[int]:
@@ -86,16 +46,7 @@ def _last_updates(db: sqlite3.Connection, params: list[Any], block: int) -> list
 
 
 def _axon(neuron: state.Neuron) -> dict[str, int]:
-    return {
-        "block": neuron.served,
-        "version": neuron.version,
-        "ip": int(neuron.ip),
-        "port": neuron.port,
-        "ip_type": neuron.ip_type,
-        "protocol": neuron.protocol,
-        "placeholder1": 0,
-        "placeholder2": 0,
-    }
+    return {"ip": int(neuron.ip), "port": neuron.port, "ip_type": neuron.ip_type}
 
 
 def _commitments(db: sqlite3.Connection, params: list[Any], block: int) -> list[tuple[Any, Any]]:
@@ -112,7 +63,7 @@ def _weights(db: sqlite3.Connection, params: list[Any], block: int) -> list[tupl
     return [(uid, list(row.items())) for uid, row in state.weights(db, params[0]).items()]
 
 
-_ITEMS: dict[tuple[str, str], Reader] = {
+ITEMS: Readers = {
     ("System", "Number"): lambda db, params, block: block,
     ("System", "Account"): _account,
     ("Commitments", "MaxSpace"): lambda db, params, block: MAX_COMMITMENT_SPACE,
@@ -125,9 +76,9 @@ _ITEMS: dict[tuple[str, str], Reader] = {
     ("SubtensorModule", "TotalHotkeyAlpha"): lambda db, params, block: state.stake(
         db, params[0], params[1]
     ),
-}
+} | {("SubtensorModule", each.storage): _setting_of(name) for name, each in HYPERPARAMETERS.items()}
 
-_MAPS: dict[tuple[str, str], Reader] = {
+MAPS: Readers = {
     ("Commitments", "CommitmentOf"): _commitments,
     ("Commitments", "RevealedCommitments"): lambda db, params, block: [],
     ("SubtensorModule", "Weights"): _weights,
@@ -139,8 +90,8 @@ _MAPS: dict[tuple[str, str], Reader] = {
 # Runtime APIs --------------------------------------------------------------------
 
 
-def _u16(values: Sequence[float]) -> list[int]:
-    return [round(min(1.0, max(0.0, value)) * 65535) for value in values]
+def _u16(values: list[float]) -> list[int]:
+    return [round(value * 65535) for value in values]
 
 
 def _metagraph(db: sqlite3.Connection, params: list[Any], block: int) -> dict[str, Any] | None:
@@ -153,15 +104,12 @@ def _metagraph(db: sqlite3.Connection, params: list[Any], block: int) -> dict[st
         return None
     settings = state.hyperparameters(db, netuid)
     found = state.neurons(db, netuid)
-    permitted, scored = state.columns(db, netuid, found, block=block)
+    scored = scores(found, state.weights(db, netuid), settings, block=block)
     since_step = block % max(1, settings["tempo"])
-    active = [block - n.last_update <= settings["activity_cutoff"] for n in found]
     return {
         **settings,
         "netuid": netuid,
-        "name": list(_NAME),
-        "symbol": list(_SYMBOL),
-        "identity": None,
+        "name": list(b"embedded"),
         "network_registered_at": int(subnet[0]),
         "owner_hotkey": str(subnet[1]),
         "owner_coldkey": str(subnet[2]),
@@ -170,23 +118,15 @@ def _metagraph(db: sqlite3.Connection, params: list[Any], block: int) -> dict[st
         "blocks_since_last_step": since_step,
         "num_uids": len(found),
         "max_uids": settings["max_allowed_uids"],
-        "tao_in": RAO_PER_TAO,
-        "alpha_in": RAO_PER_TAO,
-        "moving_price": {"bits": 2**32},
         "hotkeys": [n.hotkey for n in found],
         "coldkeys": [n.coldkey for n in found],
-        "identities": [None] * len(found),
         "axons": [_axon(n) for n in found],
-        "active": active,
-        "validator_permit": permitted,
+        "active": [block - n.last_update <= settings["activity_cutoff"] for n in found],
+        "validator_permit": permits(found, settings),
         "last_update": [n.last_update for n in found],
         "block_at_registration": [n.registered for n in found],
-        "rank": _u16(scored.rank),
-        "trust": _u16(scored.trust),
-        "consensus": _u16(scored.consensus),
         "incentives": _u16(scored.incentive),
         "dividends": _u16(scored.dividends),
-        "pruning_score": _u16(scored.emission),
         # What a neuron would earn in a tempo if a block paid one alpha.
         "emission": [int(e * settings["tempo"] * RAO_PER_TAO) for e in scored.emission],
         "alpha_stake": [n.alpha_stake for n in found],
@@ -206,7 +146,7 @@ def _hyperparameters(
     ]
 
 
-_RUNTIME: dict[tuple[str, str], Reader] = {
+RUNTIME: Readers = {
     ("SubnetInfoRuntimeApi", "get_metagraph"): _metagraph,
     ("SubnetInfoRuntimeApi", "get_subnet_hyperparams_v3"): _hyperparameters,
     ("SwapRuntimeApi", "current_alpha_price"): lambda db, params, block: RAO_PER_TAO,

@@ -15,35 +15,24 @@ Where this network is simpler than the real one:
 
 from __future__ import annotations
 
-import re
 import sqlite3
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Annotated, NoReturn
 
 import bittensor as bt
+from pydantic import AfterValidator, ConfigDict, Field, validate_call
 
-from hiveminer.chain.embedded.consensus import RAO_PER_TAO, STAKE_THRESHOLD_RAO, permits
-from hiveminer.chain.embedded.schema import MAX_NEURONS
-from hiveminer.chain.embedded.state import (
-    Neuron,
-    balance,
-    columns,
-    hyperparameters,
-    neurons,
-    owner,
-    refuse,
-    uid_of,
-)
+from hiveminer.chain.embedded import state
+from hiveminer.chain.embedded.consensus import STAKE_THRESHOLD_RAO, permits, scores
+from hiveminer.chain.embedded.schema import MAX_NEURONS, RAO_PER_TAO
+from hiveminer.chain.embedded.state import Neuron, refuse
 
 MAX_COMMITMENT_SPACE = 3100
 """Bytes that one hotkey may commit in one tempo."""
 
 MIN_COMMITMENT_SPACE = 100
 """Least bytes that a commitment counts for."""
-
-_MAX_AMOUNT_RAO = 2**62
-_RAW = re.compile(r"Raw(\d{1,3})|BigRaw")
 
 
 @dataclass(frozen=True)
@@ -54,10 +43,6 @@ class Origin:
     block: int
 
 
-Params = Mapping[str, Any]
-Rule = Callable[[sqlite3.Connection, Origin, Params], None]
-
-
 def invalid(reason: str) -> NoReturn:
     """Refuse parameters that the real chain's call could not encode."""
     raise bt.ChainError(reason, code=bt.ErrorCode.INVALID_ARGUMENT)
@@ -66,36 +51,24 @@ def invalid(reason: str) -> NoReturn:
 # Parameters ---------------------------------------------------------------------
 
 
-def integer(params: Params, name: str, *, maximum: int) -> int:
-    """An integer from 0 to `maximum`."""
-    value = params.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= maximum:
-        invalid(f"{name} must be a whole number from 0 to {maximum}")
-    return value
+def _decodable(address: str) -> str:
+    bt.sp_core.ss58_decode(address)
+    return address
 
 
-def address(params: Params, name: str) -> str:
-    """An ss58 address."""
-    value = params.get(name)
-    # Decoding base 58 is quadratic, so the length comes first.
-    if not isinstance(value, str) or len(value) > 64:
-        invalid(f"{name} must be an ss58 address")
-    try:
-        bt.sp_core.ss58_decode(value)
-    except ValueError:
-        invalid(f"{name} must be an ss58 address")
-    return value
+U8 = Annotated[int, Field(strict=True, ge=0, lt=2**8)]
+U16 = Annotated[int, Field(strict=True, ge=0, lt=2**16)]
+U32 = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+U64 = Annotated[int, Field(strict=True, ge=0, lt=2**64)]
+U128 = Annotated[int, Field(strict=True, ge=0, lt=2**128)]
+Numbers = Annotated[list[U16], Field(max_length=MAX_NEURONS)]
+# Decoding base 58 is quadratic, so the length comes first.
+Address = Annotated[str, Field(max_length=64), AfterValidator(_decodable)]
+OneField = Annotated[dict[str, str], Field(min_length=1, max_length=1)]
+Fields = Annotated[list[OneField], Field(min_length=1)]
 
-
-def _numbers(params: Params, name: str) -> list[int]:
-    values = params.get(name)
-    if not isinstance(values, (list, tuple)) or len(values) > MAX_NEURONS:
-        invalid(f"{name} must be a list of at most {MAX_NEURONS} numbers")
-    return [integer({name: value}, name, maximum=65535) for value in values]
-
-
-def _netuid(params: Params) -> int:
-    return integer(params, "netuid", maximum=65535)
+_checked = validate_call(config=ConfigDict(arbitrary_types_allowed=True))
+"""A call's parameters must be of their types; otherwise it raises `pydantic.ValidationError`."""
 
 
 # Money --------------------------------------------------------------------------
@@ -103,64 +76,72 @@ def _netuid(params: Params) -> int:
 
 def touch(db: sqlite3.Connection, address: str) -> None:
     """Create the account's row with its initial balance, if it is missing."""
-    db.execute("INSERT OR IGNORE INTO accounts VALUES (?, ?, 0)", (address, balance(db, address)))
+    free = state.balance(db, address)
+    db.execute("INSERT OR IGNORE INTO accounts VALUES (?, ?, 0)", (address, free))
 
 
 def _debit(db: sqlite3.Connection, account: str, rao: int) -> None:
-    free = balance(db, account)
+    free = state.balance(db, account)
     if free < rao:
         refuse("NotEnoughBalanceToStake", f"{account} holds {free} rao, and this takes {rao}")
     touch(db, account)
     db.execute("UPDATE accounts SET free_rao = free_rao - ? WHERE address = ?", (rao, account))
 
 
-def add_stake(db: sqlite3.Connection, origin: Origin, params: Params) -> None:
+@_checked
+def add_stake(
+    db: sqlite3.Connection,
+    origin: Origin,
+    *,
+    hotkey: Address,
+    netuid: U16,
+    amount_staked: U64,
+    limit_price: U64 = RAO_PER_TAO,
+    allow_partial: bool = False,
+) -> None:
     """Signed by a coldkey: TAO from its balance onto a hotkey."""
-    hotkey, netuid = address(params, "hotkey"), _netuid(params)
-    amount = integer(params, "amount_staked", maximum=_MAX_AMOUNT_RAO)
-    hyperparameters(db, netuid)
-    if (
-        integer({"limit_price": RAO_PER_TAO, **params}, "limit_price", maximum=2**64 - 1)
-        < RAO_PER_TAO
-    ):
+    state.hyperparameters(db, netuid)
+    if limit_price < RAO_PER_TAO:
         refuse("SlippageTooHigh", "one alpha costs one TAO")
-    if owner(db, hotkey) is None:
+    if state.owner(db, hotkey) is None:
         refuse("HotKeyAccountNotExists", f"hotkey {hotkey} was never registered")
-    if amount == 0:
+    if amount_staked == 0:
         refuse("AmountTooLow", "nothing to stake")
-    _debit(db, origin.signer, amount)
+    _debit(db, origin.signer, amount_staked)
     db.execute(
         "INSERT INTO stakes VALUES (?, ?, ?, ?)"
         " ON CONFLICT (hotkey, coldkey, netuid) DO UPDATE SET rao = rao + excluded.rao",
-        (hotkey, origin.signer, netuid, amount),
+        (hotkey, origin.signer, netuid, amount_staked),
     )
 
 
 # Registration -------------------------------------------------------------------
 
 
-def burned_register(db: sqlite3.Connection, origin: Origin, params: Params) -> None:
+@_checked
+def burned_register(
+    db: sqlite3.Connection, origin: Origin, *, netuid: U16, hotkey: Address
+) -> None:
     """Signed by a coldkey: burn the price, and give the hotkey a uid.
 
     It gets a vacant uid, else a new one, and on a full subnet that of the neuron with the lowest
     emission outside its immunity period (among equals, the one that registered first, then the
     lowest uid).
     """
-    netuid, hotkey = _netuid(params), address(params, "hotkey")
-    settings = hyperparameters(db, netuid)
+    settings = state.hyperparameters(db, netuid)
     if netuid == 0:
         refuse("RegistrationNotPermittedOnRootSubnet", "the root subnet takes no miners")
     if not settings["registration_allowed"]:
         refuse("SubNetRegistrationDisabled", f"subnet {netuid} takes no registrations")
-    known = owner(db, hotkey)
+    known, signer = state.owner(db, hotkey), origin.signer
     # A hotkey owned by nobody else, and not a hotkey that signs for itself.
-    if origin.signer == hotkey or owner(db, origin.signer) or known not in (None, origin.signer):
-        refuse("NonAssociatedColdKey", f"{origin.signer} is not the coldkey of {hotkey}")
-    if uid_of(db, netuid, hotkey) is not None:
+    if signer == hotkey or state.owner(db, signer) or known not in (None, signer):
+        refuse("NonAssociatedColdKey", f"{signer} is not the coldkey of {hotkey}")
+    if state.uid_of(db, netuid, hotkey) is not None:
         refuse("HotKeyAlreadyRegisteredInSubNet", f"{hotkey} is registered on subnet {netuid}")
-    _debit(db, origin.signer, settings["burn"])
+    _debit(db, signer, settings["burn"])
     if known is None:
-        db.execute("INSERT INTO owners VALUES (?, ?)", (hotkey, origin.signer))
+        db.execute("INSERT INTO owners VALUES (?, ?)", (hotkey, signer))
     uid = _free_uid(db, netuid, settings, block=origin.block)
     seat(db, netuid, uid, hotkey, block=origin.block, vacant=False)
 
@@ -168,7 +149,7 @@ def burned_register(db: sqlite3.Connection, origin: Origin, params: Params) -> N
 def _free_uid(
     db: sqlite3.Connection, netuid: int, settings: Mapping[str, int], *, block: int
 ) -> int:
-    found = neurons(db, netuid)
+    found = state.neurons(db, netuid)
     vacant = next((n.uid for n in found if n.vacant), None)
     if vacant is not None:
         return vacant
@@ -177,8 +158,8 @@ def _free_uid(
     mortal = [n for n in found if block - n.registered >= settings["immunity_period"]]
     if not mortal:
         refuse("NoNeuronIdAvailable", f"subnet {netuid} is full, and every neuron is immune")
-    _, scored = columns(db, netuid, found, block=block)
-    return min(mortal, key=lambda n: (scored.emission[n.uid], n.registered, n.uid)).uid
+    earned = scores(found, state.weights(db, netuid), settings, block=block).emission
+    return min(mortal, key=lambda n: (earned[n.uid], n.registered, n.uid)).uid
 
 
 def seat(
@@ -202,57 +183,54 @@ def seat(
 # What a neuron's hotkey signs ---------------------------------------------------
 
 
-def serve_axon(db: sqlite3.Connection, origin: Origin, params: Params) -> None:
+@_checked
+def serve_axon(
+    db: sqlite3.Connection,
+    origin: Origin,
+    *,
+    netuid: U16,
+    version: U32,
+    ip: U128,
+    port: U16,
+    ip_type: U8,
+    protocol: U8,
+    placeholder1: U8,
+    placeholder2: U8,
+) -> None:
     """Publish the axon's address. The address 0 means that it no longer listens."""
-    netuid = _netuid(params)
-    settings = hyperparameters(db, netuid)
-    uid = uid_of(db, netuid, origin.signer)
+    settings = state.hyperparameters(db, netuid)
+    uid = state.uid_of(db, netuid, origin.signer)
     if uid is None:
         refuse("HotKeyNotRegisteredInNetwork", f"{origin.signer} is not on subnet {netuid}")
-    ip, ip_type = _ip(params)
-    port = integer(params, "port", maximum=65535)
+    if ip_type not in (4, 6):
+        refuse("InvalidIpType", f"an address is of type 4 or 6, not {ip_type}")
+    if ip >= (2**32 if ip_type == 4 else 2**128) - 1:
+        refuse("InvalidIpAddress", "that is not a host's address")
     if port == 0:
         refuse("InvalidPort", "an axon cannot be at port 0")
-    served = db.execute(
-        "SELECT served_block FROM neurons WHERE netuid = ? AND uid = ?", (netuid, uid)
-    ).fetchone()[0]
-    wait = settings["serving_rate_limit"] - (origin.block - int(served))
+    served = state.neurons(db, netuid)[uid].served
+    wait = settings["serving_rate_limit"] - (origin.block - served)
     if served and wait > 0:
         refuse("ServingRateLimitExceeded", f"the axon may be served again in {wait} blocks")
     db.execute(
         "UPDATE neurons SET ip = ?, ip_type = ?, port = ?, protocol = ?, version = ?,"
         " served_block = ? WHERE netuid = ? AND uid = ?",
-        (
-            str(ip),
-            ip_type,
-            port,
-            integer(params, "protocol", maximum=255),
-            integer(params, "version", maximum=2**32 - 1),
-            origin.block,
-            netuid,
-            uid,
-        ),
+        (str(ip), ip_type, port, protocol, version, origin.block, netuid, uid),
     )
 
 
-def _ip(params: Params) -> tuple[int, int]:
-    ip_type = integer(params, "ip_type", maximum=255)
-    if ip_type not in (4, 6):
-        refuse("InvalidIpType", f"an address is of type 4 or 6, not {ip_type}")
-    ip = integer(params, "ip", maximum=2**128 - 1)
-    limit = 2**32 - 1 if ip_type == 4 else 2**128 - 1
-    if ip >= limit:
-        refuse("InvalidIpAddress", "that is not a host's address")
-    return ip, ip_type
-
-
-def set_commitment(db: sqlite3.Connection, origin: Origin, params: Params) -> None:
+@_checked
+def set_commitment(
+    db: sqlite3.Connection, origin: Origin, *, netuid: U16, info: dict[str, Fields]
+) -> None:
     """Publish up to 128 bytes (`Raw`) or 512 (`BigRaw`) for the neuron."""
-    netuid = _netuid(params)
-    settings = hyperparameters(db, netuid)
-    if uid_of(db, netuid, origin.signer) is None:
+    settings = state.hyperparameters(db, netuid)
+    if state.uid_of(db, netuid, origin.signer) is None:
         refuse("AccountNotAllowedCommit", f"{origin.signer} is not on subnet {netuid}")
-    variant, data = _field(params)
+    if len(info["fields"]) > 1:
+        refuse("TooManyFieldsInCommitmentInfo", "a commitment has one field")
+    ((variant, value),) = info["fields"][0].items()
+    data = _content(variant, value)
     # The chain's epochs are one block longer than the tempo.
     epoch = (origin.block + netuid + 1) // (settings["tempo"] + 1)
     before = db.execute(
@@ -269,64 +247,56 @@ def set_commitment(db: sqlite3.Connection, origin: Origin, params: Params) -> No
     )
 
 
-def _field(params: Params) -> tuple[str, bytes]:
-    info = params.get("info")
-    fields = info.get("fields") if isinstance(info, dict) else None
-    if not isinstance(fields, (list, tuple)) or not fields:
-        invalid("a commitment needs one field")
-    if len(fields) > 1:
-        refuse("TooManyFieldsInCommitmentInfo", "a commitment has one field")
-    if not isinstance(fields[0], dict) or len(fields[0]) != 1:
-        invalid("a commitment's field is one variant with its data")
-    ((variant, value),) = fields[0].items()
-    match = _RAW.fullmatch(str(variant))
-    if match is None:
-        invalid(f"the embedded network keeps Raw and BigRaw commitments, not {str(variant)[:32]}")
-    data = _bytes(value)
-    wanted = int(match[1]) if match[1] else len(data)
-    if wanted != len(data) or len(data) > (128 if match[1] else 512):
-        invalid(f"{variant} cannot hold {len(data)} bytes")
-    return str(variant), data
-
-
-def _bytes(value: object) -> bytes:
-    if isinstance(value, (bytes, bytearray)):
-        return bytes(value)
-    if not isinstance(value, str) or len(value) > 2048:
-        invalid("a commitment's data are bytes, or 0x and hexadecimal digits")
+def _content(variant: str, value: str) -> bytes:
     try:
-        return bytes.fromhex(value.removeprefix("0x"))
+        data = bytes.fromhex(value.removeprefix("0x"))
     except ValueError:
-        invalid("a commitment's data are bytes, or 0x and hexadecimal digits")
+        invalid("a commitment's data are 0x and hexadecimal digits")
+    big = variant == "BigRaw"
+    if not (big or variant == f"Raw{len(data)}") or len(data) > (512 if big else 128):
+        invalid(f"a {variant[:32]} of {len(data)} bytes; kept are Raw up to 128, BigRaw up to 512")
+    return data
 
 
-def set_weights(db: sqlite3.Connection, origin: Origin, params: Params) -> None:
+@_checked
+def set_weights(
+    db: sqlite3.Connection,
+    origin: Origin,
+    *,
+    netuid: U16,
+    dests: Numbers,
+    weights: Numbers,
+    version_key: U64,
+    mecid: U8 = 0,
+) -> None:
     """Set a validator's weights, with the checks in the chain's order."""
-    netuid = _netuid(params)
-    settings = hyperparameters(db, netuid)
-    if integer({"mecid": 0, **params}, "mecid", maximum=255):
+    settings = state.hyperparameters(db, netuid)
+    if mecid:
         refuse("MechanismDoesNotExist", "the embedded network's subnets have one mechanism")
     if settings["commit_reveal_weights_enabled"]:
         refuse("CommitRevealEnabled", f"subnet {netuid} takes commits only")
-    targets, values = _numbers(params, "dests"), _numbers(params, "weights")
-    if len(targets) != len(values):
+    if len(dests) != len(weights):
         refuse("WeightVecNotEqualSize", "there must be one weight for each uid")
-    found = neurons(db, netuid)
-    if len(targets) > len(found):
+    found = state.neurons(db, netuid)
+    if len(dests) > len(found):
         refuse("UidsLengthExceedUidsInSubNet", "there are more weights than neurons")
     me = next((n for n in found if n.hotkey == origin.signer), None)
     if me is None:
         refuse("HotKeyNotRegisteredInSubNet", f"{origin.signer} is not on subnet {netuid}")
-    _may_set_weights(me, found, settings, params, block=origin.block, own=targets == [me.uid])
-    _check_weights(targets, values, len(found), settings, own=targets == [me.uid])
-    top = max(values)
+    _check_rights(me, settings, version_key, block=origin.block)
+    # As on the real chain, weights for oneself alone need no permit, and have no limits.
+    own = dests == [me.uid]
+    if not own and not permits(found, settings)[me.uid]:
+        refuse("NeuronNoValidatorPermit", f"uid {me.uid} holds no validator permit")
+    _check_weights(dests, weights, len(found), settings, own=own)
+    top = max(weights)
     db.execute("DELETE FROM weights WHERE netuid = ? AND uid = ?", (netuid, me.uid))
     db.executemany(
         "INSERT INTO weights VALUES (?, ?, ?, ?)",
         [
-            (netuid, me.uid, target, round(value * 65535 / top))
-            for target, value in zip(targets, values, strict=True)
-            if value
+            (netuid, me.uid, target, round(weight * 65535 / top))
+            for target, weight in zip(dests, weights, strict=True)
+            if weight
         ],
     )
     db.execute(
@@ -335,27 +305,18 @@ def set_weights(db: sqlite3.Connection, origin: Origin, params: Params) -> None:
     )
 
 
-def _may_set_weights(
-    me: Neuron,
-    found: list[Neuron],
-    settings: Mapping[str, int],
-    params: Params,
-    *,
-    block: int,
-    own: bool,
-) -> None:
+def _check_rights(me: Neuron, settings: Mapping[str, int], version_key: int, *, block: int) -> None:
     if me.stake < STAKE_THRESHOLD_RAO:
         refuse("NotEnoughStakeToSetWeights", f"{STAKE_THRESHOLD_RAO} rao of stake are needed")
-    version, wanted = integer(params, "version_key", maximum=2**64 - 1), settings["weights_version"]
-    if version < wanted:
-        refuse("IncorrectWeightVersionKey", f"the subnet requires version {wanted}, not {version}")
+    wanted = settings["weights_version"]
+    if version_key < wanted:
+        refuse(
+            "IncorrectWeightVersionKey",
+            f"the subnet requires version {wanted}, not {version_key}",
+        )
     wait = settings["weights_rate_limit"] - (block - me.last_update)
     if wait > 0:
         refuse("SettingWeightsTooFast", f"weights may be set again in {wait} blocks")
-    held = permits([n.stake for n in found], max_validators=settings["max_validators"])
-    # As on the real chain, weights for oneself alone need no permit.
-    if not held[me.uid] and not own:
-        refuse("NeuronNoValidatorPermit", f"uid {me.uid} holds no validator permit")
 
 
 def _check_weights(
@@ -374,7 +335,7 @@ def _check_weights(
         refuse("MaxWeightExceeded", "the share of one weight is too large")
 
 
-CALLS: dict[tuple[str, str], Rule] = {
+CALLS: dict[tuple[str, str], Callable[..., None]] = {
     ("SubtensorModule", "burned_register"): burned_register,
     ("SubtensorModule", "add_stake"): add_stake,
     ("SubtensorModule", "add_stake_limit"): add_stake,

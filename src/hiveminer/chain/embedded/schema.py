@@ -7,11 +7,11 @@ import re
 import secrets
 import sqlite3
 import zlib
-from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import bittensor as bt
 
-from hiveminer.chain.embedded.consensus import RAO_PER_TAO
+RAO_PER_TAO = 10**9
 
 SCHEMA_VERSION = 2
 """Incremented when the tables change. A file of version 1 is upgraded, any other is refused."""
@@ -118,45 +118,31 @@ CREATE TABLE commitments (
 """
 
 
-@dataclass(frozen=True)
-class Hyperparameter:
-    """A subnet's setting: its default here, its largest value, its name in chain storage,
-    and the chain's type for it."""
+class Hyperparameter(NamedTuple):
+    """A subnet's setting: its default here, its name in chain storage, and the chain's type for
+    it."""
 
     default: int
-    maximum: int
     storage: str
-    type: str
-
-
-def _u16(default: int, storage: str, maximum: int = 65535) -> Hyperparameter:
-    return Hyperparameter(default, maximum, storage, "U16")
-
-
-def _u64(default: int, storage: str) -> Hyperparameter:
-    return Hyperparameter(default, 2**62, storage, "U64")
-
-
-def _flag(default: int, storage: str) -> Hyperparameter:
-    return Hyperparameter(default, 1, storage, "Bool")
+    type: Literal["U16", "U64", "Bool"]
 
 
 # The main network's defaults, except for rate limits, which are short because a demo lasts seconds,
 # and the price of a registration, which is fixed.
 HYPERPARAMETERS: dict[str, Hyperparameter] = {
-    "tempo": _u16(360, "Tempo"),
-    "immunity_period": _u16(4096, "ImmunityPeriod"),
-    "min_allowed_weights": _u16(1, "MinAllowedWeights"),
-    "max_weights_limit": _u16(65535, "MaxWeightsLimit"),
-    "weights_version": _u64(0, "WeightsVersionKey"),
-    "weights_rate_limit": _u64(5, "WeightsSetRateLimit"),
-    "serving_rate_limit": _u64(2, "ServingRateLimit"),
-    "activity_cutoff": _u16(5000, "ActivityCutoff"),
-    "max_validators": _u16(64, "MaxAllowedValidators", MAX_NEURONS),
-    "max_allowed_uids": _u16(256, "MaxAllowedUids", MAX_NEURONS),
-    "registration_allowed": _flag(1, "NetworkRegistrationAllowed"),
-    "commit_reveal_weights_enabled": _flag(0, "CommitRevealWeightsEnabled"),
-    "burn": _u64(RAO_PER_TAO, "Burn"),
+    "tempo": Hyperparameter(360, "Tempo", "U16"),
+    "immunity_period": Hyperparameter(4096, "ImmunityPeriod", "U16"),
+    "min_allowed_weights": Hyperparameter(1, "MinAllowedWeights", "U16"),
+    "max_weights_limit": Hyperparameter(65535, "MaxWeightsLimit", "U16"),
+    "weights_version": Hyperparameter(0, "WeightsVersionKey", "U64"),
+    "weights_rate_limit": Hyperparameter(5, "WeightsSetRateLimit", "U64"),
+    "serving_rate_limit": Hyperparameter(2, "ServingRateLimit", "U64"),
+    "activity_cutoff": Hyperparameter(5000, "ActivityCutoff", "U16"),
+    "max_validators": Hyperparameter(64, "MaxAllowedValidators", "U16"),
+    "max_allowed_uids": Hyperparameter(256, "MaxAllowedUids", "U16"),
+    "registration_allowed": Hyperparameter(1, "NetworkRegistrationAllowed", "Bool"),
+    "commit_reveal_weights_enabled": Hyperparameter(0, "CommitRevealWeightsEnabled", "Bool"),
+    "burn": Hyperparameter(RAO_PER_TAO, "Burn", "U64"),
 }
 
 

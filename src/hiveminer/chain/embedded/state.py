@@ -10,7 +10,6 @@ from typing import NamedTuple, NoReturn
 
 import bittensor as bt
 
-from hiveminer.chain.embedded.consensus import Member, Scores, permits, scores
 from hiveminer.chain.embedded.schema import FAUCET_RAO, NOBODY
 
 
@@ -69,8 +68,6 @@ class Neuron(NamedTuple):
     ip: str
     ip_type: int
     port: int
-    protocol: int
-    version: int
     alpha_stake: int
     tao_stake: int
 
@@ -82,7 +79,7 @@ class Neuron(NamedTuple):
 
 _NEURONS = """
 SELECT n.uid, n.hotkey, COALESCE(o.coldkey, ?), n.vacant, n.registered_block, n.last_update,
-    n.served_block, n.ip, n.ip_type, n.port, n.protocol, n.version,
+    n.served_block, n.ip, n.ip_type, n.port,
     (SELECT COALESCE(SUM(rao), 0) FROM stakes s WHERE s.hotkey = n.hotkey AND s.netuid = n.netuid
         AND n.netuid != 0),
     (SELECT COALESCE(SUM(rao), 0) FROM stakes s WHERE s.hotkey = n.hotkey AND s.netuid = 0)
@@ -106,25 +103,15 @@ def weights(db: sqlite3.Connection, netuid: int) -> dict[int, dict[int, int]]:
     return found
 
 
-def columns(
-    db: sqlite3.Connection, netuid: int, found: list[Neuron], *, block: int
-) -> tuple[list[bool], Scores]:
-    """Permits and scores of a subnet's neurons, by uid."""
-    settings = hyperparameters(db, netuid)
-    permitted = permits([n.stake for n in found], max_validators=settings["max_validators"])
-    scored = scores(
-        [Member(n.stake, n.last_update, n.registered) for n in found],
-        weights(db, netuid),
-        permitted=permitted,
-        block=block,
-        activity_cutoff=settings["activity_cutoff"],
-    )
-    return permitted, scored
-
-
 def uid_of(db: sqlite3.Connection, netuid: int, hotkey: str) -> int | None:
     """A hotkey's uid on a subnet."""
     row = db.execute(
         "SELECT uid FROM neurons WHERE netuid = ? AND hotkey = ?", (netuid, hotkey)
     ).fetchone()
     return None if row is None else int(row[0])
+
+
+def nonce(db: sqlite3.Connection, address: str) -> int:
+    """Number of calls that this account has made."""
+    row = db.execute("SELECT nonce FROM accounts WHERE address = ?", (address,)).fetchone()
+    return 0 if row is None else int(row[0])

@@ -12,20 +12,20 @@ an unpredictable hash; see `ledger`.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import inspect
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import bittensor as bt
+from pydantic import ValidationError
 
 from hiveminer.chain.embedded import reads, rules, state
-from hiveminer.chain.embedded.ledger import FINALITY_BLOCKS, Ledger
+from hiveminer.chain.embedded.ledger import Ledger
 from hiveminer.chain.embedded.schema import HYPERPARAMETERS, NOBODY, add_subnet
 
 
@@ -42,9 +42,13 @@ class Composed(NamedTuple):
         return json.dumps(self, default=repr, sort_keys=True).encode()
 
 
+def _unsupported(what: str) -> bt.ChainError:
+    return bt.ChainError(f"the embedded network has no {what}", code=bt.ErrorCode.DISABLED)
+
+
 def _refuses(what: str) -> Callable[..., Any]:
     def refuse(*_arguments: Any, **_named: Any) -> NoReturn:
-        raise bt.ChainError(f"the embedded network has no {what}", code=bt.ErrorCode.DISABLED)
+        raise _unsupported(what)
 
     return refuse
 
@@ -58,6 +62,7 @@ class Unsupported:
     map_has_entries = _refuses("such map")
     query_batch = _refuses("batched reads")
     get_block = _refuses("record of past blocks")
+    blocks = _refuses("stream of blocks")
     events = _refuses("events")
     find_extrinsic = _refuses("record of past calls")
     estimate_weight = _refuses("weight of calls")
@@ -101,14 +106,8 @@ class EmbeddedSubstrate(Unsupported):
             rules.seat(db, netuid, uid, nobody, block=block, vacant=True)
 
     def set_hyperparameters(self, netuid: int, **values: int) -> None:
-        """Set some of a subnet's hyperparameters (their names are `HYPERPARAMETERS`).
-
-        Raises `ValueError` for an unknown name or a value out of bounds.
-        """
-        for name, value in values.items():
-            known = HYPERPARAMETERS.get(name)
-            if known is None or not 0 <= value <= known.maximum:
-                raise ValueError(f"no hyperparameter {name} = {value}")
+        """Set some of a subnet's hyperparameters; their names are `HYPERPARAMETERS`."""
+        assert values.keys() <= HYPERPARAMETERS.keys(), "unknown hyperparameters"
         with self._ledger.writing() as (db, _):
             state.hyperparameters(db, netuid)
             db.executemany(
@@ -117,13 +116,7 @@ class EmbeddedSubstrate(Unsupported):
             )
 
     def create_subnet(self, netuid: int, *, owner_hotkey: str = NOBODY) -> None:
-        """Add a subnet to root (0) and 1, which every file has; an existing one is kept.
-
-        `owner_hotkey` is an ss58 address. Raises `ValueError` if it or the netuid is not.
-        """
-        if not 0 <= netuid <= 65535:
-            raise ValueError(f"no netuid: {netuid}")
-        bt.sp_core.ss58_decode(owner_hotkey[:64])
+        """Add a subnet to root (0) and 1, which every file has; an existing one gets this owner."""
         with self._ledger.writing() as (db, block):
             if db.execute("SELECT 1 FROM subnets WHERE netuid = ?", (netuid,)).fetchone() is None:
                 add_subnet(db, netuid, block=block)
@@ -159,30 +152,7 @@ class EmbeddedSubstrate(Unsupported):
 
     async def block_time(self) -> float:
         """Seconds per block."""
-        return self._ledger.block_seconds
-
-    async def blocks(self, *, finalized: bool = False) -> AsyncIterator[dict[str, Any]]:
-        """The current block, and then each new one."""
-        behind = FINALITY_BLOCKS if finalized else 0
-        number = max(1, self._ledger.block() - behind)
-        while True:
-            if number <= self._ledger.block() - behind:
-                if finalized:
-                    self._ledger.final_block()
-                yield {"header": self._block_header(number)}
-                number += 1
-            else:
-                await asyncio.sleep(max(0.001, self._start(number + behind) - self._ledger.now()))
-
-    def _start(self, number: int) -> float:
-        return self._ledger.genesis_seconds + (number - 1) * self._ledger.block_seconds
-
-    def _number(self, block_hash: str | None) -> int:
-        return self._ledger.block() if block_hash is None else self._ledger.number_of(block_hash)
-
-    def _block_header(self, number: int) -> dict[str, Any]:
-        block, parent = self._ledger.hash_of(number), self._ledger.hash_of(number - 1)
-        return {"number": number, "hash": block, "parentHash": parent}
+        return self._ledger.header.block_seconds
 
     # Reads ------------------------------------------------------------------------
 
@@ -201,8 +171,10 @@ class EmbeddedSubstrate(Unsupported):
         if (module, storage_function) == ("System", "BlockHash"):
             return self._ledger.hash_of(int((params or [0])[0]))
         if (module, storage_function) == ("Timestamp", "Now"):
-            return int(self._start(self._number(block_hash)) * 1000)
-        return self._read(reads.item(module, storage_function), params, block_hash)
+            ledger = self._ledger
+            block = ledger.block() if block_hash is None else ledger.number_of(block_hash)
+            return int(ledger.start_of(block) * 1000)
+        return self._read(reads.ITEMS, module, storage_function, params, block_hash)
 
     async def query_map(
         self,
@@ -212,15 +184,25 @@ class EmbeddedSubstrate(Unsupported):
         block_hash: str | None = None,
     ) -> list[tuple[Any, Any]]:
         """A whole storage map, as (key, value) pairs."""
-        return list(self._read(reads.whole_map(module, storage_function), params, block_hash))
+        return list(self._read(reads.MAPS, module, storage_function, params, block_hash))
 
     async def runtime_call(
         self, api: str, method: str, params: list[Any], block_hash: str | None = None
     ) -> Any:
         """A runtime API's answer, decoded. Raises `bittensor.ChainError` for an unsupported one."""
-        return self._read(reads.runtime(api, method), params, block_hash)
+        return self._read(reads.RUNTIME, api, method, params, block_hash)
 
-    def _read(self, reader: reads.Reader, params: list[Any] | None, block_hash: str | None) -> Any:
+    def _read(
+        self,
+        readers: reads.Readers,
+        module: str,
+        name: str,
+        params: list[Any] | None,
+        block_hash: str | None,
+    ) -> Any:
+        reader = readers.get((module, name))
+        if reader is None:
+            raise _unsupported(f"{module}.{name}")
         number = None if block_hash is None else self._ledger.number_of(block_hash)
         with self._ledger.at(number) as (db, block):
             return reader(db, list(params or []), block)
@@ -231,7 +213,7 @@ class EmbeddedSubstrate(Unsupported):
         """A generated call in this network's form."""
         module, function, params = call
         if (module, function) not in rules.CALLS:
-            raise reads.not_kept(f"{module}.{function}")
+            raise _unsupported(f"{module}.{function}")
         return Composed(module, function, dict(params))
 
     async def estimate_fee(self, call: Any, keypair: Any) -> bt.Balance:
@@ -241,7 +223,7 @@ class EmbeddedSubstrate(Unsupported):
     async def account_next_index(self, address: str) -> int:
         """How many calls this account has made."""
         with self._ledger.reading() as db:
-            return reads.nonce(db, address)
+            return state.nonce(db, address)
 
     async def submit(
         self,
@@ -258,7 +240,9 @@ class EmbeddedSubstrate(Unsupported):
         A public key alone, or a key that claims another's address, cannot submit anything.
         """
         signer = str(keypair.ss58_address)
-        message = hashlib.blake2b(f"{self._ledger.chain_id}{nonce}".encode() + call.data).digest()
+        message = hashlib.blake2b(
+            f"{self._ledger.header.chain_id}{nonce}".encode() + call.data
+        ).digest()
         try:
             signature = keypair.sign(message)
             signature = bytes(await signature if inspect.isawaitable(signature) else signature)
@@ -280,12 +264,16 @@ class EmbeddedSubstrate(Unsupported):
 
     def _apply(self, call: Composed, signer: str, nonce: int | None) -> tuple[int, int]:
         with self._ledger.writing() as (db, block):
-            expected = reads.nonce(db, signer)
+            expected = state.nonce(db, signer)
             if nonce is not None and nonce != expected:
                 name = "Stale" if nonce < expected else "Future"
                 state.refuse(name, f"the next nonce of {signer} is {expected}, not {nonce}")
-            rule = rules.CALLS[call.module, call.function]
-            rule(db, rules.Origin(signer, block), call.params)
+            try:
+                rule = rules.CALLS[call.module, call.function]
+                rule(db, rules.Origin(signer, block), **call.params)
+            except ValidationError as error:
+                first = error.errors()[0]
+                rules.invalid(f"{first['loc'][0]}: {first['msg']}")
             rules.touch(db, signer)
             db.execute("UPDATE accounts SET nonce = nonce + 1 WHERE address = ?", (signer,))
             return block, expected
