@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, CliSettingsSource
+from pydantic_settings import CliSettingsSource
 
 from hiveminer.config import files
 from hiveminer.errors import OperatorError, one_line
@@ -31,7 +31,7 @@ EPILOG = (
     "over the file of --config ([axon] and under it port = 8091), the file over the default."
 )
 
-Tree = TypeVar("Tree", bound=BaseSettings)
+Tree = TypeVar("Tree", bound=BaseModel)
 
 
 def read(
@@ -42,7 +42,7 @@ def read(
     prog: str,
     description: str,
     version: str,
-    others: Iterable[type[BaseSettings]] = (),
+    others: Iterable[type[BaseModel]] = (),
 ) -> Tree:
     """Read the settings of `tree`: flags over environment over the TOML file over defaults.
 
@@ -137,7 +137,7 @@ class _Parser(argparse.ArgumentParser):
         raise OperatorError(one_line(message))
 
 
-def _from_flags(tree: type[BaseSettings], parser: _Parser, words: Sequence[str]) -> dict[str, Any]:
+def _from_flags(tree: Any, parser: _Parser, words: Sequence[str]) -> dict[str, Any]:
     source: CliSettingsSource[Any] = CliSettingsSource(
         tree,
         root_parser=parser,

@@ -16,12 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
-from pydantic_settings import (
-    BaseSettings,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
 
 from hiveminer.__version__ import __version__
 from hiveminer.config import files, flags
@@ -75,7 +69,7 @@ Name = Annotated[str, AfterValidator(_check_name)]
 Network = Annotated[str, AfterValidator(_check_network)]
 Device = Annotated[str, AfterValidator(_check_device)]
 Peer = Annotated[str, AfterValidator(checked_peer)]
-Peers = Annotated[list[Peer], BeforeValidator(_split), NoDecode]
+Peers = Annotated[list[Peer], BeforeValidator(_split)]
 Folder = Annotated[Path, BeforeValidator(_expand)]
 
 
@@ -283,24 +277,10 @@ class WorkSettings(Group):
 # --- programs --------------------------------------------------------------------------------
 
 
-class ProgramSettings(BaseSettings):
+class ProgramSettings(Group):
     """The settings of one program; `parse` reads flags, environment and file."""
 
-    model_config = SettingsConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
     config: Folder | None = Field(None, description="TOML file of settings")
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Leave the environment to `parse`, which names a wrong variable."""
-        return (init_settings,)
 
     def given(self, key: str) -> bool:
         """Whether the operator has set this key ("axon.port"), even if to its default."""
