@@ -14,12 +14,10 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from tiny import (
     ARCHITECTURES,
-    POSITIONS,
     cut_the_network,
     one_line,
     save_tiny,
     tiny_model,
-    tiny_tokenizer,
 )
 from torch import nn
 
@@ -31,10 +29,10 @@ from hiveminer.training.model import (
     shape_of_model,
     weights_hash,
 )
-from hiveminer.training.model_checks import check_fit, check_passes, without_noise
+from hiveminer.training.model_checks import check_passes, without_noise
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     cut_the_network(monkeypatch)
 
@@ -69,7 +67,6 @@ def small(**keys: Any) -> dict[str, Any]:
     } | keys
 
 
-@pytest.mark.usefixtures("offline")
 def test_weights_that_are_missing_are_refused_by_name(tmp_path: Path) -> None:
     tf.LlamaModel(tf.LlamaConfig(**small())).save_pretrained(tmp_path / "base")
     refused(tmp_path / "base", r"lack lm_head\.weight")
@@ -81,7 +78,6 @@ def test_weights_that_are_missing_are_refused_by_name(tmp_path: Path) -> None:
     refused(tmp_path / "fewer", r"hold model\.layers\.1\..* more layers than config\.json says")
 
 
-@pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(
     "key",
     ["lm_head__bias", "model__norm__bias", "model__layers__0__self_attn__q_proj__lora_A__weight"],
@@ -92,7 +88,6 @@ def test_weights_of_the_models_own_parts_are_never_left_out(tmp_path: Path, key:
     refused(tmp_path, f"hold {key.replace('__', '.')}, which the model .* does not compute with")
 
 
-@pytest.mark.usefixtures("offline")
 def test_tied_weights_are_not_missing_and_others_are_not_needed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -106,7 +101,6 @@ def test_tied_weights_are_not_missing_and_others_are_not_needed(
     assert weights_hash(loaded) == weights_hash(saved) == weights_hash(load_model(str(tmp_path)))
 
 
-@pytest.mark.usefixtures("offline")
 def test_weights_of_another_shape_or_kind_are_refused_by_name(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path / "vocabulary")
     change_config(tmp_path / "vocabulary", vocab_size=320)
@@ -154,7 +148,6 @@ NOISY = {
 
 
 @pytest.mark.parametrize("kind", NOISY)
-@pytest.mark.usefixtures("offline")
 def test_noise_is_off_so_that_a_replay_gives_the_same_loss(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(1)
     NOISY[kind]().save_pretrained(tmp_path)
@@ -193,7 +186,6 @@ def test_a_causal_model_passes_and_one_that_sees_what_follows_is_refused(archite
         check_passes("mine", model)
 
 
-@pytest.mark.usefixtures("offline")
 def test_an_encoder_is_refused(tmp_path: Path) -> None:
     tf.BertLMHeadModel(tf.BertConfig(**small(is_decoder=False))).save_pretrained(tmp_path)
     refused(tmp_path, "it is not causal")
@@ -201,7 +193,6 @@ def test_an_encoder_is_refused(tmp_path: Path) -> None:
     assert load_model(str(tmp_path)).training
 
 
-@pytest.mark.usefixtures("offline")
 def test_code_from_a_folder_is_never_run_nor_asked_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,7 +228,6 @@ class Evil:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.usefixtures("offline")
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickled_weights_are_read_without_running_them(tmp_path: Path) -> None:
     folder, executed = tmp_path / "model", tmp_path / "executed"
@@ -255,7 +245,6 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345\
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
-@pytest.mark.usefixtures("offline")
 def test_what_lies_in_the_folder_instead_is_named(tmp_path: Path, file: str) -> None:
     save_tiny("llama", tmp_path / "pointer")
     (tmp_path / "pointer" / file).write_text(POINTER)
@@ -272,7 +261,6 @@ def test_what_lies_in_the_folder_instead_is_named(tmp_path: Path, file: str) -> 
     refused(tmp_path / "adapter", "an adapter without its base model")
 
 
-@pytest.mark.usefixtures("offline")
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     """transformers makes an empty one for GPT-2."""
     for architecture in ("gpt2", "llama"):
@@ -281,13 +269,6 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         with pytest.raises(OperatorError, match="the folder holds no tokenizer") as caught:
             load_tokenizer(str(folder))
         one_line(caught)
-
-
-def test_a_token_number_beyond_the_embeddings_is_refused() -> None:
-    tokenizer = tiny_tokenizer(pad_token="<end>")
-    tokenizer.add_tokens(["new"])
-    with pytest.raises(OperatorError, match="33 tokens and the model a place for 32"):
-        check_fit(tiny_model("llama"), tokenizer, POSITIONS)
 
 
 def test_the_shape_of_a_model_takes_no_memory(tmp_path: Path) -> None:

@@ -283,10 +283,7 @@ def _text_rows(root: Path, texts: Iterable[tuple[Path, str]]) -> StoredRows:
 
 
 def _local_rows(section: DataSection) -> StoredRows:
-    try:
-        path = Path(section.name).expanduser()
-    except RuntimeError as error:
-        raise OperatorError(f"data {section.name}: {error}") from None
+    path = Path(section.name).expanduser()
     kind, files, left_out = find_files(path, split=section.split)
     empty: list[Path] = []
     if kind == "text":

@@ -43,20 +43,15 @@ class Task:
         return {key: encoded[key] for key in ("input_ids", "attention_mask")}
 
 
-def check_start(run: Run, model: PreTrainedModel) -> None:
-    """Raise OperatorError unless the model has the run's initial weights."""
+def load_model(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load and check a run's model and tokenizer. Raises OperatorError."""
+    model = models.load_model(run.model.name, revision=run.model.revision)
     expected = run.model.hash
     if expected and (actual := models.weights_hash(model)) != expected:
         raise OperatorError(
             f"model {run.model.name}: the hash of its weights is {actual}, the run wants "
             f"{expected}; get the run's own model, or another run.toml"
         )
-
-
-def load_model(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load and check a run's model and tokenizer. Raises OperatorError."""
-    model = models.load_model(run.model.name, revision=run.model.revision)
-    check_start(run, model)
     tokenizer = models.load_tokenizer(run.model.name, revision=run.model.revision)
     check_fit(model, tokenizer, run.model.sequence_length)
     return model, tokenizer

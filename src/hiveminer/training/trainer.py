@@ -241,9 +241,9 @@ class Trainer:
         `losses` has one number per `global_batch_size` rows (default: `batch_size`) with a token
         to predict, as in `train`.
         """
-        sums: list[Tensor] = []
-        counts: list[int] = []
         result = TrainResult()
+        loss_sum = 0.0
+        targets = 0
         was_training = self.model.training
         self.model.eval()
         batches = self._global_batches(
@@ -255,14 +255,14 @@ class Trainer:
                     result.samples += len(batch.rows)
                     result.tokens += batch.tokens
                     if batch.targets:
-                        sums.append(self._loss_sum(batch, learn=False))
-                        counts.append(batch.targets)
+                        batch_sum = self._loss_sum(batch, learn=False).item()
+                        result.losses.append(batch_sum / batch.targets)
+                        loss_sum += batch_sum
+                        targets += batch.targets
         finally:
             self.model.train(was_training)
-        if sums:
-            totals = torch.stack(sums).tolist()
-            result.losses = [total / n for total, n in zip(totals, counts, strict=True)]
-            result.loss = sum(totals) / sum(counts)
+        if targets:
+            result.loss = loss_sum / targets
         return result
 
     def encode_rows(self, texts: Sequence[str]) -> EncodedRows:
