@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from hiveminer.__version__ import __version__
-from hiveminer.config.run import OptimizerSection, Run, RunId, is_local, load_run
+from hiveminer.config.run import Run, RunId, is_local, load_run
 from hiveminer.errors import OperatorError
 
 BASE: dict[str, Any] = {
@@ -77,6 +76,15 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
+def refused(path: Path, words: str) -> None:
+    with pytest.raises(OperatorError) as caught:
+        load_run(path)
+    line = str(caught.value)
+    assert line.startswith(f"{path}: ")
+    assert words in line
+    assert "\n" not in line
+
+
 def keys(section: type[BaseModel], prefix: str = "") -> set[str]:
     found = set()
     for name, field in section.model_fields.items():
@@ -94,25 +102,23 @@ def with_value(said: dict[str, Any], key: str, value: Any) -> Run:
     return Run.model_validate(place)
 
 
-def test_hash_does_not_see_layout_order_or_comments(tmp_path: Path) -> None:
-    one = write(tmp_path, 'name = "a"\n[optimizer]\nlearning_rate = 0.001\nbetas = [0.8, 0.9]\n')
-    first = load_run(one).hash
-    two = write(
-        tmp_path,
-        '# ours\noptimizer = { betas = [ 0.8,\n 0.90 ], learning_rate = 1e-3 }\nname="a" # so\n',
-    )
-    assert load_run(two).hash == first
-
-
-def test_hash_does_not_see_a_default_that_is_written_out(tmp_path: Path) -> None:
-    written = write(tmp_path, '[model]\nname = "builtin"\nsequence_length = 512\n[limits]\n')
-    assert load_run(written).hash == load_run(None).hash == Run().hash
-
-
-def test_hash_sees_an_integer_as_the_same_number(tmp_path: Path) -> None:
-    whole = load_run(write(tmp_path, "[swarm]\nmatchmaking_seconds = 4\n"))
-    real = load_run(write(tmp_path, "[swarm]\nmatchmaking_seconds = 4.0\n"))
-    assert whole.hash == real.hash
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        (
+            'name = "a"\n[optimizer]\nlearning_rate = 0.001\nbetas = [0.8, 0.9]\n',
+            '# ours\noptimizer = { betas = [0.8,\n 0.90 ], learning_rate = 1e-3 }\nname="a" # so\n',
+        ),
+        ("", '[model]\nname = "builtin"\nsequence_length = 512\n[limits]\n'),
+        ("", '[optimizer]\nname = "adamw"\n'),
+        ("[swarm]\nmatchmaking_seconds = 4\n", "[swarm]\nmatchmaking_seconds = 4.0\n"),
+        ('name = "notepad"\n', '\ufeffname = "notepad"\r\n'),
+    ],
+)
+def test_hash_does_not_see_how_values_are_written(tmp_path: Path, text: str, same: str) -> None:
+    run = load_run(write(tmp_path, text))
+    assert run.hash == load_run(write(tmp_path, same)).hash
+    assert (run == load_run(None)) == (not text)
 
 
 def test_every_key_has_another_value_in_this_file() -> None:
@@ -132,32 +138,6 @@ def test_hash_sees_a_key_of_sparseloco_with_that_strategy_only(key: str) -> None
     with_default = Run.model_validate({"strategy": "sparseloco"}).hash
     changed = Run.model_validate({"strategy": "sparseloco", "sparseloco": section})
     assert changed.hash != with_default != Run().hash
-
-
-def test_sparseloco_takes_muon() -> None:
-    run = Run.model_validate({"strategy": "sparseloco", "optimizer": {"name": "muon"}})
-    assert run.optimizer.name == "muon"
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("[swarm]\nmatchmaking_seconds = 91\n", "swarm.matchmaking_seconds"),
-        ("[sparseloco]\nround_blocks = 201\n", "sparseloco.round_blocks"),
-        ("[sparseloco]\nmark_blocks = 46\n", "together must be below round_blocks"),
-        ("[sparseloco]\nquorum = 0.4\n", "sparseloco.quorum"),
-        ("[sparseloco]\ndensity = 0\n", "sparseloco.density"),
-        ("[sparseloco]\nbits = 5\n", "sparseloco.bits"),
-        ("[sparseloco]\ncontributor_power = 0.6\n", "sparseloco.contributor_power"),
-        ('strategy = "sparseloco"\n[optimizer]\nwarmup_epochs = 2\n', "warmup_epochs 0"),
-    ],
-)
-def test_what_no_round_can_have_is_refused_in_one_line(
-    tmp_path: Path, text: str, words: str
-) -> None:
-    with pytest.raises(OperatorError, match=words) as at:
-        load_run(write(tmp_path, text))
-    assert "\n" not in str(at.value)
 
 
 @pytest.mark.parametrize(
@@ -201,19 +181,10 @@ def test_hash_of_a_run_does_not_change_with_the_version_of_this_package(
     assert Run.model_validate(values).hash == golden
 
 
-def test_hash_sees_the_optimizer_only_where_it_is_not_the_default(tmp_path: Path) -> None:
-    written = write(tmp_path, '[optimizer]\nname = "adamw"\n')
-    assert load_run(written).hash == Run().hash
-    muon = Run().model_copy(update={"optimizer": OptimizerSection(name="muon")})
-    assert muon.hash != Run().hash
-
-
-def test_muon_is_refused_with_hivemind_in_one_line(tmp_path: Path) -> None:
-    path = write(tmp_path, '[optimizer]\nname = "muon"\n')
-    with pytest.raises(OperatorError, match=r"'muon' does not work with strategy 'hivemind'") as at:
-        load_run(path)
-    assert str(at.value).startswith(f"{path}: ")
-    assert "\n" not in str(at.value)
+def test_hash_sees_the_optimizer() -> None:
+    muon = {"strategy": "sparseloco", "optimizer": {"name": "muon"}}
+    adamw = {"strategy": "sparseloco"}
+    assert Run.model_validate(muon).hash != Run.model_validate(adamw).hash
 
 
 def test_hash_does_not_see_where_local_data_and_models_lie(tmp_path: Path) -> None:
@@ -239,12 +210,12 @@ def test_builtin_is_never_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not is_local("builtin")
     assert is_local("mine")
     assert not is_local("openai-community/gpt2")
+    assert not is_local("a" * 5000)
 
 
 def test_values_are_read(tmp_path: Path) -> None:
-    run = load_run(
-        write(tmp_path, 'name = "small_1"\n[optimizer]\nbetas = [0.5, 0.6]\n[data]\ncolumn = "x"\n')
-    )
+    text = 'name = "small_1"\n[optimizer]\nbetas = [0.5, 0.6]\n[data]\ncolumn = "x"\n'
+    run = load_run(write(tmp_path, text))
     assert (run.name, run.optimizer.betas, run.data.column) == ("small_1", (0.5, 0.6), "x")
     assert run.model == Run().model
 
@@ -284,16 +255,20 @@ def test_values_are_read(tmp_path: Path) -> None:
         ('oldest_version = "1.0"', "oldest_version"),
         ("data = 'a.txt'", "data: must be a section"),
         ("[data]\nnam = 'a.txt'", "data.nam: there is no such key"),
+        ('[optimizer]\nname = "muon"', "'muon' does not work with strategy 'hivemind'"),
+        ("[swarm]\nmatchmaking_seconds = 91", "swarm.matchmaking_seconds"),
+        ("[sparseloco]\nround_blocks = 201", "sparseloco.round_blocks"),
+        ("[sparseloco]\nmark_blocks = 46", "together must be below round_blocks"),
+        ("[sparseloco]\nquorum = 0.4", "sparseloco.quorum"),
+        ("[sparseloco]\ndensity = 0", "sparseloco.density"),
+        ("[sparseloco]\nbits = 5", "sparseloco.bits"),
+        ("[sparseloco]\ncontributor_power = 0.6", "sparseloco.contributor_power"),
+        ('strategy = "sparseloco"\n[optimizer]\nwarmup_epochs = 2', "warmup_epochs 0"),
     ],
 )
 def test_a_bad_key_is_told_in_one_line(tmp_path: Path, text: str, key: str) -> None:
     path = write(tmp_path, text)
-    with pytest.raises(OperatorError) as caught:
-        load_run(path)
-    said = str(caught.value)
-    assert said.startswith(f"{path}: ")
-    assert key in said
-    assert "\n" not in said
+    refused(path, key)
 
 
 @pytest.mark.parametrize(
@@ -302,25 +277,20 @@ def test_a_bad_key_is_told_in_one_line(tmp_path: Path, text: str, key: str) -> N
         (b"name = ", "not TOML"),
         (b'name = "a"\nname = "b"', "not TOML"),
         (b"{}", "not TOML"),
-        ('name = "a"'.encode("utf-16"), r"not UTF-8 \(byte 0xff\); save it as UTF-8"),
+        ('name = "a"'.encode("utf-16"), "not UTF-8 (byte 0xff); save it as UTF-8"),
     ],
 )
 def test_what_is_no_toml_is_told_in_one_line(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "run.toml"
     path.write_bytes(content)
-    with pytest.raises(OperatorError, match=reason) as caught:
-        load_run(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "\n" not in str(caught.value)
+    refused(path, reason)
 
 
 def test_a_missing_file_and_a_folder_are_told_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(OperatorError, match=r"absent\.toml: no such file; --neuron\.run"):
-        load_run(tmp_path / "absent.toml")
+    refused(tmp_path / "absent.toml", "no such file; --neuron.run")
     os.mkfifo(tmp_path / "pipe.toml")
     for path in (tmp_path, tmp_path / "pipe.toml"):
-        with pytest.raises(OperatorError, match="cannot be read: not a regular file"):
-            load_run(path)
+        refused(path, "cannot be read: not a regular file")
 
 
 def run_id(**changed: str) -> RunId:
@@ -373,20 +343,10 @@ def test_versions_compare_as_numbers(version: str, accepted: bool) -> None:
     assert Run(oldest_version="0.2.0").accepts_version(version) is accepted
 
 
-def test_this_version_may_take_part_in_the_builtin_run() -> None:
-    assert Run().accepts_version(__version__)
-    Run().check_version()
-
-
 def test_a_run_for_newer_versions_is_refused() -> None:
+    Run().check_version()
     with pytest.raises(OperatorError, match=r"wants 99\.0\.0 or newer: upgrade hiveminer"):
         Run(oldest_version="99.0.0").check_version()
-
-
-def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "run.toml"
-    path.write_bytes(b'\xef\xbb\xbfname = "notepad"\r\n')
-    assert load_run(path).name == "notepad"
 
 
 @pytest.mark.parametrize("part", ["model", "data"])
@@ -402,12 +362,4 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
 def test_a_name_that_names_nothing_is_one_line(
     tmp_path: Path, part: str, name: str, words: str
 ) -> None:
-    path = tmp_path / "run.toml"
-    path.write_text(f'[{part}]\nname = "{name}"\n')
-    with pytest.raises(OperatorError, match=words) as caught:
-        load_run(path)
-    assert str(caught.value).startswith(f"{path}: {part}.name: ")
-
-
-def test_a_name_too_long_for_a_file_is_the_hubs() -> None:
-    assert not is_local("a" * 5000)
+    refused(write(tmp_path, f'[{part}]\nname = "{name}"\n'), f"{part}.name: {words}")
