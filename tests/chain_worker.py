@@ -93,7 +93,7 @@ def claim(path: Path, *, and_fork: bool) -> None:
     if child == 0:
         time.sleep(60)
         os._exit(0)
-    print(claimed.hotkey_name, claimed.wallet.hotkey.ss58_address, child, flush=True)
+    print(claimed.wallet.hotkey_str, claimed.wallet.hotkey.ss58_address, child, flush=True)
     time.sleep(60)
 
 

@@ -77,12 +77,6 @@ def test_a_chain_does_all_that_a_neuron_does(chain: Chain, tmp_path: Path) -> No
 
 
 def test_mistakes_are_told_in_one_line(chain: Chain, tmp_path: Path) -> None:
-    for ip, port, match in (
-        ("nowhere", 8091, r"--axon\.external_ip"),
-        ("127.0.0.1", 0, r"--axon\.port"),
-    ):
-        with pytest.raises(OperatorError, match=match):
-            chain.serve_axon(ip, port)
     settings(tmp_path, weights_rate_limit=0)
     join_embedded(chain, stake_tao=VALIDATOR_STAKE)
     with pytest.raises(ChainError, match="All weights are zero"):

@@ -154,7 +154,7 @@ def test_the_next_process_takes_the_next_key_and_kill_9_frees_one(tmp_path: Path
             named_embedded_wallet(tmp_path, "embedded", "miner-0")
         kill(holder)
         with embedded_wallet(tmp_path, prefix="miner") as mine:
-            assert (mine.hotkey_name, mine.wallet.hotkey.ss58_address) == ("miner-0", address)
+            assert (mine.wallet.hotkey_str, mine.wallet.hotkey.ss58_address) == ("miner-0", address)
 
 
 def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_key(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_key(tmp_path:
             os.kill(process.pid, signal.SIGKILL)
             process.wait(60)
             with embedded_wallet(tmp_path, prefix="miner") as mine:
-                assert mine.hotkey_name == name == "miner-0"
+                assert mine.wallet.hotkey_str == name == "miner-0"
         finally:
             os.kill(int(child), signal.SIGKILL)
 
@@ -176,11 +176,11 @@ def test_wallets_are_made_in_silence_and_kept(
         embedded_wallet(tmp_path, prefix="miner") as a,
         embedded_wallet(tmp_path, prefix="validator") as b,
     ):
-        assert (a.hotkey_name, b.hotkey_name) == ("miner-0", "validator-0")
+        assert (a.wallet.hotkey_str, b.wallet.hotkey_str) == ("miner-0", "validator-0")
         assert a.wallet.coldkeypub.ss58_address == b.wallet.coldkeypub.ss58_address
         hotkey = a.wallet.hotkey.ss58_address
         with embedded_wallet(tmp_path, prefix="miner") as c:
-            assert c.hotkey_name == "miner-1"
+            assert c.wallet.hotkey_str == "miner-1"
     with named_embedded_wallet(tmp_path, "embedded", "miner-0") as again:
         assert again.wallet.hotkey.ss58_address == hotkey
         again.release()

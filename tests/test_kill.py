@@ -103,7 +103,7 @@ def peers_lock_is_free(port: int) -> bool:
 def all_free(network: Network, ports: dict[str, int]) -> bool:
     """Whether a miner could start with this key and these ports now."""
     with embedded_wallet(network.folder / "network", prefix="miner") as claim:
-        key = claim.hotkey_name == "miner-0"
+        key = claim.wallet.hotkey_str == "miner-0"
     return key and all(map(is_free, ports.values())) and peers_lock_is_free(ports["dht"])
 
 

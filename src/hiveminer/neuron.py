@@ -350,4 +350,4 @@ def _open_wallet(
     else:
         claim = embedded_wallet(path, prefix=role)
     parts.callback(claim.release)
-    return claim.wallet, claim.hotkey_name
+    return claim.wallet, claim.wallet.hotkey_str

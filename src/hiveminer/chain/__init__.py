@@ -7,7 +7,6 @@ are the same on both.
 
 from hiveminer.chain.client import EMBEDDED, Chain, join_embedded, open_chain, open_subnet
 from hiveminer.chain.embedded.substrate import EmbeddedSubstrate
-from hiveminer.chain.retry import across_outage
 from hiveminer.chain.wallets import Claimed, embedded_wallet, named_embedded_wallet, open_wallet
 
 __all__ = [
@@ -15,7 +14,6 @@ __all__ = [
     "Chain",
     "Claimed",
     "EmbeddedSubstrate",
-    "across_outage",
     "embedded_wallet",
     "join_embedded",
     "named_embedded_wallet",

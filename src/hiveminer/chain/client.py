@@ -6,7 +6,7 @@ become one of this package's errors, in one line.
 
 from __future__ import annotations
 
-import ipaddress
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from decimal import Decimal
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import bittensor as bt
+from bittensor.settings import DEFAULT_ERA_PERIOD
 
 from hiveminer.chain import retry
 from hiveminer.chain.connection import Connection
@@ -74,19 +75,15 @@ class Chain:
         self._block_seconds: float | None = None
         self._turns = Turns()
         self._connection = Connection(client, network=network)
-        try:
-            self._connect(must_connect)
-        except BaseException:
-            self.close()
-            raise
-
-    def _connect(self, must_connect: bool) -> None:
-        try:
-            self.read("connecting", self._connection.connected)
-        except ChainError as error:
-            if must_connect:
-                raise
-            logger.warning("%s; continuing with what is known", error)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            try:
+                self.read("connecting", self._connection.connected)
+            except ChainError as error:
+                if must_connect:
+                    raise
+                logger.warning("%s; continuing with what is known", error)
+            undo.pop_all()
 
     @property
     def embedded(self) -> bool:
@@ -150,12 +147,11 @@ class Chain:
         """The registered neurons' commitments by hotkey, without those that are not plain bytes.
         Asks the chain if no metagraph is given."""
         graph = self.metagraph() if metagraph is None else metagraph
-        found = {}
-        for commitment in graph.commitments.values():
-            data = committed_bytes(commitment.fields)
-            if data is not None:
-                found[commitment.hotkey] = data
-        return found
+        return {
+            each.hotkey: data
+            for each in graph.commitments.values()
+            if (data := committed_bytes(each.fields)) is not None
+        }
 
     def weights_of(self, uid: int) -> dict[int, int]:
         """The weights that a validator has set, {uid: 0..65535}, without unrevealed ones."""
@@ -203,16 +199,14 @@ class Chain:
     # Writes -----------------------------------------------------------------------
 
     def serve_axon(self, ip: str, port: int) -> None:
-        """Publish this neuron's address.
-
-        Raises `OperatorError` for an invalid address or one that the real chain refuses,
-        and `ChainError` if the rate limit has not passed.
-        """
-        self._check_address(ip, port)
+        """Publish this neuron's address. Raises `ChainError` if the chain refuses it, or if the
+        rate limit has not passed."""
         intent = bt.ServeAxon(netuid=self.netuid, ip=ip, port=port)
         self._write("serving the axon", lambda client: self._execute(client, intent))
 
-    def commit(self, data: bytes, *, valid_blocks: int | None = None, urgent: bool = False) -> None:
+    def commit(
+        self, data: bytes, *, valid_blocks: int = DEFAULT_ERA_PERIOD, urgent: bool = False
+    ) -> None:
         """Publish up to 512 bytes for this neuron, in place of its earlier commitment.
 
         The signed call expires after `valid_blocks`. `urgent` lets it overtake other waiting
@@ -224,10 +218,9 @@ class Chain:
         call = bt.calls.Commitments.set_commitment(
             netuid=self.netuid, info={"fields": [{kind: "0x" + data.hex()}]}
         )
-        options = _validity(valid_blocks)
         self._write(
             "committing",
-            lambda client: self._submit(client, call, signer="hotkey", **options),
+            lambda client: self._submit(client, call, signer="hotkey", period=valid_blocks),
             urgent=urgent,
         )
 
@@ -236,7 +229,7 @@ class Chain:
         weights: Mapping[int, float],
         *,
         version_key: int = 0,
-        valid_blocks: int | None = None,
+        valid_blocks: int = DEFAULT_ERA_PERIOD,
     ) -> None:
         """Set this validator's weights, {uid: weight}; only their proportions matter.
 
@@ -244,13 +237,10 @@ class Chain:
         `version_key` must not be older than the subnet's. The signed call expires after
         `valid_blocks`. Raises `ChainError` within the rate limit, or without a permit.
         """
-        intent = bt.SetWeights(
-            netuid=self.netuid,
-            weights={int(uid): float(weight) for uid, weight in weights.items()},
-            version_key=version_key,
+        intent = bt.SetWeights(netuid=self.netuid, weights=dict(weights), version_key=version_key)
+        self._write(
+            "setting weights", lambda client: self._execute(client, intent, period=valid_blocks)
         )
-        options = _validity(valid_blocks)
-        self._write("setting weights", lambda client: self._execute(client, intent, **options))
 
     def submit_as_coldkey(self, doing: str, call: Any) -> None:
         """Submit a generated call (`bittensor.calls`), signed by the wallet's coldkey."""
@@ -267,21 +257,6 @@ class Chain:
             call, self.wallet, signer=signer, wait_for_finalization=False, **options
         )
         result.raise_for_failure()
-
-    def _check_address(self, ip: str, port: int) -> None:
-        try:
-            address = ipaddress.ip_address(ip)
-        except ValueError:
-            raise OperatorError(
-                f"{ip!r} is not an IP address; give the public address with --axon.external_ip"
-            ) from None
-        if not 1 <= port <= 65535:
-            raise OperatorError(f"--axon.port: {port} is not a port; choose one from 1 to 65535")
-        if not self.embedded and (address.is_loopback or address.is_unspecified):
-            raise OperatorError(
-                f"{self.network} refuses {ip} as an axon's address; give the public address with "
-                "--axon.external_ip"
-            )
 
     # Calls and their errors -------------------------------------------------------
 
@@ -313,23 +288,20 @@ class Chain:
     def _explained(self, doing: str, error: Exception, hint: str) -> HiveminerError:
         if isinstance(error, bt.ChainError):
             if error.code is bt.ErrorCode.NOT_REGISTERED or error.name == _NOT_ON_SUBNET:
-                return self._not_registered(doing)
+                cure = "restart to register again" if self.embedded else self.registration()
+                return NotRegistered(
+                    f"{doing}: hotkey {self.hotkey} is not registered on subnet {self.netuid} of "
+                    f"{self.network}; {cure}"
+                )
             if error.code is bt.ErrorCode.SUBNET_NOT_EXISTS:
                 return self._no_subnet()
-        text = one_line(error)[:500]
-        in_doubt = bool(hint) and (isinstance(error, retry.TRANSIENT) or _is_in_doubt(error))
-        lost = hint if in_doubt else ""
-        refused = "" if in_doubt or isinstance(error, retry.TRANSIENT) else _kind(error)
-        return ChainError(
-            f"{doing} on {self.network}: {text}{lost}", refused=refused, may_stand=in_doubt
-        )
-
-    def _not_registered(self, doing: str) -> NotRegistered:
-        cure = "restart to register again" if self.embedded else self.registration()
-        return NotRegistered(
-            f"{doing}: hotkey {self.hotkey} is not registered on subnet {self.netuid} of "
-            f"{self.network}; {cure}"
-        )
+        text, refused = f"{doing} on {self.network}: {one_line(error)[:500]}", ""
+        broken = isinstance(error, retry.TRANSIENT)
+        if hint and (broken or _is_in_doubt(error)):
+            return ChainError(text + hint, may_stand=True)
+        if not broken:
+            refused = error.code.name if isinstance(error, bt.ChainError) else type(error).__name__
+        return ChainError(text, refused=refused)
 
     def _no_subnet(self) -> OperatorError:
         return OperatorError(
@@ -354,28 +326,15 @@ def _is_in_doubt(error: Exception) -> bool:
     return nameless or error.name in _IN_DOUBT or any(each in words for each in _IN_DOUBT_WORDS)
 
 
-def _validity(blocks: int | None) -> dict[str, int]:
-    return {} if blocks is None else {"period": blocks}
-
-
-def _kind(error: Exception) -> str:
-    return error.code.name if isinstance(error, bt.ChainError) else type(error).__name__
-
-
 def committed_bytes(fields: Sequence[Any]) -> bytes | None:
     """The content of a commitment's fields; None unless it is plain bytes."""
-    data = b""
-    for field in fields:
-        for variant, value in field.items() if isinstance(field, dict) else [("", None)]:
-            if not variant.startswith(("Raw", "BigRaw")) or not isinstance(value, str):
-                return None
-            if len(data) + len(value) // 2 > MAX_COMMITMENT_BYTES + 1:
-                return None
-            try:
-                data += bytes.fromhex(value.removeprefix("0x"))
-            except ValueError:
-                return None
-    return data if fields else None
+    try:
+        parts = [part for field in fields for part in field.items()]
+        plain = all(variant.startswith(("Raw", "BigRaw")) for variant, _ in parts)
+        data = b"".join(bytes.fromhex(value.removeprefix("0x")) for _, value in parts)
+    except (AttributeError, TypeError, ValueError):  # neither bytes nor hexadecimal digits
+        return None
+    return data if parts and plain and len(data) <= MAX_COMMITMENT_BYTES else None
 
 
 def open_chain(
@@ -458,22 +417,19 @@ def join_embedded(chain: Chain, *, stake_tao: float = 0.0) -> int:
             "registering",
             bt.calls.SubtensorModule.burned_register(netuid=chain.netuid, hotkey=chain.hotkey),
         )
-    _stake(chain, rao=int(Decimal(str(stake_tao)) * 10**9))
-    uid = chain.uid()
-    if uid is None:
-        raise ChainError(f"hotkey {chain.hotkey} lost its uid right after it registered")
-    return uid
-
-
-def _stake(chain: Chain, *, rao: int) -> None:
     held = chain.read(
         "reading the stake",
         lambda client: client.query(("SubtensorModule", "TotalHotkeyAlpha"), [chain.hotkey, 0]),
     )
-    if rao > int(held):
+    missing = int(Decimal(str(stake_tao)) * 10**9) - int(held)
+    if missing > 0:
         chain.submit_as_coldkey(
             "staking",
             bt.calls.SubtensorModule.add_stake(
-                hotkey=chain.hotkey, netuid=0, amount_staked=rao - int(held)
+                hotkey=chain.hotkey, netuid=0, amount_staked=missing
             ),
         )
+    uid = chain.uid()
+    if uid is None:
+        raise ChainError(f"hotkey {chain.hotkey} lost its uid right after it registered")
+    return uid

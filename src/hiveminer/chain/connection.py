@@ -55,7 +55,7 @@ class Connection:
         *,
         seconds: float,
         attempts: int,
-        hint: str = "",
+        hint: str,
     ) -> T:
         """The result of `ask`, which is tried up to `attempts` times within `seconds`.
 
@@ -73,15 +73,11 @@ class Connection:
             )
         try:
             return future.result(seconds + _GRACE_SECONDS)
-        except (TimeoutError, concurrent.futures.TimeoutError):
-            raise ChainError(
-                f"{doing}: no answer from {self.network} within {seconds:g} s{hint}",
-                may_stand=bool(hint),
-            ) from None
-        except concurrent.futures.CancelledError:
-            raise ChainError(
-                f"{doing}: the chain was closed meanwhile{hint}", may_stand=bool(hint)
-            ) from None
+        except (TimeoutError, concurrent.futures.CancelledError) as error:
+            reason = f"no answer from {self.network} within {seconds:g} s"
+            if not isinstance(error, TimeoutError):
+                reason = "the chain was closed meanwhile"
+            raise ChainError(f"{doing}: {reason}{hint}", may_stand=bool(hint)) from None
         finally:
             future.cancel()
 

@@ -17,7 +17,6 @@ from typing import TypeVar
 import bittensor as bt
 from tenacity import (
     AsyncRetrying,
-    RetryCallState,
     Retrying,
     retry_if_exception,
     retry_if_exception_type,
@@ -37,7 +36,6 @@ READ_ATTEMPTS = 3
 OUTAGE_SECONDS = 3600.0
 """How long `across_outage` keeps trying."""
 
-FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
 
 TRANSIENT = (bt.RpcConnectionError, ConnectionError, OSError)
@@ -56,31 +54,18 @@ def of_reads(attempts: int) -> AsyncRetrying:
     )
 
 
-def across_outage(
-    act: Callable[[], T],
-    *,
-    stopping: Event,
-    on_failure: Callable[[ChainError], None] = lambda error: None,
-    first_pause_seconds: float = FIRST_PAUSE_SECONDS,
-) -> T:
+def across_outage(act: Callable[[], T], *, stopping: Event, first_pause_seconds: float) -> T:
     """Call `act` until the chain answers, with jittered pauses that grow to a minute.
 
-    `on_failure` is called after each failed attempt. Ends early when `stopping` is set. Raises
-    the last ChainError; a refusal by the chain is raised at once.
+    Ends early when `stopping` is set. Raises the last ChainError; a refusal by the chain is raised
+    at once.
     """
-
-    def report(state: RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome is not None else None
-        if isinstance(error, ChainError):
-            on_failure(error)
-
     retrying = Retrying(
         sleep=sleep_using_event(stopping),
         stop=stop_any(stop_when_event_set(stopping), stop_after_delay(OUTAGE_SECONDS)),
         wait=wait_exponential(multiplier=first_pause_seconds, max=LONGEST_PAUSE_SECONDS)
         + wait_random(0.0, first_pause_seconds),
         retry=retry_if_exception(_no_answer),
-        before_sleep=report,
         reraise=True,
     )
     return retrying(act)

@@ -25,7 +25,7 @@ def save(graph: bt.Metagraph, path: Path) -> None:
         "metagraph": _fields(graph) | {"neurons": [_fields(neuron) for neuron in graph]},
         "commitments": {str(uid): _fields(found) for uid, found in graph.commitments.items()},
     }
-    write_atomically(path, json.dumps(content).encode())
+    write_atomically(path, json.dumps(content, default=_plain).encode())
 
 
 def load(path: Path) -> bt.Metagraph | None:
@@ -33,50 +33,40 @@ def load(path: Path) -> bt.Metagraph | None:
     try:
         if path.stat().st_size > MAX_BYTES:
             return None
-        return _metagraph(json.loads(path.read_text(encoding="utf-8")))
+        return _metagraph(json.loads(path.read_text(encoding="utf-8"), object_hook=_value))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
 def _fields(record: Any) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(record) if field.name not in _LEFT_OUT]
-    return {name: _plain(getattr(record, name)) for name in names}
+    return {name: getattr(record, name) for name in names}
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, bt.Balance):
-        return {"rao": int(value.rao), "netuid": int(value.netuid)}
-    return value
+def _plain(amount: bt.Balance) -> dict[str, int]:
+    return {"rao": int(amount.rao), "netuid": int(amount.netuid)}
 
 
-def _value(value: Any) -> Any:
-    if isinstance(value, dict) and set(value) == {"rao", "netuid"}:
-        return bt.Balance.from_rao(int(value["rao"]), int(value["netuid"]))
-    return value
-
-
-def _record(kind: Any, content: dict[str, Any], **rest: Any) -> Any:
-    return kind(**{name: _value(value) for name, value in content.items()}, **rest)
+def _value(content: dict[str, Any]) -> Any:
+    if content.keys() == {"rao", "netuid"}:
+        return bt.Balance.from_rao(int(content["rao"]), int(content["netuid"]))
+    return content
 
 
 def _metagraph(content: dict[str, Any]) -> bt.Metagraph:
     commitments = {
-        int(uid): _record(bt.NeuronCommitment, fields)
-        for uid, fields in content["commitments"].items()
+        int(uid): bt.NeuronCommitment(**fields) for uid, fields in content["commitments"].items()
     }
-    fields = dict(content["metagraph"])
     neurons = [
-        _record(bt.MetagraphNeuron, neuron, commitment=commitments.get(neuron["uid"]))
-        for neuron in fields.pop("neurons")
+        bt.MetagraphNeuron(**neuron, commitment=commitments.get(neuron["uid"]))
+        for neuron in content["metagraph"].pop("neurons")
     ]
     if any(not isinstance(neuron.hotkey, str) for neuron in neurons):
         raise ValueError("a neuron without a hotkey")
-    graph: bt.Metagraph = _record(
-        bt.Metagraph,
-        fields,
+    return bt.Metagraph(
+        **content["metagraph"],
         neurons=neurons,
         commitments=commitments,
         unregistered_commitments={},
         raw={},
     )
-    return graph

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import heapq
 import itertools
 import threading
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ class Turns:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._numbers = itertools.count()
-        self._waiting: list[tuple[int, int]] = []
+        self._waiting: set[tuple[int, int]] = set()
         self._taken = False
 
     @contextlib.contextmanager
@@ -25,13 +24,12 @@ class Turns:
         """Hold the lock during the body. Raises ChainError if it is not free in time."""
         with self._changed:
             ticket = (0 if urgent else 1, next(self._numbers))
-            heapq.heappush(self._waiting, ticket)
-            came = self._changed.wait_for(
-                lambda: not self._taken and self._waiting[0] == ticket, timeout_seconds
+            self._waiting.add(ticket)
+            free = self._changed.wait_for(
+                lambda: not self._taken and ticket == min(self._waiting), timeout_seconds
             )
             self._waiting.remove(ticket)
-            heapq.heapify(self._waiting)
-            if not came:
+            if not free:
                 self._changed.notify_all()
                 raise ChainError(f"other calls of this hotkey took {timeout_seconds:g} s")
             self._taken = True

@@ -6,11 +6,9 @@ second miner that is started without flags takes the next key.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import bittensor as bt
@@ -31,9 +29,8 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 class Claimed:
     """A wallet whose hotkey only this process may use until `release`."""
 
-    def __init__(self, wallet: bt.Wallet, hotkey_name: str, held: Held):
+    def __init__(self, wallet: bt.Wallet, held: Held):
         self.wallet = wallet
-        self.hotkey_name = hotkey_name
         self._held = held
 
     def release(self) -> None:
@@ -161,11 +158,12 @@ def _claim(place: Path, name: str, hotkey: str) -> Claimed | str:
         raise OperatorError(
             f"wallets cannot be kept under {folder}: {error}; choose a folder that is writable"
         ) from error
-    return Claimed(wallet, hotkey, held)
+    return Claimed(wallet, held)
 
 
 def _make_keys(wallet: bt.Wallet, locks: Path) -> None:
-    with _locked(locks / ".coldkey"):
+    with open(locks / ".coldkey", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
         # Both are missing, or the process that created them was killed in between, so that the
         # first was never used.
         if not (
@@ -174,16 +172,6 @@ def _make_keys(wallet: bt.Wallet, locks: Path) -> None:
             wallet.create_new_coldkey(use_password=False, overwrite=True, suppress=True)
     if not wallet.hotkey_file.exists_on_device():
         wallet.create_new_hotkey(use_password=False, overwrite=True, suppress=True)
-
-
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _check_name(flag: str, value: str) -> None:

@@ -28,7 +28,8 @@ import bittensor as bt
 from packaging.version import Version
 
 from hiveminer.__version__ import __version__
-from hiveminer.chain import Chain, across_outage
+from hiveminer.chain import Chain
+from hiveminer.chain.retry import across_outage
 from hiveminer.errors import ChainError, HiveminerError
 from hiveminer.runtime.files import write_atomically
 
@@ -109,11 +110,9 @@ class WeightSetter:
             sent = across_outage(
                 lambda: self._attempt(choose),
                 stopping=self.stopping,
-                on_failure=self._tell_error,
                 first_pause_seconds=self._first_pause_seconds,
             )
-        except ChainError as error:
-            self._tell_error(error)
+        except ChainError:
             return None
         if sent is not None:
             self._told = ""
@@ -122,6 +121,13 @@ class WeightSetter:
         return sent
 
     def _attempt(self, choose: Choose) -> Sent | None:
+        try:
+            return self._set(choose)
+        except ChainError as error:
+            self._tell(f"weights were not set: {error}")
+            raise
+
+    def _set(self, choose: Choose) -> Sent | None:
         graph, limits = self.chain.metagraph(), self.chain.hyperparameters()
         ours = graph.by_hotkey(self.chain.hotkey)
         if ours is None:
@@ -238,8 +244,8 @@ class WeightSetter:
             )  # fmt: skip
 
     def _keep(self, sent: Sent) -> None:
-        said = {sent.hotkeys[uid]: share for uid, share in sent.shares.items()}
-        text = json.dumps({"block": sent.block, "weights": said})
+        weights = {sent.hotkeys[uid]: share for uid, share in sent.shares.items()}
+        text = json.dumps({"block": sent.block, "weights": weights})
         try:
             write_atomically(self.path, text.encode())
         except OSError as error:
@@ -252,9 +258,6 @@ class WeightSetter:
             if all(0 < weight <= 1 for weight in weights.values()):
                 return weights
         return {}
-
-    def _tell_error(self, error: ChainError) -> None:
-        self._tell(f"weights were not set: {error}")
 
     def _tell(self, words: str) -> None:
         """Log a problem once, not at every attempt."""
