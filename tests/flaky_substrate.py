@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread, Timer
 from typing import Any
 
 import bittensor as bt
@@ -35,7 +37,7 @@ class FlakySubstrate(EmbeddedSubstrate):
         self.answers_to_lose = 0
         """Calls that arrive, and whose answer breaks the connection."""
         self.calls_to_hold = 0
-        """Calls that stay in the pool, answered with `held_as`; `release` includes them."""
+        """Calls that stay in the pool, answered with `held_as`."""
         self.held_as = refusal("extrinsic finalitytimeout", name="FinalityTimeout")
         self.wrong_nonces = 0
         self.refusals: list[bt.ExtrinsicResult] = []
@@ -47,6 +49,19 @@ class FlakySubstrate(EmbeddedSubstrate):
         self.weights_set = 0
         self.submitted = 0
         self._held: list[tuple[Composed, Any]] = []
+
+    def fail(self, *, for_seconds: float | None = None, **faults: Any) -> None:
+        """Set these attributes; after `for_seconds`, put them back and include what was held."""
+        before = {name: getattr(self, name) for name in faults}
+        vars(self).update({name: copy(value) for name, value in faults.items()})
+        if for_seconds is not None:
+            Timer(for_seconds, self._recover, [before]).start()
+
+    def _recover(self, before: dict[str, Any]) -> None:
+        vars(self).update(before)
+        held, self._held = self._held, []
+        for call, keypair in held:
+            asyncio.run(self._include(call, keypair))
 
     # Reads ------------------------------------------------------------------------
 
@@ -116,12 +131,6 @@ class FlakySubstrate(EmbeddedSubstrate):
             self.weights_set += 1
         return replace(result)
 
-    def release(self) -> None:
-        """Include the calls that were held in the pool."""
-        held, self._held = self._held, []
-        for call, keypair in held:
-            asyncio.run(self._include(call, keypair))
-
     # What others do on the network -------------------------------------------------
 
     def give_away(self, hotkey: str, *, netuid: int = 1) -> Keys:
@@ -149,8 +158,6 @@ def refusal(message: str, *, name: str | None = None) -> bt.ExtrinsicResult:
 
 def run_apart(coroutine: Callable[[], Any]) -> None:
     """Run to its end from within a running event loop, too."""
-    import threading
-
-    thread = threading.Thread(target=lambda: asyncio.run(coroutine()))
+    thread = Thread(target=lambda: asyncio.run(coroutine()))
     thread.start()
     thread.join()

@@ -61,8 +61,6 @@ def _metagraph(content: dict[str, Any]) -> bt.Metagraph:
         bt.MetagraphNeuron(**neuron, commitment=commitments.get(neuron["uid"]))
         for neuron in content["metagraph"].pop("neurons")
     ]
-    if any(not isinstance(neuron.hotkey, str) for neuron in neurons):
-        raise ValueError("a neuron without a hotkey")
     return bt.Metagraph(
         **content["metagraph"],
         neurons=neurons,
