@@ -54,10 +54,10 @@ class Talk:
 
 
 @contextlib.contextmanager
-def caller(folder: Path) -> Iterator[Chain]:
+def caller(folder: Path, *, prefix: str = "caller") -> Iterator[Chain]:
     """A chain for a hotkey of its own on the embedded network in this folder."""
     with (
-        embedded_wallet(folder, prefix="caller") as claim,
+        embedded_wallet(folder, prefix=prefix) as claim,
         open_chain(
             network="embedded", netuid=1, wallet=claim.wallet, path=folder / "chain.sqlite"
         ) as chain,

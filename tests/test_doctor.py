@@ -11,10 +11,13 @@ from typing import Any
 
 import bittensor as bt
 import pytest
+import torch
 from small_neurons import miner_settings
+from talk import caller
+from tiny import tiny_model
 
 from hiveminer import cli
-from hiveminer.chain import Chain, EmbeddedSubstrate, embedded_wallet, join_embedded, open_chain
+from hiveminer.chain import Chain, EmbeddedSubstrate, embedded_wallet, join_embedded
 from hiveminer.commands.checks import chain as chain_checks
 from hiveminer.commands.checks import machine, rounds, training
 from hiveminer.commands.checks.base import Check, Examination, passed
@@ -22,6 +25,7 @@ from hiveminer.commands.checks.machine import PYTHONS
 from hiveminer.commands.doctor import examine, within
 from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import OperatorError
+from hiveminer.training.memory import memory_needed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,17 +46,7 @@ def examined(settings: MinerSettings, **options: Any) -> dict[str, Check]:
 def registered(tmp_path: Path) -> MinerSettings:
     """A miner that has joined the embedded network in `tmp_path`, and is not running."""
     settings = miner_settings(tmp_path)
-    place = settings.subtensor.path
-    with (
-        embedded_wallet(place, prefix="miner") as claimed,
-        open_chain(
-            network="embedded",
-            netuid=1,
-            wallet=claimed.wallet,
-            path=place / "chain.sqlite",
-            block_seconds=0.05,
-        ) as chain,
-    ):
+    with caller(settings.subtensor.path, prefix="miner") as chain:
         join_embedded(chain)
         chain.serve_axon("127.0.0.1", 8091)
         chain.commit(
@@ -142,14 +136,13 @@ def test_a_schedule_is_checked_against_the_chains_tempo(
 
 
 def test_the_clock_is_compared_with_the_chains(registered: MinerSettings) -> None:
-    behind = examined(registered, clock=lambda: time.time() - 60)["clock"]
-    assert (behind.verdict, behind.found[-36:]) == (
-        "failed",
-        " behind the chain: calls will be refused"[-36:],
-    )
-    assert "NTP" in behind.cure
-    ahead = examined(registered, clock=lambda: time.time() + 60)["clock"]
-    assert (ahead.verdict, "s old" in ahead.found) == ("failed", True)
+    for ahead, found in ((-60, " s behind the chain: calls will be refused"), (60, " s old")):
+        exam = Examination(registered, clock=lambda ahead=ahead: time.time() + ahead)
+        chain_checks.chain(exam)
+        check = chain_checks.clock(exam)
+        assert check.verdict == "failed"
+        assert found in check.found
+        assert "NTP" in check.cure
 
 
 def test_peers_are_dialled_and_their_run_compared(
@@ -164,15 +157,7 @@ def test_peers_are_dialled_and_their_run_compared(
     dead = miner_settings(tmp_path, dht={"initial_peers": [peer.format(1)]})
     assert examined(dead)["bootstrap peers"].verdict == "failed"
     # A validator that has committed another run.
-    with (
-        embedded_wallet(registered.subtensor.path, prefix="validator") as claimed,
-        open_chain(
-            network="embedded",
-            netuid=1,
-            wallet=claimed.wallet,
-            path=registered.subtensor.path / "chain.sqlite",
-        ) as chain,
-    ):
+    with caller(registered.subtensor.path, prefix="validator") as chain:
         join_embedded(chain, stake_tao=5000)
         chain.commit(b"run other-00000000-00000000-00000000")
         other = examined(registered)["bootstrap peers"]
@@ -305,11 +290,6 @@ def test_a_hotkey_that_cannot_sign_fails(tmp_path: Path, how: str, found: str) -
 
 
 def test_memory_is_read_off_the_models_configuration(tmp_path: Path) -> None:
-    import torch
-    from tiny import tiny_model
-
-    from hiveminer.training import memory
-
     built = tiny_model("llama")
     built.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()  # its weights are not needed
@@ -318,7 +298,7 @@ def test_memory_is_read_off_the_models_configuration(tmp_path: Path) -> None:
 
     exam = Examination(miner_settings(tmp_path, neuron={"run": run, "device": "cpu"}))
     training.run_file(exam)
-    needed = memory.memory_needed(built, sequence_length=64)
+    needed = memory_needed(built, sequence_length=64)
     assert f"{needed.parameters / 1e6:.1f}M parameters" in training.memory(exam).found
     assert exam.fits
     least = needed.training + needed.host

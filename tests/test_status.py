@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from bittensor.keyfiles import Keypair
 from small_neurons import Running, miner_settings, running
+from talk import caller
 
 from hiveminer import cli
-from hiveminer.chain import Chain, embedded_wallet, join_embedded, open_chain
+from hiveminer.chain import Chain, join_embedded
 from hiveminer.commands import status
 from hiveminer.training.checkpoint import MANIFEST, SCORES_FOLDER, Checkpoints
 from programs import wait_for
@@ -26,16 +27,10 @@ def miner(tmp_path: Path) -> Iterator[Running]:
 
 @pytest.fixture
 def validator(miner: Running, tmp_path: Path) -> Iterator[Chain]:
-    place = tmp_path / "network"
-    with (
-        embedded_wallet(place, prefix="validator") as claimed,
-        open_chain(
-            network="embedded", netuid=1, wallet=claimed.wallet, path=place / "chain.sqlite"
-        ) as chain,
-    ):
+    with caller(tmp_path / "network", prefix="validator") as chain:
         join_embedded(chain, stake_tao=5000)
         chain.commit(b"run r-1-2-3")
-        wait_for(lambda: miner.alive(claimed.wallet), seconds=60)
+        wait_for(lambda: miner.alive(chain.wallet), seconds=60)
         yield chain
 
 
@@ -62,12 +57,7 @@ def test_the_table_joins_chain_probes_and_what_neurons_wrote(
     assert mine.immunity_left > 0
     assert (other.alive, other.axon, other.run, other.permit) == (None, None, "r-1-2-3", True)
     assert other.stake == 5000
-    words = [
-        "--subtensor.path",
-        str(tmp_path / "network"),
-        "--neuron.path",
-        str(tmp_path / "state"),
-    ]
+    words = ["--subtensor.path", str(tmp_path / "network"), "--neuron.path", str(folder.parents[1])]
     assert cli.main(["status", "--json", *words]) == 0
     assert {row["hotkey"] for row in json.loads(capsys.readouterr().out)} == {ours, theirs}
     assert cli.main(["status", *words]) == 0

@@ -1,32 +1,35 @@
-"""What a demo trains by: its defaults, or the user's own text, model and run.toml."""
+"""The demo: the run that it makes of somebody's text, model and run.toml; and one as a whole."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny import save_tiny
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hiveminer.commands.demo_model import keep_model, prompt_of
 from hiveminer.commands.demo_run import demo_run
-from hiveminer.config.run import Run
+from hiveminer.config.run import Run, load_run
 from hiveminer.config.run_file import to_toml
 from hiveminer.config.settings import DemoSettings
 from hiveminer.errors import OperatorError
 from hiveminer.strategies.sparseloco.schedule import EMBEDDED_LATENCY, Schedule, schedule_problems
 from hiveminer.training.data import load_rows, split_held_out
-from hiveminer.training.model import builtin_tokenizer
+from hiveminer.training.evaluation import evaluate
 from hiveminer.validation.models import name_of
+from programs import Program
 
 
 def notes(folder: Path, count: int) -> Path:
-    """A folder of Markdown notes, each long enough for a row of its own."""
+    """A folder of Markdown notes, each long enough for a row of its own, and a picture."""
     folder.mkdir()
     for number in range(count):
         text = f"# Note {number}\n\n" + f"Remember the beans of bed {number}. " * 14 + "\n"
         (folder / f"note {number:03d}.md").write_text(text)
+    (folder / "photo.png").write_bytes(b"\x89PNG")
     return folder
 
 
@@ -78,16 +81,10 @@ def test_too_little_text_is_one_line(tmp_path: Path, count: int) -> None:
 
 
 def test_a_model_gets_a_length_and_a_rate_that_fit_it(tmp_path: Path) -> None:
-    tokenizer = builtin_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=96,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_tiny("llama", tmp_path / "model")
     given = {"data": notes(tmp_path / "notes", 20), "model": tmp_path / "model"}
     run = demo_run(settings(**given)).run
-    assert run.model.sequence_length == 96
+    assert run.model.sequence_length == 64
     assert 1e-4 < run.optimizer.learning_rate < 5e-4  # a tenth of what is usual from scratch
     own = tmp_path / "run.toml"
     own.write_text(to_toml(Run.model_validate({"optimizer": {"learning_rate": 0.0123}})))
@@ -125,3 +122,40 @@ def test_a_prompt_is_the_beginning_of_a_row_that_goes_on() -> None:
     assert prompt_of(["", "short", "word " * 40]) == "word " * 11 + "word"
     assert prompt_of(["  a short note "]) == "a short note"
     assert prompt_of([]) == "The"
+
+
+@pytest.mark.timeout(300)
+def test_a_demo_on_notes_ends_clean_with_the_model_that_was_measured(tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text(
+        'name = "notes"\n[model]\nsequence_length = 128\n'
+        "[swarm]\nepoch_samples = 96\nmatchmaking_seconds = 1.0\n"
+    )
+    out = tmp_path / "out with a space"
+    words = ["-m", "hiveminer", "demo", "--miners", "2", "--seconds", "10", "--out", str(out)]
+    words += ["--data", str(notes(tmp_path / "notes", 120)), "--run", str(own)]
+    with Program(words, folder=tmp_path / "demo") as demo:
+        assert demo.process.wait(240) == 0, demo.words
+        assert "What the model wrote" in demo.words
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["miners"] == 2
+    assert summary["train_requests"] >= 2
+    assert summary["tokens"] > 0
+    assert summary["held_out_loss_first"] > 5
+    assert summary["held_out_loss_last"] < summary["held_out_loss_first"] - 1, summary
+    assert summary["is_alive_p99_ms"] >= summary["is_alive_p50_ms"] > 0
+    assert summary["exit_clean"] is True
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    kinds = {json.loads(line)["kind"] for line in (out / "metrics.jsonl").read_text().splitlines()}
+    assert {"answer", "train", "alive", "held_out"} <= kinds
+    assert summary["sample"].keys() == {"prompt", "before", "after"}
+    assert summary["sample"]["before"] != summary["sample"]["after"]
+
+    run = load_run(out / "run.toml")
+    rows = load_rows(run.data)
+    _, held_out = split_held_out(len(rows), run.data.held_out)
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    result = evaluate(model, tokenizer, rows.texts(list(held_out)[:32]), sequence_length=128)
+    assert result is not None
+    assert result.loss == pytest.approx(summary["held_out_loss_last"], abs=1e-3)
