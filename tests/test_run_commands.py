@@ -30,6 +30,13 @@ def text_file(tmp_path: Path) -> Path:
     return path
 
 
+def check(folder: Path, table: dict[str, Any]) -> int:
+    """The exit code of `run check` for this run."""
+    path = folder / "run.toml"
+    path.write_text(to_toml(Run.model_validate(table)))
+    return main(["run", "check", str(path)])
+
+
 def test_a_new_run_has_the_hash_of_the_data_and_checks_out(
     tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,16 +73,13 @@ def test_what_is_unwise_is_named(
     said: str,
 ) -> None:
     table = {"data": {"name": str(text_file)} | change.pop("data", {})} | change
-    path = tmp_path / "run.toml"
-    path.write_text(to_toml(Run.model_validate(table)))
-    assert main(["run", "check", str(path)]) == 0
+    assert check(tmp_path, table) == 0
     assert said in capsys.readouterr().out
 
 
 def test_what_is_wrong_is_named_and_is_an_error(
     tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "run.toml"
     save_tiny("llama", tmp_path / "tiny")
     weights = load_file(tmp_path / "tiny" / "model.safetensors")
     del weights["lm_head.weight"]
@@ -92,11 +96,11 @@ def test_what_is_wrong_is_named_and_is_an_error(
         ),
     ):
         table.setdefault("data", {"name": str(text_file)})
-        path.write_text(to_toml(Run.model_validate(table)))
-        assert main(["run", "check", str(path)]) == 1
+        assert check(tmp_path, table) == 1
         lines = [x for x in capsys.readouterr().out.splitlines() if x.startswith("wrong: ")]
         assert len(lines) == 1, lines
         assert said in lines[0]
+    path = tmp_path / "run.toml"
     path.write_text("[optimizer]\nlearning_rate = 'high'\n")
     assert main(["run", "check", str(path)]) == 2
     assert "optimizer.learning_rate" in capsys.readouterr().err
@@ -109,9 +113,7 @@ def test_a_models_size_is_read_without_its_weights(
     for weights in (tmp_path / "tiny").glob("*.safetensors"):
         weights.write_bytes(b"")
     table = {"data": {"name": str(text_file)}, "model": {"name": str(tmp_path / "tiny")}}
-    path = tmp_path / "run.toml"
-    path.write_text(to_toml(Run.model_validate(table)))
-    main(["run", "check", str(path)])
+    check(tmp_path, table)
     assert "model.sequence_length is 512, the model's longest is 64" in capsys.readouterr().out
 
 
@@ -120,6 +122,8 @@ def test_the_text_of_a_run_reads_back_as_the_run() -> None:
     run = Run.model_validate({"name": "x", "data": {"name": name}, "optimizer": {"eps": 1e-30}})
     for text in (to_toml(run), commented_toml(run)):
         assert Run.model_validate(tomllib.loads(text)) == run
+        assert "[sparseloco]" not in text
+    assert "[sparseloco]" in commented_toml(Run.model_validate({"strategy": "sparseloco"}))
 
 
 def test_the_usual_learning_rate_falls_with_size() -> None:
@@ -144,8 +148,3 @@ def test_a_model_with_other_weights_is_refused(tmp_path: Path, text_file: Path) 
         load_task(Run.model_validate(table))
     with pytest.raises(ValidationError):
         Run.model_validate(table | {"model": {"hash": "short"}})
-
-
-def test_only_a_strategy_in_use_has_its_section_in_the_file() -> None:
-    assert "[sparseloco]" not in commented_toml(Run())
-    assert "[sparseloco]" in commented_toml(Run.model_validate({"strategy": "sparseloco"}))
