@@ -194,7 +194,7 @@ told["stranger"] = fetch(7, wanted, seconds=3, by=exchanges["stranger"])
 state_of = lambda seed: State.of(tiny_model("llama"))
 state = State.of(tiny_model("llama"))
 shapes = {name: value.shape for name, value in state.weights.items()}
-manifest = read_manifest(state.manifest(), shapes)
+manifest = read_manifest(state.manifest, shapes)
 sources["bob"].files[manifest.hash] = manifest.raw
 for piece in manifest.pieces:
     sources["bob"].files[piece.hash] = piece_bytes(state, piece)

@@ -28,7 +28,7 @@ def a_state() -> State:
 
 STATE = a_state()
 SHAPES = {name: value.shape for name, value in STATE.weights.items()}
-RAW = STATE.manifest()
+RAW = STATE.manifest
 
 
 def test_a_state_comes_back_from_its_pieces_in_any_order() -> None:

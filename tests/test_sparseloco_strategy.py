@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -220,6 +221,20 @@ def test_a_checkpoint_of_an_earlier_cut_does_not_hide_the_last_one(tmp_path: Pat
     peers.block(4)
     assert len(peers.states()) == 1
     assert_published_once(commits + peers.views[1].commits)
+
+
+def test_a_miner_that_has_lost_its_log_returns_with_the_next_round(tmp_path: Path) -> None:
+    peers = Peers(tmp_path)
+    peers.round(3)
+    peers.block(5)
+    saved = peers.miners[1].state_dict()
+    peers.stop(1)
+    shutil.rmtree(tmp_path / "1")
+    peers.start(1).load_state_dict(*saved)
+    peers.round(2)
+    peers.block(4)
+    assert len(peers.states()) == 1
+    assert counted(peers)[-1] == (0, 1, 2)
 
 
 def test_weights_that_are_not_finite_are_not_cut(tmp_path: Path) -> None:

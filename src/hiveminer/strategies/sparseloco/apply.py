@@ -19,6 +19,7 @@ import math
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -58,6 +59,7 @@ class State:
         }
         return cls(weights, dict.fromkeys(weights, 0.0))
 
+    @cached_property
     def manifest(self) -> bytes:
         """Name, shape, clip norm and the pieces' hashes of each tensor, in name order.
 
@@ -70,7 +72,7 @@ class State:
 
     def hash(self) -> bytes:
         """SHA-256 of the manifest."""
-        return hashlib.sha256(self.manifest()).digest()
+        return hashlib.sha256(self.manifest).digest()
 
 
 @dataclass(frozen=True)

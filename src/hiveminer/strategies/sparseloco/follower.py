@@ -18,7 +18,7 @@ from hiveminer.strategies.sparseloco.download import FETCH_BYTES, FETCH_SECONDS,
 from hiveminer.strategies.sparseloco.log import EVERY_ROUNDS
 from hiveminer.strategies.sparseloco.onchain import read_marks, read_records
 from hiveminer.strategies.sparseloco.parts import Parts
-from hiveminer.strategies.sparseloco.replay import does_not_follow, load_blobs, rebuild
+from hiveminer.strategies.sparseloco.replay import apply_logged, does_not_follow, rebuild
 from hiveminer.strategies.sparseloco.replica import Replica
 from hiveminer.strategies.sparseloco.rounds import (
     Decision,
@@ -282,24 +282,22 @@ class Follower(ABC):
             if replica.decision is not None:
                 self._save_state(replica.decision.round)
             self.shelf.serve_states(replica.states.values())
-        missing = replica.position.missing_blobs
-        if not missing:
+        missing, decision = replica.position.missing_blobs, replica.decision
+        if not missing or decision is None:  # not known after a restart without the log
             return
-        decision = replica.decision
-        assert decision is not None
         size = sum(each.blob_bytes for each in missing)
         blocks = max(1, until - 1 - self.chain.head())
         seconds = min(FETCH_SECONDS + size / FETCH_BYTES, blocks * self.chain.block_seconds)
         self.downloads.blobs(decision.round, missing, seconds=seconds)
-        blobs = load_blobs(self.log, missing)
-        if blobs is None:
+        applied = apply_logged(self.log, self.plan, decision, replica.state)
+        if applied is None:
             logger.info("round %d: a blob that counts is still missing", decision.round)
             return
-        done = replica.make_newest(blobs)
+        replica.make_newest(applied.state)
         self.problem = ""
-        for uid, why in done.left_out:
+        for uid, why in applied.left_out.items():
             logger.warning("round %d: the blob of uid %d is ignored: %s", decision.round, uid, why)
         entry = self.log.entry(decision.round)
         if entry is not None:
-            self.log.add_round(entry.facts, made=done.hash)
+            self.log.add_round(entry.facts, made=applied.state.hash())
         self.shelf.serve_states(replica.states.values())

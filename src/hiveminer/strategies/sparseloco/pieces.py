@@ -90,7 +90,7 @@ def read_manifest(raw: bytes, shapes: Mapping[str, torch.Size]) -> Manifest:
 def manifest_of(state: State) -> Manifest:
     """The manifest of a state that this machine holds."""
     shapes = {name: value.shape for name, value in state.weights.items()}
-    return read_manifest(state.manifest(), shapes)
+    return read_manifest(state.manifest, shapes)
 
 
 def piece_bytes(state: State, piece: Piece) -> memoryview:

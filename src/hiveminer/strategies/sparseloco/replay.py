@@ -5,22 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from hiveminer.strategies.sparseloco.apply import CountedBlob, State, apply_blobs
+from hiveminer.strategies.sparseloco.apply import Applied, CountedBlob, State, apply_blobs
 from hiveminer.strategies.sparseloco.codec import Header
 from hiveminer.strategies.sparseloco.log import Log
 from hiveminer.strategies.sparseloco.plan import Plan
-from hiveminer.strategies.sparseloco.rounds import Contribution, Decision, decide
-
-
-@dataclass(frozen=True)
-class Replayed:
-    """A replayed round. state: the one after it; None if a blob is missing or the round is empty.
-    hash: the state's. left_out: blobs that count and do not decode, by uid."""
-
-    decision: Decision
-    state: State | None = None
-    hash: bytes | None = None
-    left_out: tuple[tuple[int, str], ...] = ()
+from hiveminer.strategies.sparseloco.rounds import Decision, decide
 
 
 @dataclass(frozen=True)
@@ -56,26 +45,24 @@ class Report:
         return not self.problems and any(each.verified for each in self.rounds)
 
 
-def contributions_apply(
-    plan: Plan, state: State, decision: Decision, blobs: dict[bytes, bytes]
-) -> Replayed:
-    """Apply a round's blobs, given by hash, to its parent state."""
+def apply_logged(log: Log, plan: Plan, decision: Decision, state: State) -> Applied | None:
+    """Apply a round's blobs to its parent state; None unless all are in the log."""
     assert decision.parent is not None
-    counted = [
-        CountedBlob(
-            each.uid,
-            Header(each.hotkey, plan.rules.run, decision.round, decision.parent),
-            blobs[each.blob_hash],
-        )
-        for each in decision.contributions
-    ]
-    applied = apply_blobs(state, counted, step=plan.step, compression=plan.compression)
-    left_out = tuple(sorted(applied.left_out.items()))
-    return Replayed(decision, applied.state, applied.state.hash(), left_out)
+    counted = []
+    for each in decision.contributions:
+        blob = log.blob(each.blob_hash)
+        if blob is None or len(blob) != each.blob_bytes:
+            return None
+        header = Header(each.hotkey, plan.rules.run, decision.round, decision.parent)
+        counted.append(CountedBlob(each.uid, header, blob))
+    return apply_blobs(state, counted, step=plan.step, compression=plan.compression)
 
 
-def replay(log: Log, plan: Plan, *, number: int, state: State) -> Iterator[Replayed]:
-    """Replay the logged rounds from round `number` on, whose parent is `state`.
+def replay(
+    log: Log, plan: Plan, *, number: int, state: State
+) -> Iterator[tuple[Decision, Applied | None]]:
+    """Replay the logged rounds from round `number` on, whose parent is `state`. Nothing is applied
+    in an empty round, or if a blob is missing.
 
     Ends at the first round whose parent was not computed: after a gap or a missing blob, or at a
     damaged file.
@@ -87,32 +74,16 @@ def replay(log: Log, plan: Plan, *, number: int, state: State) -> Iterator[Repla
         except (FileNotFoundError, ValueError):
             return
         if decision.parent is None:
-            yield Replayed(decision)
+            yield decision, None
             continue
         base = states.get(decision.parent)
         if base is None:
             return
-        blobs = load_blobs(log, decision.contributions)
-        if blobs is None:
-            states = {decision.parent: base}
-            yield Replayed(decision)
-            continue
-        done = contributions_apply(plan, base, decision, blobs)
-        assert done.state is not None
-        assert done.hash is not None
-        states = {decision.parent: base, done.hash: done.state}
-        yield done
-
-
-def load_blobs(log: Log, contributions: tuple[Contribution, ...]) -> dict[bytes, bytes] | None:
-    """A round's blobs by hash; None unless all are in the log."""
-    blobs = {}
-    for each in contributions:
-        blob = log.blob(each.blob_hash)
-        if blob is None or len(blob) != each.blob_bytes:
-            return None
-        blobs[each.blob_hash] = blob
-    return blobs
+        applied = apply_logged(log, plan, decision, base)
+        states = {decision.parent: base}
+        if applied is not None:
+            states[applied.state.hash()] = applied.state
+        yield decision, applied
 
 
 def rebuild(log: Log, plan: Plan, digest: bytes) -> State | None:
@@ -123,9 +94,9 @@ def rebuild(log: Log, plan: Plan, digest: bytes) -> State | None:
             continue
         if kept == digest:
             return state
-        for done in replay(log, plan, number=number, state=state):
-            if done.hash == digest:
-                return done.state
+        for _, applied in replay(log, plan, number=number, state=state):
+            if applied is not None and applied.state.hash() == digest:
+                return applied.state
     return None
 
 
@@ -157,21 +128,21 @@ def verify(log: Log, plan: Plan, *, on_file: Callable[[], object] = lambda: None
         if log.blob(digest) is None and log.has_blob(digest):
             problems.append(f"blob {digest.hex()[:16]}: the file is damaged")
         on_file()
-    replayed: dict[int, Replayed] = {}
+    replayed: dict[int, tuple[Decision, Applied | None]] = {}
     for number, digest in log.states():
         _replay_from(log, plan, number, digest, replayed, problems)
         on_file()
     rounds = []
     for each in report.rounds:
         number, made = each.decision.round, each.made
-        done = replayed.get(number)
-        again = done.hash if done else None
+        _, applied = replayed.get(number, (None, None))
+        again = applied.state.hash() if applied else None
         if again and made and again != made:
             problems.append(
                 f"round {number}: its state has hash {again.hex()[:16]}, and "
                 f"{made.hex()[:16]} was logged"
             )
-        left_out = tuple(sorted({*each.left_out, *(done.left_out if done else ())}))
+        left_out = tuple(sorted({*each.left_out, *(applied.left_out.items() if applied else ())}))
         is_verified = again is not None and again == made
         rounds.append(replace(each, left_out=left_out, verified=is_verified))
     return Report(tuple(rounds), tuple(problems))
@@ -199,7 +170,7 @@ def _replay_from(
     plan: Plan,
     number: int,
     digest: bytes,
-    replayed: dict[int, Replayed],
+    replayed: dict[int, tuple[Decision, Applied | None]],
     problems: list[str],
 ) -> None:
     """Load the parent state of a round, and recompute the states after it."""
@@ -214,19 +185,19 @@ def _replay_from(
             problems.append(f"state {digest.hex()[:16]} of round {number}: the file is damaged")
         return
     if number in replayed:
-        if replayed[number].decision.parent not in (digest, None):
+        if replayed[number][0].parent not in (digest, None):
             problems.append(f"round {number}: the state on disk is not its parent")
         return
-    for done in replay(log, plan, number=number, state=state):
-        replayed[done.decision.round] = done
+    for decision, applied in replay(log, plan, number=number, state=state):
+        replayed[decision.round] = decision, applied
         missing = [
             each.uid
-            for each in done.decision.contributions
-            if done.hash is None and not log.has_blob(each.blob_hash)
+            for each in decision.contributions
+            if applied is None and not log.has_blob(each.blob_hash)
         ]
-        entry = log.entry(done.decision.round) if missing else None
+        entry = log.entry(decision.round) if missing else None
         if entry is not None and entry.made and is_kept():
-            problems.append(f"round {done.decision.round}: the blobs of uids {missing} are missing")
+            problems.append(f"round {decision.round}: the blobs of uids {missing} are missing")
 
 
 def disagreement(log: Log, plan: Plan) -> str:

@@ -21,7 +21,6 @@ from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.codec import Header, decode, encode
 from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.records import Record
-from hiveminer.strategies.sparseloco.replay import Replayed, contributions_apply
 from hiveminer.strategies.sparseloco.rounds import Action, Decision, Position, Transfer
 from hiveminer.strategies.sparseloco.update import Tensors
 
@@ -173,23 +172,16 @@ class Replica:
             self.position = position
             self._forget()
 
-    def make_newest(self, blobs: Mapping[bytes, bytes]) -> Replayed:
-        """Apply the missing blobs, given by hash, to the confirmed state."""
-        decision, confirmed = self.decision, self.position.confirmed
-        assert decision is not None
-        assert confirmed is not None
-        older = self.states[confirmed]
-        done = contributions_apply(self.plan, older, decision, dict(blobs))
-        assert done.state is not None
-        assert done.hash is not None
+    def make_newest(self, state: State) -> None:
+        """Switch to the state that the missing blobs make of the confirmed one."""
+        digest = state.hash()
         with self.lock:
-            position, transfer = rounds.make_newest(self.position, done.hash)
-            self.states[done.hash] = done.state
-            self._go_to(done.state)
+            position, transfer = rounds.make_newest(self.position, digest)
+            self.states[digest] = state
+            self._go_to(state)
             self._take_off(transfer)
             self.position = position
             self._forget()
-        return done
 
     def skip(self, number: int) -> None:
         """Skip a round whose decision this peer does not accept."""
