@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from hiveminer.errors import ChainError
 from hiveminer.strategies.sparseloco.log import Log
 from hiveminer.strategies.sparseloco.onchain import SubnetRounds, read_marks, read_records
-from hiveminer.strategies.sparseloco.rounds import Block, Facts
+from hiveminer.strategies.sparseloco.rounds import Facts
 from hiveminer.strategies.sparseloco.schedule import Schedule
 
 
@@ -51,14 +52,13 @@ def compare(
 
 
 def _differing(ours: Facts, theirs: Facts) -> list[str]:
-    pairs = {
-        "block hashes": (_blocks(ours), _blocks(theirs)),
-        "neurons": (set(ours.neurons), set(theirs.neurons)),
-        "records": (ours.records, theirs.records),
-        "marks": (ours.marks, theirs.marks),
-    }
-    return [name for name, (one, other) in pairs.items() if one != other]
+    def by_name(facts: Facts) -> dict[str, Any]:
+        return {
+            "block hashes": (facts.first_block, facts.records_block, facts.marks_block),
+            "neurons": set(facts.neurons),
+            "records": facts.records,
+            "marks": facts.marks,
+        }
 
-
-def _blocks(facts: Facts) -> list[Block]:
-    return [facts.first_block, facts.records_block, facts.marks_block]
+    mine = by_name(ours)
+    return [name for name, value in by_name(theirs).items() if value != mine[name]]

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from hiveminer.runtime.files import write_atomically
 from hiveminer.strategies.sparseloco import update
 from hiveminer.strategies.sparseloco.codec import BlobError, decode
+from hiveminer.strategies.sparseloco.log import as_json
 from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.records import Record
 from hiveminer.strategies.sparseloco.replica import OwnCut
@@ -36,21 +37,7 @@ logger = logging.getLogger(__name__)
 
 def position_to_json(position: Position) -> dict[str, Any]:
     """A position as JSON."""
-    return {
-        "hotkey": position.hotkey.hex(),
-        "round": position.round,
-        "confirmed": _hex(position.confirmed),
-        "newest": _hex(position.newest),
-        "held": _hex(position.held),
-        "contributions": [
-            [each.uid, each.hotkey.hex(), each.blob_bytes, each.blob_hash.hex()]
-            for each in position.contributions
-        ],
-        "cut": _own_to_json(position.cut),
-        "counted": _own_to_json(position.counted),
-        "taken": position.taken,
-        "owed": [_own_to_json(each) for each in position.owed],
-    }
+    return {name: as_json(value) for name, value in vars(position).items()}
 
 
 def position_from_json(content: Mapping[str, Any]) -> Position:
@@ -125,17 +112,15 @@ def optimizer_state(
     own = optimizer.state_dict()
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind == "inner":
-            index, _, key = rest.partition(".")
+        if name.startswith("inner."):
+            _, index, key = name.split(".", 2)
             state.setdefault(int(index), {})[key] = value
     parameters = [each for group in optimizer.param_groups for each in group["params"]]
     for number, values in state.items():
-        if number >= len(parameters):
+        if number >= len(parameters) or any(
+            value.dim() and value.shape != parameters[number].shape for value in values.values()
+        ):
             raise ValueError("the optimizer's state is of another model")
-        for value in values.values():
-            if value.dim() and value.shape != parameters[number].shape:
-                raise ValueError("the optimizer's state is of another model")
     return {"state": state, "param_groups": own["param_groups"]}
 
 
@@ -172,16 +157,8 @@ def read_journal(path: Path, plan: Plan) -> tuple[Position, dict[bytes, OwnCut]]
         return None
 
 
-def _hex(value: bytes | None) -> str | None:
-    return None if value is None else value.hex()
-
-
 def _bytes(value: str | None) -> bytes | None:
     return None if value is None else bytes.fromhex(value)
-
-
-def _own_to_json(own: OwnBlob | None) -> list[Any] | None:
-    return None if own is None else [own.round, own.blob_hash.hex(), own.forgotten]
 
 
 def _own_from_json(content: list[Any] | None) -> OwnBlob | None:

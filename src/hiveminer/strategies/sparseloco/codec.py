@@ -53,6 +53,7 @@ LARGEST = 2**31 - 1
 """Elements of a tensor, at most."""
 
 _HEAD = struct.Struct("<4sBH32s8sI32s8s")
+HEADER_BYTES = _HEAD.size
 
 
 @dataclass(frozen=True)

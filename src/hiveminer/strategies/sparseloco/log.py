@@ -18,8 +18,8 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, astuple, dataclass, is_dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,8 @@ class Log:
     Raises OSError when it cannot be written.
     """
 
-    def __init__(self, folder: Path, *, max_bytes: int = MAX_BYTES, keep_rounds: int = KEEP_ROUNDS):
+    def __init__(self, folder: Path):
         self.folder = folder
-        self.max_bytes = max_bytes
-        self.keep_rounds = keep_rounds
         self._rounds, self._blobs = folder / "rounds", folder / "blobs"
         self._states = folder / "states"
 
@@ -115,19 +113,18 @@ class Log:
 
     def prune(self, *, keep_blobs: Collection[bytes] = ()) -> None:
         """Remove what is no longer needed. keep_blobs: those of rounds still to be decided."""
-        for number in self.rounds()[: -self.keep_rounds]:
+        for number in self.rounds()[:-KEEP_ROUNDS]:
             (self._rounds / f"{number:010d}.json").unlink(missing_ok=True)
-        kept = KEEP_STATES
-        if self._size() > self.max_bytes:
-            kept = 1
+        kept = KEEP_STATES if self._size() <= MAX_BYTES else 1
         states = self.states()
         for number, digest in states[:-kept]:
             self._state_path(number, digest).unlink(missing_ok=True)
         first = states[-kept:][0][0] if states else 0
         wanted = {digest.hex() for digest in keep_blobs}
         for number in self.rounds():
-            entry = self.entry(number) if number >= first else None
-            wanted |= _blob_names(entry.facts) if entry else set()
+            if number >= first and (entry := self.entry(number)):
+                records = map(decode_record, entry.facts.records.values())
+                wanted |= {each.blob_hash.hex() for each in records if each is not None}
         for path in self._blobs.iterdir():
             if path.name not in wanted:
                 path.unlink(missing_ok=True)
@@ -155,7 +152,8 @@ class Log:
         """A round. Raises FileNotFoundError, and ValueError if the file is damaged."""
         try:
             content = _read_json(self._rounds / f"{number:010d}.json")
-            entry = Entry(_facts_from_json(content), _hash_or_none(content["made"]))
+            made = content["made"]
+            entry = Entry(_facts_from_json(content), None if made is None else bytes.fromhex(made))
             if entry.facts.round != number:
                 raise ValueError(f"it is that of round {entry.facts.round}")
             return entry
@@ -231,12 +229,6 @@ def logs_below(folder: Path) -> list[Log]:
     return [Log(plan.parent) for plan in sorted(folder.glob(f"**/{LOG_FOLDER}/*/{PLAN}"))]
 
 
-def _blob_names(facts: Facts) -> set[str]:
-    """The file names of all blobs in the round's records."""
-    records = map(decode_record, facts.records.values())
-    return {each.blob_hash.hex() for each in records if each is not None}
-
-
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(dict(content) | {"sha256": _sha256(content)}, separators=(",", ":"))
     write_atomically(path, text.encode())
@@ -261,26 +253,27 @@ def _words(error: Exception) -> str:
     return str(error) if type(error) is ValueError else "it is not what a log has"
 
 
-def _hash_or_none(text: str | None) -> bytes | None:
-    return None if text is None else bytes.fromhex(text)
+def as_json(value: Any) -> Any:
+    """Bytes become hex digits, and dataclasses lists of their fields, also within tuples and
+    mappings."""
+    if isinstance(value, bytes):
+        return value.hex()
+    if is_dataclass(value) and not isinstance(value, type):
+        return as_json(astuple(value))
+    if isinstance(value, tuple):
+        return [as_json(each) for each in value]
+    if isinstance(value, Mapping):
+        return {as_json(key): as_json(each) for key, each in value.items()}
+    return value
 
 
 def _facts_to_json(facts: Facts) -> dict[str, Any]:
-    def raw(commitments: Mapping[bytes, bytes]) -> dict[str, str]:
-        return {key.hex(): data.hex() for key, data in commitments.items()}
-
     return {
         "round": facts.round,
-        "blocks": [
-            [block.number, block.hash.hex()]
-            for block in (facts.first_block, facts.records_block, facts.marks_block)
-        ],
-        "neurons": [
-            [each.uid, each.hotkey.hex(), each.permit, each.stake, each.incentive]
-            for each in facts.neurons
-        ],
-        "records": raw(facts.records),
-        "marks": raw(facts.marks),
+        "blocks": as_json((facts.first_block, facts.records_block, facts.marks_block)),
+        "neurons": as_json(facts.neurons),
+        "records": as_json(facts.records),
+        "marks": as_json(facts.marks),
     }
 
 
@@ -292,14 +285,11 @@ def _facts_from_json(content: Mapping[str, Any]) -> Facts:
         Neuron(int(uid), bytes.fromhex(hotkey), bool(permit), int(stake), int(incentive))
         for uid, hotkey, permit, stake, incentive in content["neurons"]
     )
-    return Facts(
-        int(content["round"]), first, records, marks, neurons,
-        _raw(content["records"].items()), _raw(content["marks"].items()),
-    )  # fmt: skip
-
-
-def _raw(items: Iterable[tuple[str, str]]) -> dict[bytes, bytes]:
-    return {bytes.fromhex(hotkey): bytes.fromhex(data) for hotkey, data in items}
+    commitments = (
+        {bytes.fromhex(hotkey): bytes.fromhex(data) for hotkey, data in content[kind].items()}
+        for kind in ("records", "marks")
+    )
+    return Facts(int(content["round"]), first, records, marks, neurons, *commitments)
 
 
 def _plan_to_json(plan: Plan) -> dict[str, Any]:

@@ -51,7 +51,14 @@ class SubnetRounds:
         block, graph = self._read(
             number, lambda client: client.runtime(method, [netuid], block=number)
         )
-        return block, () if graph is None else neurons_of(graph)
+        if graph is None:
+            return block, ()
+        names = ("hotkeys", "validator_permit", "total_stake", "incentives")
+        rows = zip(*(graph[name] for name in names), strict=True)
+        return block, tuple(
+            Neuron(uid, public_key(hotkey), bool(permit), int(stake), int(incentive))
+            for uid, (hotkey, permit, stake, incentive) in enumerate(rows)
+        )
 
     def commitments(self, number: int) -> tuple[Block, Mapping[bytes, bytes]]:
         """The raw commitments at a block, by hotkey."""
@@ -59,7 +66,8 @@ class SubnetRounds:
         block, found = self._read(
             number, lambda client: client.query_map(item, [netuid], block=number)
         )
-        return block, commitments_of(found)
+        raw = {public_key(who): committed_bytes(each["info"]["fields"]) for who, each in found}
+        return block, {hotkey: data for hotkey, data in raw.items() if data is not None}
 
     def commit(self, data: bytes) -> None:
         """Replace this hotkey's commitment within the next few blocks, or never, before other
@@ -102,28 +110,6 @@ async def _hash(client: bt.Client, number: int) -> bytes:
     if len(raw) != 32 or not any(raw):
         raise ChainError(f"the hash of block {number} is not known")
     return raw
-
-
-def neurons_of(graph: Mapping[str, Any]) -> tuple[Neuron, ...]:
-    """The neurons of the runtime's metagraph, with the chain's own integers."""
-    columns = zip(
-        graph["hotkeys"], graph["validator_permit"], graph["total_stake"], graph["incentives"],
-        strict=True,
-    )  # fmt: skip
-    return tuple(
-        Neuron(uid, public_key(hotkey), bool(permit), int(stake), int(incentive))
-        for uid, (hotkey, permit, stake, incentive) in enumerate(columns)
-    )
-
-
-def commitments_of(rows: list[tuple[Any, Any]]) -> dict[bytes, bytes]:
-    """The plain bytes in a map of commitments, by hotkey."""
-    found = {}
-    for hotkey, record in rows:
-        data = committed_bytes(record["info"]["fields"])
-        if data is not None:
-            found[public_key(hotkey)] = data
-    return found
 
 
 def public_key(address: Any) -> bytes:

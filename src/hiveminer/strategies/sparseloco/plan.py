@@ -12,13 +12,11 @@ from torch import nn
 
 from hiveminer.config.run import SparselocoSection
 from hiveminer.strategies.sparseloco.apply import OuterStep
+from hiveminer.strategies.sparseloco.codec import HEADER_BYTES
 from hiveminer.strategies.sparseloco.records import MAX_BLOB_BYTES, run_prefix
 from hiveminer.strategies.sparseloco.rounds import Rules
 from hiveminer.strategies.sparseloco.schedule import Schedule
 from hiveminer.strategies.sparseloco.tensor import RAW_BELOW, Compression
-
-HEADER_BYTES = 91
-"""Size of a blob's header."""
 
 LIST_BYTES = 16
 """Fixed part of a coded tensor: the count, and the headers of its three lists of integers."""
