@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from hiveminer.errors import ChainError
 from hiveminer.strategies.sparseloco.log import Log
 from hiveminer.strategies.sparseloco.onchain import SubnetRounds, read_marks, read_records
-from hiveminer.strategies.sparseloco.rounds import Facts
 from hiveminer.strategies.sparseloco.schedule import Schedule
 
 
@@ -38,27 +36,16 @@ def compare(
         if entry is None:
             continue
         try:
-            theirs = read_marks(chain, read_records(chain, schedule, number))
-            differing = _differing(entry.facts.of_registered(), theirs.of_registered())
+            theirs = read_marks(chain, read_records(chain, schedule, number)).of_registered()
         except ChainError as error:
             unread, why = unread + 1, why or str(error)
             continue
         finally:
             on_round()
-        equal += not differing
-        if differing:
-            problems.append(f"round {number}: the chain has different {', '.join(differing)}")
+        ours = vars(entry.facts.of_registered())
+        names = [name for name, value in ours.items() if value != getattr(theirs, name)]
+        equal += not names
+        if names:
+            differing = ", ".join(names).replace("_", " ")
+            problems.append(f"round {number}: the chain has different {differing}")
     return Comparison(equal, unread, tuple(problems), why)
-
-
-def _differing(ours: Facts, theirs: Facts) -> list[str]:
-    def by_name(facts: Facts) -> dict[str, Any]:
-        return {
-            "block hashes": (facts.first_block, facts.records_block, facts.marks_block),
-            "neurons": set(facts.neurons),
-            "records": facts.records,
-            "marks": facts.marks,
-        }
-
-    mine = by_name(ours)
-    return [name for name, value in by_name(theirs).items() if value != mine[name]]
