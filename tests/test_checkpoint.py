@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections import UserDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,24 +176,18 @@ def test_what_is_not_finite_is_neither_kept_nor_used(tmp_path: Path, bad: float)
 # --- beside the training ------------------------------------------------------------------------
 
 
-class SlowMetadata(Mapping[str, Any]):
+class SlowMetadata(UserDict[str, int]):
     """Metadata that can be read once that is allowed: until then, it is being written."""
 
     def __init__(self, n: int) -> None:
-        self.content = {"n": n}
+        super().__init__(n=n)
         self.asked = threading.Event()
         self.allowed = threading.Event()
-
-    def __getitem__(self, key: str) -> Any:
-        return self.content[key]
-
-    def __len__(self) -> int:
-        return len(self.content)
 
     def __iter__(self) -> Iterator[str]:
         self.asked.set()
         assert self.allowed.wait(30)
-        return iter(self.content)
+        return super().__iter__()
 
 
 def test_writing_takes_a_thread_of_its_own_one_at_a_time(tmp_path: Path) -> None:

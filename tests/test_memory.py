@@ -11,8 +11,8 @@ from small_neurons import miner_settings, quiet
 from steps import (
     LONGEST,
     ROWS,
-    encode_numbers,
     one_thread,  # noqa: F401 - a fixture
+    trainer,
 )
 from tiny import tiny_model
 
@@ -28,28 +28,22 @@ from hiveminer.training.memory import (
     memory_needed,
 )
 from hiveminer.training.optimizer import build_optimizer
-from hiveminer.training.trainer import (
-    LocalStep,
-    Trainer,
-)
+from hiveminer.training.trainer import LocalStep
 
 
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_what_is_counted_is_what_the_tensors_hold(bfloat16: bool) -> None:
+def test_what_is_counted_is_what_the_tensors_hold() -> None:
     model = tiny_model("llama")
-    section = Run().optimizer
-    optimizer = build_optimizer(model.parameters(), section)
-    one = Trainer(model, encode=encode_numbers, optimizer=LocalStep(optimizer))
-    one.train(ROWS, batch_size=64)
-    needed = memory_needed(model, sequence_length=LONGEST, bfloat16=bfloat16)
-    optimizer_state = [
-        value for state in optimizer.state.values() for key, value in state.items() if key != "step"
-    ]
+    optimizer = build_optimizer(model.parameters(), Run().optimizer)
+    trainer(model, optimizer=LocalStep(optimizer)).train(ROWS, batch_size=64)
+    needed = memory_needed(model, sequence_length=LONGEST)
+    states = optimizer.state.values()
     assert needed.optimizer_state == sum(
-        value.numel() * value.element_size() for value in optimizer_state
+        state[moment].nbytes for state in states for moment in ("exp_avg", "exp_avg_sq")
     )
     assert needed.weights == needed.gradients == 4 * needed.parameters
-    assert needed.casts == (2 * needed.parameters if bfloat16 else 0)
+    assert needed.casts == 0
+    half = memory_needed(model, sequence_length=LONGEST, bfloat16=True)
+    assert half.casts == 2 * needed.parameters
     assert needed.averaging == 20 * needed.parameters
     assert needed.snapshot == 16 * needed.parameters
 
@@ -112,16 +106,14 @@ def test_a_containers_limit_counts(tmp_path: Path) -> None:
 
 # --- CUDA and forks -----------------------------------------------------------------------------
 
-LEFT = ("torch.cuda._lazy_init", "torch.cuda.mem_get_info", "torch.cuda.is_available")
-
 
 def test_no_device_is_touched_before_the_strategy_is_built(tmp_path: Path) -> None:
     def touched(*_: object, **__: object) -> None:
         raise AssertionError("CUDA was touched")
 
     forbidden = pytest.MonkeyPatch()
-    for name in LEFT:
-        forbidden.setattr(name, touched)
+    for name in ("_lazy_init", "mem_get_info", "is_available"):
+        forbidden.setattr(torch.cuda, name, touched)
 
     def forking(context: Context) -> InProcessStrategy:
         assert {value.device.type for value in context.task.model.parameters()} == {"cpu"}

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from hiveminer.errors import TrainingError
 from hiveminer.training.model import encode
-from hiveminer.training.trainer import LocalStep, TrainResult
+from hiveminer.training.trainer import LocalStep
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 1024])
@@ -124,23 +124,6 @@ def test_gradients_are_clipped_once_a_group() -> None:
         norms.append(float(torch.stack(squares).sum().sqrt()))
     assert norms[0] > 0.1
     assert norms[1] == pytest.approx(0.01, rel=1e-3)
-
-
-def trained(architecture: str, **options: Any) -> tuple[TrainResult, dict[str, Tensor]]:
-    model = tiny_model(architecture)
-    one = trainer(model, **options, optimizer=Kept(model), max_grad_norm=1.0)
-    result = one.train(ROWS, batch_size=6)
-    return result, weights(model)
-
-
-@pytest.mark.parametrize("max_micro_batch_size", [1, 2, 5])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_micro_batch_changes_nothing(architecture: str, max_micro_batch_size: int) -> None:
-    whole, expected = trained(architecture)
-    result, got = trained(architecture, max_micro_batch_size=max_micro_batch_size)
-    assert result.losses == pytest.approx(whole.losses, rel=1e-5)
-    assert (result.steps, result.samples, result.tokens) == (2, len(ROWS), TOKENS)
-    assert_close(got, expected)
 
 
 class Memory:
