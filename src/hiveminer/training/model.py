@@ -112,7 +112,10 @@ def load_config(name: str, *, revision: str = "") -> PreTrainedConfig:
         )
     except Exception as error:
         raise _unreadable("model", name, error) from error
-    model_checks.check_config(name, config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise model_checks.refuse(
+            name, "it is quantized, which cannot be trained; give the full model"
+        )
     return config
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,12 +64,13 @@ def check_folder(name: str, folder: Path, *, what: str) -> None:
         )
     if not (folder / "config.json").is_file():
         raise OperatorError(f"{what} {name}: the folder holds no config.json; save_pretrained it")
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and _begins_with(path, LFS_POINTER):
-            raise OperatorError(
-                f"{what} {name}: {path.name} is a Git LFS pointer, not the file itself; run "
-                "git lfs pull in the folder"
-            )
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        with path.open("rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise OperatorError(
+                    f"{what} {name}: {path.name} is a Git LFS pointer, not the file itself; run "
+                    "git lfs pull in the folder"
+                )
     if what == "tokenizer" and not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise OperatorError(
             f"tokenizer {name}: the folder holds no tokenizer; save_pretrained it there as well"
@@ -100,16 +101,6 @@ def _dtypes(name: str, path: Path) -> dict[str, str]:
         raise refuse(
             name, f"{path.name} cannot be read ({str(error)[:200]}); download it again"
         ) from None
-
-
-def check_config(name: str, config: PreTrainedConfig) -> None:
-    if getattr(config, "quantization_config", None) is not None:
-        raise refuse(name, "it is quantized, which cannot be trained; give the full model")
-
-
-def _begins_with(path: Path, start: bytes) -> bool:
-    with path.open("rb") as stream:
-        return stream.read(len(start)) == start
 
 
 # Noise -------------------------------------------------------------------------------------
@@ -166,8 +157,8 @@ def check_weights(name: str, model: nn.Module, info: Mapping[str, Any]) -> None:
             "more layers than config.json says",
         )
     # Those that have weights of their own, by their names without numbers.
-    layers = {kind.rpartition(".")[0] for kind in kinds}
-    if parts := [key for key in unused if layers.intersection(_above(_kind(key)))]:
+    layers = tuple(kind.rpartition(".")[0] + "." for kind in kinds)
+    if parts := [key for key in unused if _kind(key).startswith(layers)]:
         raise refuse(
             name,
             f"its weights hold {_listed(parts)}, which the model of its config.json does not "
@@ -184,13 +175,6 @@ def _listed(keys: Iterable[str]) -> str:
     keys = sorted(keys)
     more = len(keys) - SHOWN
     return ", ".join(keys[:SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _above(key: str) -> Iterator[str]:
-    """The names of the modules that hold a parameter."""
-    while "." in key:
-        key = key.rpartition(".")[0]
-        yield key
 
 
 def _kind(key: str) -> str:
@@ -232,7 +216,7 @@ def check_passes(name: str, model: PreTrainedModel) -> None:
 def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """A row of tokens, and one that differs in the last."""
     positions = getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS
-    vocabulary = embeddings(model).shape[0]
+    vocabulary = vocabulary_size(model)
     ids = torch.arange(3, 3 + 7 * min(PROBE_TOKENS, positions), 7) % vocabulary
     other = ids.clone()
     other[-1] = (other[-1] + vocabulary // 2) % vocabulary
@@ -248,11 +232,10 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() <= TOLERANCE * one.abs().max())
 
 
-def embeddings(model: PreTrainedModel) -> Tensor:
-    """The input embeddings' weight, [vocabulary, width]."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
-    return weight
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """The number of tokens that have an embedding."""
+    embeddings: Any = model.get_input_embeddings()
+    return len(embeddings.weight)
 
 
 def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -263,9 +246,8 @@ def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     """Refuse a tokenizer or a sequence length that is too large for the model."""
-    vocabulary = embeddings(model).shape[0]
-    highest: Iterator[int] = iter(tokenizer.get_vocab().values())
-    tokens = max(len(tokenizer), 1 + max(highest, default=0))
+    vocabulary = vocabulary_size(model)
+    tokens = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
     if tokens > vocabulary:
         raise OperatorError(
             f"the tokenizer has {tokens} tokens and the model a place for {vocabulary}; "
