@@ -116,10 +116,12 @@ class Program:
 
 
 def started(source: str, *words: str, folder: Path, env: dict[str, str] | None = None) -> Program:
-    """Python source as a program of its own, with these words after it."""
+    """Python source as a program of its own, with these words after it; it can import what is
+    in this folder."""
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / "script.py"
     script.write_text(source)
+    env = {"PYTHONPATH": str(Path(__file__).parent)} | (env or {})
     return Program([str(script), *words], folder=folder, env=env)
 
 

@@ -6,7 +6,6 @@ that it asks the others to store whatever it likes, and hands out the same.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,33 +13,30 @@ import pytest
 from programs import started
 
 SCRIPT = '''
-import json, secrets, sys, threading, time
+import secrets, threading, time
 import torch
-from bittensor.keyfiles import Keypair
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.utils import get_dht_time
-
-sys.path.insert(0, sys.argv[1])
-from tiny import VOCABULARY, tiny_model
 from hiveminer.config.run import Run
 from hiveminer.strategies.hivemind.records import (
     averager_prefix, donors_key, group_key, progress_key,
 )
 from hiveminer.strategies.hivemind.strategy import HivemindStrategy
-from hiveminer.swarm import Identity, Peer
+from hiveminer.swarm import Peer
 from hiveminer.swarm.membership import Membership
+from identities import RUN as RUN_ID, hotkey, who
+from tiny import VOCABULARY, tiny_model
 
 torch.set_num_threads(1)
-RUN_ID = "rival-a-b-c"
 run = Run.model_validate({"swarm": {"epoch_samples": 32, "matchmaking_seconds": 2.0}})
-keys = [Keypair.create_from_uri(f"//{name}") for name in ("one", "two", "rival", "late")]
-hotkeys = [key.ss58_address for key in keys]
+names = ("one", "two", "rival", "late")
+hotkeys = [hotkey(name).ss58_address for name in names]
 PREFIX = averager_prefix(RUN_ID)
 YEAR = get_dht_time() + 365 * 86400
 
 
-def peer_of(key):
-    return Peer(identity=Identity(key, run_id=RUN_ID, key_path=None), admitted=hotkeys)
+def peer_of(name):
+    return Peer(identity=who(name), admitted=hotkeys)
 
 
 def strategy_of(peer, on_round=lambda ended: None):
@@ -55,12 +51,12 @@ async def forget_checks(_dht, node):
 
 
 rounds = []
-peers = [peer_of(key) for key in keys[:2]]
+peers = [peer_of(name) for name in names[:2]]
 swarms = [
     strategy_of(peer, lambda ended, name=name: rounds.append((name, ended.group_size)))
     for name, peer in enumerate(peers)
 ]
-rival = peer_of(keys[2])
+rival = peer_of("rival")
 rival.dht.run_coroutine(forget_checks)
 for peer in (peers[1], rival):
     assert len(peer.dial([each.address for each in peers]).answered) >= 1
@@ -117,33 +113,28 @@ threads = [
 ]
 for thread in threads:
     thread.start()
-told = {"before": more_rounds(2)}
+assert more_rounds(2).count(2) >= 4, rounds
 attack()
-told["after"] = more_rounds(3)
-told["epochs"] = [swarm.epoch for swarm in swarms]
-late = peer_of(keys[3])
+# With records that nobody checks, the next round alone took half a minute.
+after = more_rounds(3)
+assert after.count(2) >= 6, rounds
+assert after.count(2) > after.count(1), rounds
+assert max(swarm.epoch for swarm in swarms) < 1000
+late = peer_of("late")
 assert len(late.dial([each.address for each in (*peers, rival)]).answered) == 3
 joiner = strategy_of(late)
 joiner.optimizer.load_state_from_peers()
-told["joined"] = bool(joiner.optimizer.state_averager.loaded)
+assert joiner.optimizer.state_averager.loaded
 stop.set()
 for thread in threads:
     thread.join(60)
 for swarm in (joiner, *swarms):
     swarm.close()
-print("told", json.dumps(told), flush=True)
+print("closed", flush=True)
 '''
 
 
 @pytest.mark.timeout(300)
 def test_records_of_a_rival_stop_no_round(tmp_path: Path) -> None:
-    here = str(Path(__file__).resolve().parent)
-    with started(SCRIPT, here, folder=tmp_path / "log") as peers:
-        words = peers.says("told {", seconds=270)
-    told = json.loads(words.partition("told ")[2].splitlines()[0])
-    assert told["before"].count(2) >= 4, words
-    # With records that nobody checks, the next round alone took half a minute.
-    assert told["after"].count(2) >= 6, words
-    assert told["after"].count(2) > told["after"].count(1), words
-    assert max(told["epochs"]) < 1000, words
-    assert told["joined"], words
+    with started(SCRIPT, folder=tmp_path / "log") as peers:
+        peers.says("closed", seconds=270)
