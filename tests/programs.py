@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,6 +29,12 @@ def wait_for(what: Callable[[], T], *, seconds: float, about: str = "") -> T:
             raise AssertionError(f"not within {seconds} s: {about or what}")
         time.sleep(0.05)
     return value
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def start_fresh(

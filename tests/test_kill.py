@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import socket
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +14,11 @@ import psutil
 import pytest
 
 from hiveminer.chain import embedded_wallet
+from hiveminer.runtime.addresses import port_is_free
+from hiveminer.runtime.locks import hold
 from hiveminer.strategies.hivemind.averager import SwarmAverager
 from hiveminer.swarm.processes import sweep
-from programs import Network, Program, descendants_gone, started, wait_for
+from programs import Network, Program, descendants_gone, free_port, wait_for
 
 RUN = """
 [model]
@@ -45,12 +44,6 @@ with Miner() as miner:
     threading.Thread(target=watch, args=(miner,), daemon=True).start()
     miner.run()
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -79,32 +72,15 @@ class Left:
         return [name for name in self.sockets if os.path.exists(name)] + memory + folders
 
 
-def is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return True
-    return False
-
-
-def peers_lock_is_free(port: int) -> bool:
-    path = Path(tempfile.gettempdir()) / f"hiveminer-peer-{port}.lock"
-    if not path.exists():
-        return True
-    with path.open("r+b") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-    return True
-
-
 def all_free(network: Network, ports: dict[str, int]) -> bool:
     """Whether a miner could start with this key and these ports now."""
     with embedded_wallet(network.folder / "network", prefix="miner") as claim:
         key = claim.wallet.hotkey_str == "miner-0"
-    return key and all(map(is_free, ports.values())) and peers_lock_is_free(ports["dht"])
+    lock = hold(Path(tempfile.gettempdir()) / f"hiveminer-peer-{ports['dht']}.lock")
+    if isinstance(lock, str):
+        return False
+    lock.release()
+    return key and all(port_is_free("127.0.0.1", port) for port in ports.values())
 
 
 def pythons(program: Program) -> list[psutil.Process]:
@@ -131,11 +107,9 @@ STATES = {
 }
 
 
-@contextlib.contextmanager
-def killed(network: Network, program: Program, ports: dict[str, int]) -> Iterator[None]:
-    """Kill the main process in the block; then all must be free, and swept, within 5 s."""
+def kill(network: Network, program: Program, ports: dict[str, int]) -> None:
+    """Kill the main process; then all must be free, and swept."""
     left = Left.of(program)
-    yield
     program.process.kill()
     descendants_gone(left.family, seconds=60)
     wait_for(lambda: all_free(network, ports), seconds=60, about="key and ports to be free")
@@ -143,24 +117,16 @@ def killed(network: Network, program: Program, ports: dict[str, int]) -> Iterato
     assert left.files == []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize(
-    "state",
-    [
-        pytest.param("the DHT is forked", marks=pytest.mark.slow),
-        pytest.param("the daemon is started", marks=pytest.mark.slow),
-        pytest.param("the averager is forked", marks=pytest.mark.slow),
-        pytest.param("it serves", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("state", STATES)
 def test_kill_9_of_a_miner_that_starts(state: str, tmp_path: Path) -> None:
     ports = {"axon": free_port(), "dht": free_port()}
     flags = [f"--{name}.port={port}" for name, port in ports.items()]
     with Network(tmp_path, run=RUN) as network:
         miner = network.start("miner-0", *flags, ports=False)
         wait_for(lambda: STATES[state](miner), seconds=90, about=f"{state}: {miner.words}")
-        with killed(network, miner, ports):
-            pass
+        kill(network, miner, ports)
         if state == "it serves":  # and another can have all of it
             again = network.start("miner-again", *flags, ports=False)
             again.says(f"serving on 127.0.0.1 port {ports['axon']}", seconds=90)
@@ -218,8 +184,7 @@ def test_kill_9_of_miners_that_train_and_average(tmp_path: Path) -> None:
         network.start("validator", "--validator.rows", "64")
         wait_for(lambda: network.numbers("train"), seconds=90, about="training")
         miner.says("in a round", seconds=90)
-        with killed(network, miner, ports):
-            pass
+        kill(network, miner, ports)
         trained = len(network.numbers("train"))
         wait_for(lambda: len(network.numbers("train")) > trained, seconds=90, about=other.words)
         left = Left.of(other)
@@ -227,25 +192,3 @@ def test_kill_9_of_miners_that_train_and_average(tmp_path: Path) -> None:
         descendants_gone(left.family, seconds=60)
         sweep()
         assert left.files == []
-
-
-KILLED_TESTS = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from programs import started
-program = started("import time; time.sleep(600)", folder=Path("inner"))
-print("program", program.process.pid, flush=True)
-time.sleep(600)
-"""
-
-
-@pytest.mark.slow
-def test_programs_of_a_killed_test_run_end_with_it(tmp_path: Path) -> None:
-    tests = str(Path(__file__).parent)
-    with started(KILLED_TESTS, tests, folder=tmp_path / "tests") as run:
-        pid = int(run.says("program ", seconds=120).split("program ")[1].split()[0])
-        assert psutil.pid_exists(pid)
-        run.process.kill()
-        run.process.wait(60)
-        wait_for(lambda: not psutil.pid_exists(pid), seconds=60, about="the program's end")

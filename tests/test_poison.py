@@ -135,7 +135,7 @@ def test_a_state_that_the_others_contradict_is_not_loaded(tmp_path: Path) -> Non
         load = swarm.wait(lambda: joiner.events("load"), START_SECONDS)[-1]
         words = joiner.words
         assert load["loaded"], swarm.told()
-        refused = re.findall(r"the state of peer \S+ is not taken: \d of \d peers hold", words)
+        refused = re.findall(r"the state of peer \S+ is refused: \d of \d peers hold", words)
         assert refused, words
         epoch = load["epoch"]
         given = np.load(tmp_path / f"d.{epoch}.load.npy")

@@ -140,16 +140,6 @@ print(multiprocessing.util.get_temp_dir(), flush=True)
 time.sleep(600)
 """
 
-LOCKS = """
-import gc, sys, time
-from multiprocessing.synchronize import SemLock
-gc.unfreeze()  # what was there before the fork too
-locks = [each for each in gc.get_objects() if isinstance(each, SemLock)]
-free = [each.acquire(timeout=5) for each in locks]
-print(f"held: {len(locks)}, all: {all(free)}", flush=True)
-time.sleep(60)
-"""
-
 
 def dead_number() -> int:
     """The number of a process that has ended."""
@@ -240,15 +230,6 @@ def test_the_folder_of_a_killed_program_is_swept(tmp_path: Path) -> None:
         assert not folder.exists()
 
 
-def test_the_tests_programs_share_no_lock(tmp_path: Path) -> None:
-    """They are forked from one that has imported Hivemind, which makes some when it is imported:
-    a program that is stopped while it holds one must not stop the others."""
-    with started(LOCKS, folder=tmp_path / "a") as first:
-        assert "all: True" in first.says("held: ")
-        with started(LOCKS, folder=tmp_path / "b") as second:
-            assert "all: True" in second.says("held: ")
-
-
 @dataclass
 class RunningPeer:
     program: Program
@@ -315,8 +296,7 @@ def test_a_parent_that_dies_before_its_child_has_settled(tmp_path: Path) -> None
 @pytest.mark.timeout(120)
 def test_a_tracker_leaves_no_task_behind(tmp_path: Path) -> None:
     """Python would log each as an error."""
-    path = {"PYTHONPATH": str(Path(__file__).parent)}
-    with started(WAITING_TRACKER, folder=tmp_path / "waiting", env=path) as program:
+    with started(WAITING_TRACKER, folder=tmp_path / "waiting") as program:
         assert "left False []" in program.says("left ", seconds=60)
         assert program.process.wait(60) == 0
         assert "destroyed" not in program.words
@@ -324,8 +304,7 @@ def test_a_tracker_leaves_no_task_behind(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_a_process_ends_with_a_lasting_task_and_says_which(tmp_path: Path) -> None:
-    path = {"PYTHONPATH": str(Path(__file__).parent)}
-    with started(DEAF_PEER, folder=tmp_path / "deaf", env=path) as program:
+    with started(DEAF_PEER, folder=tmp_path / "deaf") as program:
         for name in ("averager", "DHT"):
             program.says(f"lost {name} [", seconds=60)
         assert program.words.count("task that reads the libp2p daemon's answers has died") == 2
