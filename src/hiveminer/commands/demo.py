@@ -341,15 +341,13 @@ def _quantile(values: Sequence[float], share: float) -> float | None:
 
 def plot(lines: Sequence[Line], path: Path) -> None:
     """Draw the miners' losses, the held-out loss and the averaging rounds over time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     if not lines:
         return
     start = min(line["time"] for line in lines)
-    figure, axes = pyplot.subplots(figsize=(9, 4.5), dpi=120)
+    figure = Figure(figsize=(9, 4.5), dpi=120, layout="tight")
+    axes = figure.subplots()
     trained = [line for line in lines if line["kind"] == "train" and line["loss"] is not None]
     for name in sorted({line["name"] for line in trained}):
         points = [(line["time"] - start, line["loss"]) for line in trained if line["name"] == name]
@@ -361,20 +359,20 @@ def plot(lines: Sequence[Line], path: Path) -> None:
             [line["loss"] for line in held],
             color="black", linewidth=2, marker="s", markersize=4, label="held-out rows",
         )  # fmt: skip
-    seen: set[int] = set()
-    for line in lines:
-        if line["kind"] == "epoch" and line["group_size"] > 1 and line["epoch"] not in seen:
-            label = None if seen else "the swarm averages"
-            seen.add(line["epoch"])
-            axes.axvline(line["time"] - start, color="grey", linewidth=0.7, alpha=0.6, label=label)
+    rounds = {
+        line["epoch"]: line["time"] - start
+        for line in reversed(lines)
+        if line["kind"] == "epoch" and line["group_size"] > 1
+    }
+    for number, at in enumerate(rounds.values()):
+        label = None if number else "the swarm averages"
+        axes.axvline(at, color="grey", linewidth=0.7, alpha=0.6, label=label)
     axes.set_xlabel("seconds")
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
 
 
 def main(settings: DemoSettings) -> int:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from hiveminer.config.run import BUILTIN, DataSection, Run, is_local, load_run
+from hiveminer.config.run import BUILTIN, Run, is_local, load_run
 from hiveminer.config.settings import RunCheckSettings, WorkSettings
 from hiveminer.errors import OperatorError, one_line
 from hiveminer.training.data import load_rows, split_held_out
@@ -22,7 +22,7 @@ def main(settings: RunCheckSettings) -> int:
     """Print what is wrong or unwise; 0 when nothing is wrong."""
     run = load_run(settings.file)
     run.check_version()
-    remarks = [*about_swarm(run), *about_unused(run.data)]
+    remarks = [*about_run(run)]
     wrong: list[str] = []
     with _listed(wrong):
         model = shape_of_model(run.model.name, revision=run.model.revision)
@@ -69,8 +69,8 @@ def about_learning_rate(run: Run, *, parameters: int) -> Iterator[str]:
         )
 
 
-def about_swarm(run: Run) -> Iterator[str]:
-    """Remarks on the epochs."""
+def about_run(run: Run) -> Iterator[str]:
+    """Remarks on the epochs, and on keys that change nothing."""
     rows = WorkSettings().rows
     epoch = run.swarm.epoch_samples
     if epoch < rows:
@@ -83,10 +83,7 @@ def about_swarm(run: Run) -> Iterator[str]:
             f"limits.rows {run.limits.rows} is less than the {rows} rows that a validator asks "
             "for by default: its requests are refused, unless it sets --validator.rows"
         )
-
-
-def about_unused(data: DataSection) -> Iterator[str]:
-    """Remarks on keys that change nothing."""
+    data = run.data
     on_hub = data.name != BUILTIN and not is_local(data.name)
     for key, used in (("config", on_hub), ("revision", on_hub), ("rows", data.streaming)):
         if getattr(data, key) and not used:

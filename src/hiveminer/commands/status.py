@@ -170,18 +170,20 @@ def _scores(place: Path) -> dict[str, float]:
 
 def _take(local: Local, hotkey: str, text: bytes) -> None:
     """A miner's `train` and a validator's `answer` are two ends of one call."""
-    with contextlib.suppress(KeyError, TypeError, ValueError):
+    try:
         line = json.loads(text)
-        kind, at = line["kind"], float(line["time"])
-        if kind == "train":
-            _latest(local, hotkey, str(line["caller"]), at)
-        elif kind == "answer":
-            _latest(local, str(line["hotkey"]), hotkey, at)
-        elif kind == "axon":
-            local.refusals[hotkey] = int(line["refused"])
-
-
-def _latest(local: Local, miner: str, validator: str, at: float) -> None:
+    except ValueError:
+        return
+    match line:
+        case {"kind": "train", "time": float(at), "caller": str(validator)}:
+            miner = hotkey
+        case {"kind": "answer", "time": float(at), "hotkey": str(miner)}:
+            validator = hotkey
+        case {"kind": "axon", "refused": int(refused)}:
+            local.refusals[hotkey] = refused
+            return
+        case _:
+            return
     calls = local.last_calls.setdefault(miner, {})
     calls[validator] = max(at, calls.get(validator, 0.0))
 

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import bittensor as bt
@@ -22,22 +23,15 @@ Verdict = Literal["passed", "warned", "failed"]
 class Check:
     """The result of one check: what was found, and what to do about it."""
 
-    name: str
     verdict: Verdict
     found: str
     cure: str = ""
+    name: str = ""
 
 
-def passed(found: str) -> Check:
-    return Check("", "passed", found)
-
-
-def warned(found: str, cure: str) -> Check:
-    return Check("", "warned", found, cure)
-
-
-def failed(found: str, cure: str) -> Check:
-    return Check("", "failed", found, cure)
+passed = partial(Check, "passed")
+warned = partial(Check, "warned")
+failed = partial(Check, "failed")
 
 
 @dataclass
