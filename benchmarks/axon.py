@@ -286,7 +286,7 @@ async def fuzz(target: Target, metrics_port: int, *, count: int) -> dict[str, An
     """Send malformed requests, signed by the registered hotkeys in turn."""
     raws = fuzzed(target, count)
     statuses: Counter[int] = Counter()
-    turns = iter(bar(range(count), f"{target.name}: fuzz"))
+    turns = bar(range(count), f"{target.name}: fuzz")
 
     async def fuzzer() -> None:
         for number in turns:
@@ -311,7 +311,7 @@ async def fuzz(target: Target, metrics_port: int, *, count: int) -> dict[str, An
 def fuzzed(target: Target, count: int) -> Callable[[int], bytes]:
     """The bytes of the malformed request of each number, signed when they are asked for."""
     sys.path.append(str(ROOT / "tests"))
-    from malformed import change, many  # type: ignore[import-not-found]
+    from malformed import change, many
 
     hotkeys = [wallet.hotkey.ss58_address for wallet in target.wallets]
     drawn = many(-(-count // 8), hotkeys=[*hotkeys[:1], target.hotkey])
@@ -614,9 +614,13 @@ def say(text: str) -> None:
     print(f"axon {time.strftime('%H:%M:%S')}: {text}", file=sys.stderr, flush=True)
 
 
-def bar(items: range, title: str) -> Any:
+def bar(items: range, title: str) -> Iterator[int]:
+    """The items, and a line or a progress bar that says how far it is."""
     say(title)
-    return progress_bar(items, title=title, unit="call")
+    with progress_bar(title=title, total=len(items), unit="call", shown=True) as shown:
+        for item in items:
+            yield item
+            shown.update()
 
 
 def arguments(argv: Sequence[str]) -> argparse.Namespace:

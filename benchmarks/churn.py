@@ -460,7 +460,10 @@ def measure(
 ) -> Measured:
     folder.mkdir()
     total = calm_seconds + seconds
-    with Miners(kind, folder=folder) as miners, progress_bar(title=kind, total=total) as bar:
+    with (
+        Miners(kind, folder=folder) as miners,
+        progress_bar(title=kind, total=total, unit="s", shown=True) as bar,
+    ):
         miners.start(0)
         known = folder / "0.address"
         if not miners.wait(known.exists, seconds=START_SECONDS):
