@@ -68,7 +68,8 @@ def read(
         return tree.model_validate(_nested(values, mine))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        key = next((key for key in _prefixes(first["loc"]) if key in mine), None)
+        place = ".".join(map(str, first["loc"]))
+        key = next((key for key in mine if f"{place}.".startswith(f"{key}.")), None)
         words = _reason(first, mine.get(key or ""))
         if key is None:  # a check across several settings, which names them itself
             raise OperatorError(one_line(words)) from None
@@ -242,11 +243,6 @@ def _nested(values: Mapping[str, Any], mine: Iterable[str]) -> dict[str, Any]:
 
 
 # --- words -----------------------------------------------------------------------------------
-
-
-def _prefixes(place: Sequence[int | str]) -> Iterator[str]:
-    for end in range(len(place), 0, -1):
-        yield ".".join(str(part) for part in place[:end])
 
 
 def _reason(error: Mapping[str, Any], field: FieldInfo | None) -> str:

@@ -21,9 +21,6 @@ from hiveminer.__version__ import __version__
 from hiveminer.config import files, flags
 from hiveminer.config.peers import checked_peer
 
-NETWORKS = ("embedded", "finney", "test", "local")
-
-
 # --- kinds of values -------------------------------------------------------------------------
 
 
@@ -34,22 +31,13 @@ def _check_ip(text: str) -> str:
         raise ValueError("must be an IP address such as 192.0.2.1") from None
 
 
-def _check_name(text: str) -> str:
-    if not re.fullmatch(r"[^\s/\\.][^\s/\\]{0,127}", text):
-        raise ValueError("must be a name, without spaces and slashes")
-    return text
+def _matching(pattern: str, what: str) -> AfterValidator:
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"must be {what}")
+        return text
 
-
-def _check_network(text: str) -> str:
-    if text not in NETWORKS and not re.fullmatch(r"wss?://[^\s/]\S*", text):
-        raise ValueError(f"must be {', '.join(NETWORKS)}, or an address such as wss://host:443")
-    return text
-
-
-def _check_device(text: str) -> str:
-    if not re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", text):
-        raise ValueError("must be cpu, cuda, cuda:0 (or another number) or mps")
-    return text
+    return AfterValidator(check)
 
 
 def _expand(value: object) -> object:
@@ -65,9 +53,17 @@ def _split(value: object) -> object:
 
 
 Ip = Annotated[str, AfterValidator(_check_ip)]
-Name = Annotated[str, AfterValidator(_check_name)]
-Network = Annotated[str, AfterValidator(_check_network)]
-Device = Annotated[str, AfterValidator(_check_device)]
+Name = Annotated[str, _matching(r"[^\s/\\.][^\s/\\]{0,127}", "a name, without spaces and slashes")]
+Network = Annotated[
+    str,
+    _matching(
+        r"embedded|finney|test|local|wss?://[^\s/]\S*",
+        "embedded, finney, test, local, or an address such as wss://host:443",
+    ),
+]
+Device = Annotated[
+    str, _matching(r"cpu|mps|cuda(:\d{1,3})?", "cpu, cuda, cuda:0 (or another number) or mps")
+]
 Peer = Annotated[str, AfterValidator(checked_peer)]
 Peers = Annotated[list[Peer], BeforeValidator(_split)]
 Folder = Annotated[Path, BeforeValidator(_expand)]

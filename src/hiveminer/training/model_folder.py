@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -27,8 +28,6 @@ from hiveminer.runtime.files import sync
 from hiveminer.training.model import weights_hash
 
 CARD, RUN_FILE, FACTS = "README.md", "run.toml", "hiveminer.json"
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 LIBRARIES = ("torch", "transformers", "hivemind", "bittensor")
 
@@ -87,7 +86,7 @@ def save_model(
     if not replace:
         check_absent(folder)
     facts = _facts(model, origin, dtype)
-    model.to(DTYPES[dtype])  # type: ignore[arg-type]
+    model.to(getattr(torch, dtype))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(
@@ -169,18 +168,12 @@ def license_of(run: Run) -> str | None:
     if name == BUILTIN or not is_local(name):
         return None
     try:
-        lines = (Path(name).expanduser() / CARD).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        card = (Path(name).expanduser() / CARD).read_text(encoding="utf-8")
+        start, front, _ = card.split("---\n", 2)
+    except (OSError, ValueError):  # no card, not UTF-8, or without a front matter
         return None
-    if not lines or lines[0].strip() != "---":
-        return None
-    for line in lines[1:100]:
-        key, _, value = line.partition(":")
-        if line.strip() == "---":
-            return None
-        if key.strip() == "license" and value.strip():
-            return value.strip().strip("\"'")
-    return None
+    found = re.search(r"""^license: *["']?([^\s"'].*?)["']?\s*$""", front, re.MULTILINE)
+    return found[1] if found and not start else None
 
 
 def card(facts: Mapping[str, Any], run: Run) -> str:
