@@ -13,14 +13,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
+    AutoConfig,
+    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from hiveminer.errors import OperatorError
@@ -38,37 +34,25 @@ def tiny_model(
 ) -> PreTrainedModel:
     """The same numbers each time, large enough that tokens differ in loss."""
     torch.manual_seed(7)
-    llama: dict[str, Any] = {
-        "vocab_size": vocabulary,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": POSITIONS,
-        "initializer_range": 0.3,
-        "bos_token_id": END,
-        "eos_token_id": END,
-    }
-    if architecture == "llama":
-        return LlamaForCausalLM(LlamaConfig(**llama))
-    if architecture == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(**llama))
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocabulary,
-            n_embd=16,
-            n_layer=layers,
-            n_head=2,
-            n_positions=POSITIONS,
-            initializer_range=0.3,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=END,
-            eos_token_id=END,
-        )
+    config = AutoConfig.for_model(
+        architecture,
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=POSITIONS,
+        initializer_range=0.3,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=END,
+        eos_token_id=END,
     )
+    auto: Any = AutoModelForCausalLM
+    model: PreTrainedModel = auto.from_config(config)
+    return model
 
 
 def tiny_tokenizer(
