@@ -22,7 +22,7 @@ from hiveminer.strategies.base import (
     Strategy,
     local_step,
 )
-from hiveminer.training.optimizer import build_optimizer, parameter_groups
+from hiveminer.training.optimizer import build_optimizer
 from hiveminer.training.trainer import Step
 
 
@@ -66,8 +66,7 @@ class InProcessStrategy(Strategy):
         self.syncs = 0
         self._epoch = 0
         section = context.task.run.optimizer
-        groups = parameter_groups(self.model.parameters(), weight_decay=section.weight_decay)
-        self.optimizer = build_optimizer(groups, section)
+        self.optimizer = build_optimizer(self.model.parameters(), section)
 
     @property
     def epoch(self) -> int:

@@ -25,7 +25,7 @@ from hiveminer.config.settings import Settings
 from hiveminer.errors import SwarmError
 from hiveminer.runtime.addresses import ask_outside
 from hiveminer.swarm import Identity
-from hiveminer.training.optimizer import build_optimizer, parameter_groups
+from hiveminer.training.optimizer import build_optimizer
 from hiveminer.training.task import Task
 from hiveminer.training.trainer import LocalStep, Step
 
@@ -249,7 +249,6 @@ ObserverFactory = Callable[[Context], Observer]
 
 def local_step(model: nn.Module, state: GlobalState, *, section: OptimizerSection) -> Step:
     """The run's optimizer on a model, with the optimizer state of a global state."""
-    groups = parameter_groups(model.parameters(), weight_decay=section.weight_decay)
-    optimizer = build_optimizer(groups, section)
+    optimizer = build_optimizer(model.parameters(), section)
     optimizer.load_state_dict(copy.deepcopy(state.optimizer))
     return LocalStep(optimizer)

@@ -57,7 +57,7 @@ class Progress:
     """A miner's counts and checkpoints.
 
     strategy: before it has joined. run_id: checkpoints of other runs are refused. every_seconds:
-    minimum between two checkpoints. last_seconds: how long `keep_last` waits.
+    minimum between two checkpoints.
 
     All but `keep_last` and `close` is called in the training thread.
     """
@@ -69,14 +69,13 @@ class Progress:
         *,
         run_id: str,
         every_seconds: float,
-        last_seconds: float = LAST_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ):
         self.strategy = strategy
         self.checkpoints = checkpoints
         self.run_id = run_id
         self.every_seconds = every_seconds
-        self.last_seconds = last_seconds
+        self.last_seconds = LAST_SECONDS
         self.trained = Trained()
         self._clock = clock
         self._kept_at = clock()

@@ -42,7 +42,7 @@ class CuttingFollower(Follower):
         self._looked_back = -1
         self._why = (-1, "")
 
-    def before_records(self, number: int, head: int) -> None:
+    def before_records(self, number: int) -> None:
         position = self.replica.position
         self._why = number, self.problem or "the run's state has not arrived yet"
         if self.problem or position.base is None or position.round != number - 1:

@@ -17,7 +17,6 @@ from hivemind.p2p import P2P, PeerID
 from hiveminer.errors import SwarmError
 from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.pieces import (
-    Manifest,
     Piece,
     StateBuilder,
     StateError,
@@ -54,7 +53,6 @@ AGAIN_SECONDS = 0.5
 """Pause before peers are asked again for what none of them had."""
 
 _MASK_BYTES = MAX_UIDS // 8
-_NO_HASH = bytes(32)
 
 
 class Fetching:
@@ -137,7 +135,11 @@ class Fetching:
         raw = await insist(digest, manifest_length(shapes))
         if raw is None:
             return None
-        manifest = _manifest(digest, raw, shapes)
+        try:
+            manifest = read_manifest(raw, shapes)
+        except StateError as error:  # the chain named something else
+            name = digest.hex()[:16]
+            raise SwarmError(f"state {name} is none of this model's: {error}") from None
         builder = StateBuilder(manifest, shapes)
         is_complete = True
 
@@ -173,7 +175,7 @@ class Fetching:
 
         async def ask(peer: PeerID) -> None:
             mask = bytearray()
-            request = REQUEST.pack(HAVE, _NO_HASH, number)
+            request = REQUEST.pack(HAVE, bytes(32), number)
             async with limit:
                 await self._call(
                     peer, request, size=_MASK_BYTES, into=mask, answer_seconds=timeout_seconds,
@@ -225,7 +227,7 @@ class Fetching:
                     )  # fmt: skip
                 givers += [peer] * (len(data) > before)
                 if len(data) == size:
-                    if await asyncio.to_thread(_has_hash, data, digest):
+                    if (await asyncio.to_thread(hashlib.sha256, data)).digest() == digest:
                         return bytes(data)
                     if len(givers) == 1:
                         self._admission.shun(peer, "what it sent has another hash")
@@ -253,13 +255,6 @@ class Fetching:
         (self._silent.discard if answers else self._silent.add)(str(peer))
 
 
-def _manifest(digest: bytes, raw: bytes, shapes: Mapping[str, torch.Size]) -> Manifest:
-    try:
-        return read_manifest(raw, shapes)
-    except StateError as error:  # the chain named something else
-        raise SwarmError(f"state {digest.hex()[:16]} is none of this model's: {error}") from None
-
-
 async def _at_most(count: int, work: Sequence[Awaitable[None]]) -> None:
     """Run these, at most `count` at a time."""
     semaphore = asyncio.Semaphore(count)
@@ -271,7 +266,3 @@ async def _at_most(count: int, work: Sequence[Awaitable[None]]) -> None:
     async with asyncio.TaskGroup() as group:
         for each in work:
             group.create_task(run(each))
-
-
-def _has_hash(data: bytearray, digest: bytes) -> bool:
-    return hashlib.sha256(data).digest() == digest

@@ -74,8 +74,7 @@ class Follower(ABC):
 
     # The role -----------------------------------------------------------------------
 
-    @abstractmethod
-    def before_records(self, number: int, head: int) -> None:
+    def before_records(self, number: int) -> None:  # noqa: B027 - optional
         """Called at each poll from the cut of round `number` until its records' deadline."""
 
     @abstractmethod
@@ -129,7 +128,7 @@ class Follower(ABC):
         if final >= schedule.records_block(number):
             self.after_records(self._records(number), head)
         elif schedule.cut_block(number) <= head < schedule.records_block(number):
-            self.before_records(number, head)
+            self.before_records(number)
 
     # Deciding -----------------------------------------------------------------------
 
@@ -158,18 +157,15 @@ class Follower(ABC):
         kept: list[Facts] = []
         for number in range(newest, -1, -1):
             try:
-                facts = self._facts(number)
+                kept.append(self._facts(number))
             except ChainError:
                 break  # pruned, or the chain does not answer
-            kept.append(facts)
-            if decide(self.plan.rules, facts).parent is not None:
-                break
+            if decide(self.plan.rules, kept[-1]).parent is not None:
+                for facts in reversed(kept):
+                    self._settle(facts)
+                return
         if newest >= 0 and not kept:
             raise ChainError(f"round {newest} cannot be read yet")
-        if kept and decide(self.plan.rules, kept[-1]).parent is not None:
-            for facts in reversed(kept):
-                self._settle(facts)
-            return
         self.replica.start_at(newest, self._start_state)
         self.log.add_state(max(0, newest + 1), self._start_state)
         self.shelf.serve_states(self.replica.states.values())

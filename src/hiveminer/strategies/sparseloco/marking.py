@@ -23,9 +23,6 @@ class MarkingFollower(Follower):
     _marked = -1
     _why = (-1, "")
 
-    def before_records(self, number: int, head: int) -> None:
-        """There is nothing to check yet."""
-
     def after_records(self, facts: Facts, head: int) -> None:
         base = self.replica.position.base
         deadline = self.plan.rules.schedule.marks_block(facts.round)

@@ -13,17 +13,12 @@ protocol is docs/sparseloco.md.
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from hiveminer.strategies.sparseloco.records import (
-    MAX_UIDS,
-    Mark,
-    decode_mark,
-    decode_record,
-)
+from hiveminer.strategies.sparseloco.records import MAX_UIDS, decode_mark, decode_record
 from hiveminer.strategies.sparseloco.schedule import Schedule
 
 INCENTIVE_PLACES = Fraction(4, 5)
@@ -130,15 +125,20 @@ def decide(rules: Rules, facts: Facts) -> Decision:
     """
     _check_blocks(rules.schedule, facts)
     stakes = {n.hotkey: max(1, n.stake) for n in facts.neurons if n.permit}
-    marks = _marks(rules, facts, stakes)
+    marks = {
+        hotkey: mark
+        for hotkey in stakes
+        if (mark := decode_mark(facts.marks.get(hotkey))) is not None
+        and (mark.run, mark.round) == (rules.run, facts.round)
+    }
     marking = sum(stakes[hotkey] for hotkey in marks)
     if not marks or marking < rules.quorum * sum(stakes.values()):
         return Decision(facts.round, None, reason="too little stake marked")
-    by_state: defaultdict[bytes, int] = defaultdict(int)
+    by_state: Counter[bytes] = Counter()
     for hotkey, mark in marks.items():
         by_state[mark.state] += stakes[hotkey]
-    parent = next((state for state, stake in by_state.items() if 2 * stake > marking), None)
-    if parent is None:
+    parent, stake = by_state.most_common(1)[0]
+    if 2 * stake <= marking:
         return Decision(facts.round, None, reason="no state was named by more than half")
     behind = [(stakes[hotkey], mark) for hotkey, mark in marks.items() if mark.state == parent]
 
@@ -175,23 +175,10 @@ def first_places(
 
 def _check_blocks(schedule: Schedule, facts: Facts) -> None:
     read = (facts.first_block.number, facts.records_block.number, facts.marks_block.number)
-    due = (
-        schedule.first_block(facts.round),
-        schedule.records_block(facts.round),
-        schedule.marks_block(facts.round),
-    )
+    blocks = schedule.first_block, schedule.records_block, schedule.marks_block
+    due = tuple(block(facts.round) for block in blocks)
     if read != due:
         raise ValueError(f"round {facts.round} is decided at blocks {due}, these are {read}")
-
-
-def _marks(rules: Rules, facts: Facts, permitted: Iterable[bytes]) -> dict[bytes, Mark]:
-    """By hotkey, the permitted validators' marks of this run and round."""
-    marks = {}
-    for hotkey in permitted:
-        mark = decode_mark(facts.marks.get(hotkey))
-        if mark is not None and (mark.run, mark.round) == (rules.run, facts.round):
-            marks[hotkey] = mark
-    return marks
 
 
 def _records(

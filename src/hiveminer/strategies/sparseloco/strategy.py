@@ -198,7 +198,7 @@ class SparselocoStrategy(Strategy):
         if moves != self._moves:
             self._moves = moves
             seconds = time.monotonic() - began
-            self.on_round(RoundResult(self.epoch, max(1, self.follower.contributors), seconds))
+            self.on_round(RoundResult(self.epoch, self.peers, seconds))
 
     # The follower's thread ---------------------------------------------------------------
 
@@ -253,7 +253,5 @@ class SparselocoStrategy(Strategy):
         if newest is not None and newest >= cut.round:
             return
         own = cuts[cut.blob_hash].cut
-        if len(own.left) != len(own.sent):
-            return
         learned = {name: q.add(own.left[name]) for name, q in own.sent.items()}
         self._resume(position, cuts, learned)
