@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,12 +20,16 @@ from hiveminer.strategies.sparseloco.replay import verify
 from hiveminer.strategies.sparseloco.strategy import SparselocoStrategy
 from hiveminer.strategies.sparseloco.update import Cut
 from hiveminer.training.model import load_model
+from programs import wait_for
 
 slow = pytest.mark.slow
 
 
 def counted(peers: Peers) -> list[tuple[int, ...]]:
-    """By round, the uids that count, as the validator's log has it."""
+    """By round, the uids that count, as the validator's log has it; the last one is settled, and
+    all peers hold the same state."""
+    peers.block(4)
+    assert len(peers.states()) == 1
     report = verify(peers.validator.follower.log, peers.validator.replica.plan)
     return [tuple(c.uid for c in each.decision.contributions) for each in report.rounds]
 
@@ -79,8 +81,6 @@ def test_nothing_is_lost_of_what_did_not_count(tmp_path: Path) -> None:
     assert max(float(u.abs().max()) for u in learned.values()) > 0.05
     peers.is_validating = True
     peers.round(2)
-    peers.block(4)
-    assert len(peers.states()) == 1
     assert counted(peers)[-1] == (0, 1, 2)
 
 
@@ -131,8 +131,6 @@ def test_a_joiner_takes_the_state_and_counts(tmp_path: Path) -> None:
     joiner = peers.start(3)
     assert not peers.train(joiner)  # what is trained before the state is there is discarded
     peers.round(2)
-    peers.block(4)
-    assert len(peers.states()) == 1
     assert counted(peers)[-1] == (0, 1, 2, 3)
 
 
@@ -149,14 +147,13 @@ def test_a_download_that_outlasts_rounds_is_finished_with_the_blobs_since(tmp_pa
     for each in (3, 3, count - 6):
         peers.short_round()
         pieces.release(each)
-        wait_for(lambda: pieces._value == 0)
+        wait_for(lambda: pieces._value == 0, seconds=60)
     assert not joiner.replica.is_ready
-    wait_for(lambda: "state" not in {thread.name for thread in threading.enumerate()})
+    names = (thread.name for thread in threading.enumerate())
+    wait_for(lambda: "state" not in names, seconds=60)
     peers.short_round()
     assert joiner.replica.is_ready
     peers.short_round(2)
-    peers.block(4)
-    assert len(peers.states()) == 1
     assert counted(peers)[-1] == (0, 3)
 
 
@@ -177,10 +174,9 @@ def test_a_restart_loses_no_round_and_publishes_once(tmp_path: Path, block: int)
     resumed = again.replica.snapshot(parameters(peers, 1))[2]
     torch.testing.assert_close(resumed, u, atol=1e-5, rtol=0)
     peers.round(3)
-    peers.block(4)
-    assert len(peers.states()) == 1
+    uids = counted(peers)
     assert_published_once(commits + peers.views[1].commits)
-    assert sum(1 in uids for uids in counted(peers)) >= len(counted(peers)) - 2
+    assert sum(1 in each for each in uids) >= len(uids) - 2
     report = verify(again.follower.log, again.replica.plan)
     assert report.verified, report.problems
 
@@ -197,8 +193,7 @@ def test_a_crash_after_a_cut_without_a_checkpoint_publishes_once(
     again = peers.start(1)
     again._resume_cut()  # the first thing that `join` does
     peers.round(2)
-    peers.block(4)
-    assert len(peers.states()) == 1
+    assert counted(peers)
     assert_published_once(commits + peers.views[1].commits)
 
 
@@ -218,8 +213,7 @@ def test_a_checkpoint_of_an_earlier_cut_does_not_hide_the_last_one(tmp_path: Pat
     peers.train(again)
     again.follower.follow()
     peers.round()
-    peers.block(4)
-    assert len(peers.states()) == 1
+    assert counted(peers)
     assert_published_once(commits + peers.views[1].commits)
 
 
@@ -245,17 +239,8 @@ def test_weights_that_are_not_finite_are_not_cut(tmp_path: Path) -> None:
     peers.round()
     assert not peers.miners[1].recover()
     peers.round()
-    peers.block(4)
-    assert len(peers.states()) == 1
     uids = counted(peers)
     assert uids[-2:] == [(0, 2), (0, 1, 2)]
-
-
-def wait_for(condition: Callable[[], bool], *, timeout_seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def assert_published_once(commits: list[bytes]) -> None:
@@ -270,56 +255,32 @@ def test_a_withheld_blob_voids_one_round(tmp_path: Path) -> None:
     """All lose a blob right after it was marked: the next marks name the older state."""
     peers = Peers(tmp_path)
     peers.round(3)
-    while not any(mark_of(peers)):
+    while key(peers.validator_uid) not in peers.network.pending:
         peers.block()
     cut = peers.miners[2].replica.position.cut
     assert cut is not None
     peers.swarm.withheld.add(cut.blob_hash)
-    remove_blob(peers, cut.blob_hash)
+    for uid in (0, 1, peers.validator_uid):
+        (peers.folder / str(uid) / "blobs" / cut.blob_hash.hex()).unlink(missing_ok=True)
     peers.round(3)
-    peers.block(4)
-    assert len(peers.states()) == 1
     uids = counted(peers)
     assert (0, 1, 2) in uids[-2:]
     assert sum(not each for each in uids[3:]) <= 2
 
 
-def mark_of(peers: Peers) -> list[bytes]:
-    """The validator's mark that was committed in this block."""
-    raw = peers.network.pending.get(key(peers.validator_uid))
-    return [raw] if raw else []
-
-
-def remove_blob(peers: Peers, digest: bytes) -> None:
-    for uid in (*peers.miners, peers.validator_uid):
-        if uid != 2:
-            (peers.folder / str(uid) / "blobs" / digest.hex()).unlink(missing_ok=True)
-
-
-def test_a_stall_of_finality_costs_rounds_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["stalled", "down"])
+def test_a_chain_that_stalls_or_does_not_answer_costs_rounds_and_nothing_else(
+    tmp_path: Path, fault: str
+) -> None:
     peers = Peers(tmp_path)
-    peers.round(3)
-    peers.network.stalled = True
     peers.round(2)
-    peers.network.stalled = False
+    setattr(peers.network, fault, True)
     peers.round(2)
-    peers.block(4)
-    assert len(peers.states()) == 1
+    setattr(peers.network, fault, False)
+    peers.round(2)
     assert counted(peers)[-1] == (0, 1, 2)
     report = verify(peers.miners[0].follower.log, peers.miners[0].replica.plan)
     assert report.verified, report.problems
-
-
-def test_a_chain_that_does_not_answer_is_waited_for(tmp_path: Path) -> None:
-    peers = Peers(tmp_path)
-    peers.round(2)
-    peers.network.down = True
-    peers.round(1)
-    peers.network.down = False
-    peers.round(3)
-    peers.block(4)
-    assert len(peers.states()) == 1
-    assert counted(peers)[-1] == (0, 1, 2)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
@@ -338,8 +299,6 @@ def test_a_local_folder_trains_and_what_is_frozen_stays_at_home(
     before = peers.loss()
     start = {name: value.clone() for name, value in peers.miners[0].model.named_parameters()}
     peers.round(4)
-    peers.block(4)
-    assert len(peers.states()) == 1
     assert counted(peers)[-1] == (0, 1)
     assert peers.loss() < before
     state = peers.validator.replica.state
