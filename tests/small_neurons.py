@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 import random
 import string
 import threading
@@ -99,7 +98,6 @@ def small_validator(
     groups["neuron"] = {"run": small_run(folder, rows=60)} | groups.get("neuron", {})
     settings = settings_in(folder, ValidatorSettings, **groups)
     with (
-        quiet(),
         cls(settings, chain=chain, metrics=metrics, observer=Hub().observer) as validator,
     ):
         yield validator
@@ -111,7 +109,7 @@ def miner_alone(
 ) -> Iterator[Miner]:
     """A whole miner of a small run, in a swarm of its own within this process."""
     settings = miner_settings(folder, neuron={"run": small_run(folder, toml, rows=60)})
-    with quiet(), Miner(settings, strategy=strategy or Hub().strategy) as miner:
+    with Miner(settings, strategy=strategy or Hub().strategy) as miner:
         yield miner
 
 
@@ -166,7 +164,7 @@ class Running:
 @contextlib.contextmanager
 def running(settings: MinerSettings, chain: Chain | None = None) -> Iterator[Running]:
     """A small miner that serves until the block ends."""
-    with quiet(), SmallMiner(settings, chain=chain) as miner:
+    with SmallMiner(settings, chain=chain) as miner:
         program = Running(miner)
         try:
             yield program
@@ -174,23 +172,6 @@ def running(settings: MinerSettings, chain: Chain | None = None) -> Iterator[Run
             miner.neuron.stopping.set()
             program.thread.join(60)
             assert not program.thread.is_alive()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Neurons configure the process's logging; leave it as it was."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    levels = {
-        name: logging.getLogger(name).level for name in ("hiveminer", "bittensor", "hivemind")
-    }
-    try:
-        yield
-    finally:
-        root.handlers[:] = handlers
-        root.setLevel(level)
-        for name, old in levels.items():
-            logging.getLogger(name).setLevel(old)
 
 
 def told(caplog: pytest.LogCaptureFixture, event: str) -> list[str]:

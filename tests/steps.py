@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
 import torch
 from tiny import END
 from torch import Tensor, nn
@@ -28,14 +27,6 @@ ROWS = [
     "7 1",
 ]
 TOKENS = 5 + 2 + 12 + 1 + 3 + 0 + 7 + 3 + 2
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def ids(text: str) -> list[int]:

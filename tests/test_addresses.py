@@ -12,7 +12,7 @@ from typing import Any
 import bittensor as bt
 import pytest
 from chain_worker import new_keys
-from small_neurons import Running, SmallMiner, miner_settings, quiet
+from small_neurons import Running, SmallMiner, miner_settings
 
 from hiveminer.chain import Chain, EmbeddedSubstrate, join_embedded
 from hiveminer.config.settings import MinerSettings
@@ -141,7 +141,6 @@ def test_the_address_is_asked_for_once_and_put_on_the_chain(tmp_path: Path) -> N
     settings = on_testnet(tmp_path)
     with (
         network.open() as chain,
-        quiet(),
         SmallMiner(settings, chain=chain, ask_outside=ask) as miner,
     ):
         program = Running(miner)
@@ -159,7 +158,6 @@ def test_the_address_is_asked_for_once_and_put_on_the_chain(tmp_path: Path) -> N
 
     with (
         network.open() as chain,
-        quiet(),
         SmallMiner(settings, chain=chain, ask_outside=nobody) as miner,
     ):
         assert miner.public_ip == "93.184.216.34"
@@ -177,10 +175,10 @@ def test_a_given_address_is_not_asked_for_and_is_checked_at_once(
         settings = miner_settings(
             tmp_path, subtensor={"network": "test"}, **{flag: {"external_ip": ip}}
         )
-        with network.open() as chain, quiet(), pytest.raises(OperatorError) as raised:
+        with network.open() as chain, pytest.raises(OperatorError) as raised:
             SmallMiner(settings, chain=chain, ask_outside=ask)
         assert str(raised.value).endswith(f"give the public address with --{flag}.external_ip")
-    with network.open() as chain, quiet():
+    with network.open() as chain:
         SmallMiner(on_testnet(tmp_path, external_ip="10.0.0.9"), chain=chain, ask_outside=ask)
         assert "10.0.0.9 is a private address" in caplog.text
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from serving import MINER, VALIDATOR, serving, ss58
-from steps import one_thread  # noqa: F401 - a fixture
 
 from hiveminer.protocol import Train
 from hiveminer.rpc.dendrite import Dendrite, Endpoint

@@ -19,7 +19,6 @@ from small_neurons import (
     SmallMiner,
     miner_alone,
     miner_settings,
-    quiet,
     small_validator,
     told,
 )
@@ -122,16 +121,16 @@ def test_a_line_that_is_no_event_has_none(caplog: pytest.LogCaptureFixture) -> N
 def test_each_line_names_role_and_key(
     key: dict[str, str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with quiet(), SmallMiner(miner_settings(tmp_path, wallet=key)) as miner:
+    with SmallMiner(miner_settings(tmp_path, wallet=key)) as miner:
         assert miner.neuron.name == named
         hotkey = miner.neuron.hotkey
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) >= 3
     assert all(re.match(rf"\d\d:\d\d:\d\d {named} INFO ", line) for line in lines), lines
-    with quiet():  # on a real network a key has no name that would tell it from others
-        configure_logging(miner_settings(tmp_path), f"miner {hotkey[:8]}")
-        logging.getLogger("bittensor.x").warning("theirs")
-        logging.getLogger("hivemind.x").warning("theirs too")
+    # On a real network a key has no name that would tell it from others.
+    configure_logging(miner_settings(tmp_path), f"miner {hotkey[:8]}")
+    logging.getLogger("bittensor.x").warning("theirs")
+    logging.getLogger("hivemind.x").warning("theirs too")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" ", 1)[1] for line in lines] == [
         f"miner {hotkey[:8]} WARNING theirs",
@@ -186,7 +185,7 @@ def test_a_request_that_hangs_is_reported_once_with_the_calls_of_its_thread(
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    with quiet(), StuckMiner(miner_settings(tmp_path)) as miner:
+    with StuckMiner(miner_settings(tmp_path)) as miner:
         miner.queue.start()
         asked = request(timeout_seconds=0.05)
         job = miner.queue.submit(lambda: miner._forward(asked), caller="5", key="1", priority=1)
@@ -249,7 +248,7 @@ def test_a_clash_names_package_version_range_and_the_pip_line(other_hiveminer: N
 def test_a_neuron_tells_of_a_clash_when_it_starts(
     tmp_path: Path, other_hiveminer: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with quiet(), SmallMiner(miner_settings(tmp_path)):
+    with SmallMiner(miner_settings(tmp_path)):
         words = told(caplog, "dependencies")
     assert [line.split()[0] for line in words] == ["numpy", "no-such-package-at-all"]
 
@@ -279,7 +278,7 @@ def test_the_embedded_network_says_that_it_is_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    with quiet(), SmallMiner(miner_settings(tmp_path)):
+    with SmallMiner(miner_settings(tmp_path)):
         pass
     (words,) = told(caplog, "embedded_chain")
     assert words.startswith(f"This is the embedded network: a chain in {tmp_path / 'network'}")

@@ -14,7 +14,7 @@ import pytest
 from chain_worker import Keys, new_keys
 from flaky_subnet import Subnet, address, earned
 from flaky_substrate import FlakySubstrate, refusal
-from small_neurons import SmallMiner, miner_settings, quiet, running
+from small_neurons import SmallMiner, miner_settings, running
 
 from hiveminer.chain import Chain, join_embedded, snapshot
 from hiveminer.config.settings import MinerSettings
@@ -211,7 +211,7 @@ def test_without_a_snapshot_an_outage_at_start_is_one_line(subnet: Subnet, tmp_p
     flaky = subnet.new_substrate()
     flaky.down = True
     chain = subnet.chain(flaky, must_connect=False)
-    with quiet(), pytest.raises(ChainError, match="the node is away"):
+    with pytest.raises(ChainError, match="the node is away"):
         SmallMiner(miner_settings(tmp_path), chain=chain)
     with pytest.raises(ChainError, match="connecting on embedded: the node is away"):
         subnet.chain(flaky)
@@ -231,7 +231,7 @@ def test_a_refusal_is_no_outage(subnet: Subnet, tmp_path: Path) -> None:
     subnet.substrate.deregister(address(keys), netuid=1)
     subnet.substrate.set_hyperparameters(1, registration_allowed=0)
     chain = subnet.chain(subnet.new_substrate(), keys)
-    with quiet(), pytest.raises(ChainError, match="takes no registrations"):
+    with pytest.raises(ChainError, match="takes no registrations"):
         SmallMiner(miner_settings(tmp_path), chain=chain)
 
 
@@ -244,7 +244,6 @@ def test_not_registered_on_a_real_network_exits_2_with_line_and_price(
     settings: MinerSettings = miner_settings(tmp_path, subtensor={"network": "test"})
     with (
         Chain(network="test", netuid=1, wallet=wallet, client=client) as chain,
-        quiet(),
         pytest.raises(NotYetRegistered) as raised,
     ):
         SmallMiner(settings, chain=chain)

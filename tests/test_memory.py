@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from in_process import Hub, InProcessStrategy
-from small_neurons import miner_settings, quiet
+from small_neurons import miner_settings
 from steps import (
     LONGEST,
     ROWS,
-    one_thread,  # noqa: F401 - a fixture
     trainer,
 )
 from tiny import tiny_model
@@ -121,7 +120,7 @@ def test_no_device_is_touched_before_the_strategy_is_built(tmp_path: Path) -> No
         return Hub().strategy(context)
 
     try:
-        with quiet(), miner.Miner(miner_settings(tmp_path), strategy=forking) as one:
+        with miner.Miner(miner_settings(tmp_path), strategy=forking) as one:
             assert one.trainer.device == one.device
     finally:
         forbidden.undo()
@@ -132,5 +131,5 @@ def test_a_miner_without_the_memory_says_so_before_its_strategy_is_built(tmp_pat
         raise AssertionError("the strategy was built")
 
     words = r"0\.9M parameters .* this machine has 0\.00 GiB left"
-    with quiet(), pytest.raises(OperatorError, match=words):
+    with pytest.raises(OperatorError, match=words):
         miner.Miner(miner_settings(tmp_path), strategy=build, memory_left=lambda _: 2**20)

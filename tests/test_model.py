@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from steps import one_thread  # noqa: F401 - a fixture
 from tiny import (
     ARCHITECTURES,
     END,

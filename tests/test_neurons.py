@@ -25,7 +25,6 @@ from in_process import Hub, InProcessStrategy
 from small_neurons import (
     Recorded,
     miner_settings,
-    quiet,
     settings_in,
     small_run,
     small_validator,
@@ -66,7 +65,6 @@ def test_a_miner_and_a_validator_from_the_answer_to_the_weight(tmp_path: Path) -
     before = time.process_time()
     children = set(psutil.Process().children(recursive=True))
     with (
-        quiet(),
         Miner(miner_settings(tmp_path, **options), strategy=hub.strategy) as miner,
         Validator(
             settings_in(tmp_path, ValidatorSettings, validator=work, **options),
@@ -100,7 +98,7 @@ def test_the_idle_and_the_lying_earn_under_a_fifth_of_the_honest(tmp_path: Path)
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     work = {"rows": 20, "batch_size": 2, "sample_rate": 1.0}
     settings = settings_in(tmp_path, ValidatorSettings, validator=work, **options)
-    with quiet(), contextlib.ExitStack() as parts:
+    with contextlib.ExitStack() as parts:
         miners = {
             name: parts.enter_context(
                 kind(
@@ -144,7 +142,6 @@ def test_both_run_where_an_event_loop_runs_already(tmp_path: Path) -> None:
 
     async def cell() -> None:
         with (
-            quiet(),
             Miner(miner_settings(tmp_path, **options), strategy=hub.strategy) as miner,
             Validator(settings, metrics=metrics, observer=hub.observer) as validator,
         ):
@@ -175,14 +172,13 @@ def test_a_strategy_that_cannot_start_leaves_the_hotkey_free(tmp_path: Path) -> 
         built.append(Unmovable(hub, context))
         return built[-1]
 
-    with quiet():
-        with pytest.raises(OperatorError, match="no such place"):
-            Miner(settings, strategy=broken)
-        with pytest.raises(SwarmError, match="the device is gone"):
-            Miner(settings, strategy=unmovable)
-        assert built[0].closed
-        with Miner(settings, strategy=hub.strategy) as miner:
-            assert miner.swarm.epoch == 0
+    with pytest.raises(OperatorError, match="no such place"):
+        Miner(settings, strategy=broken)
+    with pytest.raises(SwarmError, match="the device is gone"):
+        Miner(settings, strategy=unmovable)
+    assert built[0].closed
+    with Miner(settings, strategy=hub.strategy) as miner:
+        assert miner.swarm.epoch == 0
     assert miner.swarm.closed  # type: ignore[attr-defined]
 
 

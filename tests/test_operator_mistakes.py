@@ -7,14 +7,14 @@ import contextlib
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import bittensor as bt
 import pytest
 from chain_worker import new_keys
-from small_neurons import SmallMiner, miner_settings, quiet
+from small_neurons import SmallMiner, miner_settings
 
 from hiveminer import cli
 from hiveminer.chain import Chain, EmbeddedSubstrate, join_embedded, named_embedded_wallet
@@ -176,12 +176,11 @@ MISTAKES = [
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HIVEMINER_SUBTENSOR__PATH", str(tmp_path / "network"))
     monkeypatch.setenv("HIVEMINER_NEURON__PATH", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)
-    with quiet():
-        yield tmp_path
+    return tmp_path
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name.replace(" ", "-"))
@@ -237,7 +236,7 @@ def test_a_hotkey_that_is_at_work_already(tmp_path: Path) -> None:
     with chain("embedded") as joining:
         join_embedded(joining)
     settings = miner_settings(tmp_path)
-    with quiet(), SmallMiner(settings, chain=chain("test")):
+    with SmallMiner(settings, chain=chain("test")):
         with chain("test") as other, pytest.raises(OperatorError) as raised:
             SmallMiner(settings, chain=other)
         assert f"is in use by process {os.getpid()} on subnet 1" in str(raised.value)

@@ -17,7 +17,6 @@ from steps import (
     assert_close,
     by_hand,
     gradients,
-    one_thread,  # noqa: F401 - a fixture
 )
 from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 from torch import Tensor, nn

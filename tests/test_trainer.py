@@ -16,7 +16,6 @@ from steps import (
     by_hand,
     gradients,
     ids,
-    one_thread,  # noqa: F401 - a fixture
     same,
     trainer,
     weights,

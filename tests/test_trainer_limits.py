@@ -16,7 +16,6 @@ from steps import (
     encode_numbers,
     gradients,
     ids,
-    one_thread,  # noqa: F401 - a fixture
     same,
     trainer,
     weights,
