@@ -21,9 +21,9 @@ def test_what_the_feeding_of_a_miner_fails_with_is_raised() -> None:
         task: Any = SimpleNamespace(run_id="run", dataset=SimpleNamespace(hash="hash"))
         feed = Feed(task=task, work=nothing, assign=assign, take=nothing, metrics=nothing)
         miner = LiveMiner(Endpoint("hotkey", "127.0.0.1", 1))
-        miner.tasks = [asyncio.create_task(feed._feed(nothing, miner))]
+        miner.feeding = asyncio.ensure_future(feed._feed(nothing, miner))
         feed._miners["hotkey"] = miner
-        await asyncio.wait(miner.tasks)
+        await asyncio.wait([miner.feeding])
         await feed.find(nothing, [])
 
     with pytest.raises(ValueError, match="no rows for hotkey"):

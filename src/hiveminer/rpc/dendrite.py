@@ -25,11 +25,14 @@ from hiveminer.rpc.signatures import own_hotkey, verify_answer
 
 S = TypeVar("S", bound=Synapse)
 
-CONNECT_SECONDS = 5.0
 PROBE_SECONDS = 3.0
-RETRY_SECONDS = 0.2
 MAX_RETRY_AFTER_SECONDS = 3600.0
 
+HEADERS = {
+    "Accept-Encoding": "identity",
+    "Content-Type": "application/json",
+    "User-Agent": "hiveminer",
+}
 NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 
@@ -76,11 +79,10 @@ class Dendrite:
         wallet: Any,
         *,
         retries: int = 2,
-        retry_seconds: float = RETRY_SECONDS,
-        connect_seconds: float = CONNECT_SECONDS,
+        retry_seconds: float = 0.2,
+        connect_seconds: float = 5.0,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
-        self.wallet = wallet
         self.hotkey = own_hotkey(wallet)
         # A wallet would read its files again for each signature (2 ms).
         self._key = wallet.hotkey
@@ -98,16 +100,13 @@ class Dendrite:
             ),
             timeout=httpx.Timeout(None, connect=connect_seconds),
             cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=[])),
-            headers={"Accept-Encoding": "identity", "User-Agent": "hiveminer"},
+            headers=HEADERS,
         )
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        await self.close()
-
-    async def close(self) -> None:
         await self._http.aclose()
 
     async def call(self, endpoint: Endpoint, synapse: S, *, timeout_seconds: float) -> S:
@@ -117,21 +116,20 @@ class Dendrite:
         retries. Raises `MinerError` for whatever is caused by that neuron or the network,
         `ValueError` if the synapse is larger than its own cap.
         """
-        url = f"{endpoint.url}/{synapse.name()}"
         body = synapse.model_dump_json().encode()
         if len(body) > synapse.max_request_bytes:
             raise ValueError(f"{synapse.name()} is larger than {synapse.max_request_bytes} bytes")
         try:
             async with asyncio.timeout(timeout_seconds):
-                return await self._attempts(endpoint, synapse, url, body)
+                return await self._attempts(endpoint, synapse, body)
         except TimeoutError:
             reason = f"no answer within {timeout_seconds:g} s"
             raise MinerError(endpoint.hotkey, reason) from None
 
-    async def _attempts(self, endpoint: Endpoint, synapse: S, url: str, body: bytes) -> S:
+    async def _attempts(self, endpoint: Endpoint, synapse: S, body: bytes) -> S:
         for attempt in range(self.retries + 1):
             try:
-                return await self._attempt(endpoint, synapse, url, body)
+                return await self._attempt(endpoint, synapse, body)
             except httpx.HTTPError as error:
                 again = isinstance(error, NEVER_SENT) or _is_idempotent(synapse)
                 if not again or attempt == self.retries:
@@ -139,32 +137,26 @@ class Dendrite:
             await asyncio.sleep(self._retry_seconds * 2**attempt * random.uniform(0.5, 1.5))
         raise AssertionError("the last attempt returns or raises")
 
-    async def _attempt(self, endpoint: Endpoint, synapse: S, url: str, body: bytes) -> S:
-        request = self._http.build_request("POST", url, content=body)
-        target = request.url.raw_path.decode("ascii")
+    async def _attempt(self, endpoint: Endpoint, synapse: S, body: bytes) -> S:
+        target = f"/{synapse.name()}"
         signed = http_auth.sign(
-            self._key,
-            method="POST",
-            path=target,
-            body=body,
-            receiver_ss58=endpoint.hotkey,
+            self._key, method="POST", path=target, body=body, receiver_ss58=endpoint.hotkey
         )
-        request.headers.update(signed)
-        request.headers["Content-Type"] = "application/json"
-        response = await self._http.send(request, stream=True)
-        try:
-            answer = await self._read(endpoint, synapse, response)
-        finally:
-            await response.aclose()
+        url, cap, answer = endpoint.url + target, synapse.max_response_bytes, bytearray()
+        async with self._http.stream("POST", url, content=body, headers=signed) as response:
+            # As sent: nothing is decompressed, so nothing can expand.
+            async for chunk in response.aiter_raw():
+                answer += chunk
+                if len(answer) > cap:
+                    raise MinerError(endpoint.hotkey, f"its answer is larger than {cap} bytes")
         if response.status_code != 200:
             raise _refused(endpoint.hotkey, response, answer)
-        nonce = signed[http_auth.HEADER_NONCE]
         try:
             signer = verify_answer(
                 response.headers,
-                answer,
+                bytes(answer),
                 target=target,
-                nonce=nonce,
+                nonce=signed[http_auth.HEADER_NONCE],
                 status=response.status_code,
                 receiver=self.hotkey,
             )
@@ -173,17 +165,7 @@ class Dendrite:
             raise MinerError(endpoint.hotkey, reason) from None
         if signer != endpoint.hotkey:
             raise MinerError(endpoint.hotkey, "its answer is signed by another hotkey")
-        return _parse(endpoint.hotkey, synapse, answer)
-
-    async def _read(self, endpoint: Endpoint, synapse: S, response: httpx.Response) -> bytes:
-        """The body as sent: nothing is decompressed, so nothing can expand."""
-        cap = synapse.max_response_bytes
-        answer = bytearray()
-        async for chunk in response.aiter_raw():
-            answer += chunk
-            if len(answer) > cap:
-                raise MinerError(endpoint.hotkey, f"its answer is larger than {cap} bytes")
-        return bytes(answer)
+        return _parse(endpoint.hotkey, synapse, bytes(answer))
 
 
 async def probe(wallet: Any, endpoints: Sequence[Endpoint]) -> dict[str, IsAlive | str]:
@@ -220,7 +202,7 @@ def _parse(hotkey: str, synapse: S, answer: bytes) -> S:
     return parsed
 
 
-def _refused(hotkey: str, response: httpx.Response, answer: bytes) -> MinerError:
+def _refused(hotkey: str, response: httpx.Response, answer: bytearray) -> MinerError:
     try:
         parsed = json.loads(answer)
         detail = parsed.get("detail") if isinstance(parsed, dict) else None

@@ -28,6 +28,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
 
 FULL_VARIANCE = 0.9
 """From here on an answer counts as given for these rows: honest ones are above 0.94."""
@@ -89,10 +92,7 @@ class Evidence:
         """Share of the trained curve's variance that the answer explains; at most 1."""
         return explained_variance(self.answered, self.trained)
 
-    @property
-    def fit(self) -> float:
-        """The explained variance, under its name in the metrics."""
-        return self.explained_variance
+    fit = explained_variance  # its name in the metrics
 
     @property
     def learning(self) -> float:
@@ -127,36 +127,36 @@ class Evidence:
             return False
         if self.problem is not None:
             return True
-        if self._is_flat:
+        clear = min(AMPLE_SPREAD, CLEAR_SPREAD * spread(self._gains))
+        if spread(self.trained) < max(LEAST_SPREAD, clear):
             return False
         return self.shows_learning or self.explained_variance < FULL_VARIANCE
 
     @property
-    def _is_flat(self) -> bool:
-        clear = min(AMPLE_SPREAD, CLEAR_SPREAD * spread(self._gains))
-        return spread(self.trained) < max(LEAST_SPREAD, clear)
-
-    @property
     def shows_learning(self) -> bool:
         """Whether training gains enough to notice its absence."""
-        return sum(self._gains) / len(self._gains) >= CLEAR_GAIN * spread(self._gains)
+        return self._clarity >= CLEAR_GAIN
 
     @property
     def learning_weight(self) -> float:
         """Its weight in a mean of several replays; 0 where its learning tells nothing."""
         if self.problem is not None or not (self.tells and self.shows_learning):
             return 0.0
-        noise = spread(self._gains)
-        mean = sum(self._gains) / len(self._gains)
-        return min(CLEAREST, mean / noise if noise else CLEAREST) ** 2
+        return min(CLEAREST, self._clarity) ** 2
 
     @property
     def best_learning(self) -> float:
         return max(self.learning, self.usual_learning)
 
     @property
-    def _gains(self) -> list[float]:
-        return [u - t for u, t in zip(self.untrained, self.trained, strict=True)]
+    def _gains(self) -> Array:
+        return _difference(self.untrained, self.trained)
+
+    @property
+    def _clarity(self) -> float:
+        """The mean gain of training over the gains' spread."""
+        noise, mean = spread(self._gains), float(self._gains.mean())
+        return mean / noise if noise else math.copysign(math.inf, mean)
 
 
 def score(evidence: Evidence) -> float:
@@ -196,7 +196,7 @@ def explained_variance(answered: Sequence[float], trained: Sequence[float]) -> f
     """1 - Var(answered - trained) / Var(trained) without trends, at least -10. The trend of the
     difference comes from the other rows that the miner has trained since the epoch began."""
     total = spread(trained) ** 2
-    rest = spread([a - t for a, t in zip(answered, trained, strict=True)]) ** 2
+    rest = spread(_difference(answered, trained)) ** 2
     if total < 1e-12:
         return 1.0 if rest < 1e-12 else -10.0
     return max(-10.0, 1.0 - rest / total)
@@ -211,9 +211,9 @@ def learning(
     includes what was learned since the epoch began, and with one, which does not depend on how
     old the validator's copy is.
     """
-    gains = [u - t for u, t in zip(untrained, trained, strict=True)]
-    shown = [u - a for u, a in zip(untrained, answered, strict=True)]
-    return (_clip(_slope(shown, gains)) + _clip(_slope(_centered(shown), _centered(gains)))) / 2
+    gains, shown = _difference(untrained, trained), _difference(untrained, answered)
+    fits = [_slope(shown, gains), _slope(shown - shown.mean(), gains - gains.mean())]
+    return float(np.clip(fits, -2.0, 2.0).mean())
 
 
 def ramp(value: float, low: float, high: float) -> float:
@@ -221,29 +221,19 @@ def ramp(value: float, low: float, high: float) -> float:
     return min(1.0, max(0.0, (value - low) / (high - low)))
 
 
-def spread(values: Sequence[float]) -> float:
+def spread(curve: Sequence[float] | Array) -> float:
     """The standard deviation of a curve without its trend."""
-    values = np.clip(values, -MOST_LOSS, MOST_LOSS).tolist()
+    values = np.clip(curve, -MOST_LOSS, MOST_LOSS)
     places = np.linspace(-1.0, 1.0, len(values))
     degree = min(TREND, max(0, len(values) - 2))
     fitted = np.polynomial.polynomial.polyfit(places, values, degree)
-    trend = np.polynomial.polynomial.polyval(places, fitted)
-    return _rms(_centered([v - float(at) for v, at in zip(values, trend, strict=True)]))
+    return float(np.std(values - np.polynomial.polynomial.polyval(places, fitted)))
 
 
-def _slope(values: Sequence[float], along: Sequence[float]) -> float:
-    power = sum(x * x for x in along)
-    return sum(v * x for v, x in zip(values, along, strict=True)) / power if power else 0.0
+def _difference(one: Sequence[float], other: Sequence[float]) -> Array:
+    return np.clip(one, -MOST_LOSS, MOST_LOSS) - np.clip(other, -MOST_LOSS, MOST_LOSS)
 
 
-def _clip(value: float) -> float:
-    return min(2.0, max(-2.0, value))
-
-
-def _centered(values: Sequence[float]) -> list[float]:
-    mean = sum(values) / len(values)
-    return [value - mean for value in values]
-
-
-def _rms(values: Sequence[float]) -> float:
-    return math.sqrt(sum(value * value for value in values) / len(values))
+def _slope(values: Array, along: Array) -> float:
+    power = float(along @ along)
+    return float(values @ along) / power if power else 0.0

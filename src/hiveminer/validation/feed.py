@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from bittensor import MetagraphNeuron
 
@@ -50,12 +52,8 @@ class LiveMiner:
     """A miner that answered `IsAlive` and is in our run. worked_at: a monotonic time."""
 
     endpoint: Endpoint
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
-    worked_at: float | None = None
-
-    def cancel(self) -> None:
-        for task in self.tasks:
-            task.cancel()
+    feeding: asyncio.Future[Any] = field(init=False)
+    worked_at: float = -math.inf
 
 
 class Feed:
@@ -92,39 +90,37 @@ class Feed:
     def working(self) -> int:
         """How many miners have recently answered with work."""
         since = self._clock() - WORKING_SECONDS
-        times = [miner.worked_at for miner in list(self._miners.values())]
-        return sum(at is not None and at > since for at in times)
+        return sum(miner.worked_at > since for miner in list(self._miners.values()))
 
     async def find(self, dendrite: Dendrite, neurons: Iterable[MetagraphNeuron]) -> None:
         """Probe every axon; feed the live miners, and drop the others. Raises the error with which
         a feeding task has failed."""
-        for task in (task for miner in self._miners.values() for task in miner.tasks):
-            if task.done():
-                task.result()
+        for miner in self._miners.values():
+            if miner.feeding.done():
+                miner.feeding.result()
         endpoints = endpoints_of(neurons)
         alive = await asyncio.gather(*(self._probe(dendrite, each) for each in endpoints))
         live = {each.hotkey: each for each, good in zip(endpoints, alive, strict=True) if good}
         for hotkey in set(self._miners) - set(live):
             logger.info("miner %s is gone", hotkey[:8])
-            self._miners.pop(hotkey).cancel()
+            self._miners.pop(hotkey).feeding.cancel()
         for hotkey, endpoint in live.items():
             known = self._miners.get(hotkey)
             if known is not None and known.endpoint == endpoint:
                 continue
             if known is not None:
-                known.cancel()
+                known.feeding.cancel()
             logger.info("miner %s is alive at %s:%d", hotkey[:8], endpoint.ip, endpoint.port)
             miner = self._miners[hotkey] = LiveMiner(endpoint)
-            miner.tasks = [
-                asyncio.create_task(self._feed(dendrite, miner)) for _ in range(REQUESTS_AT_ONCE)
-            ]
+            feeds = (self._feed(dendrite, miner) for _ in range(REQUESTS_AT_ONCE))
+            miner.feeding = asyncio.gather(*feeds)
 
     async def stop(self) -> None:
         """Cancel all requests."""
-        tasks = [task for miner in self._miners.values() for task in miner.tasks]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        feedings = [miner.feeding for miner in self._miners.values()]
+        for feeding in feedings:
+            feeding.cancel()
+        await asyncio.gather(*feedings, return_exceptions=True)
 
     async def _probe(self, dendrite: Dendrite, endpoint: Endpoint) -> bool:
         """Whether this miner is up and in our run; logs once why not."""
@@ -185,21 +181,18 @@ class Feed:
             await asyncio.sleep(max(0.0, began + LEAST_SECONDS - self._clock()))
 
     async def _ask(self, dendrite: Dendrite, endpoint: Endpoint) -> Answered:
-        request = self._request(endpoint.hotkey)
+        request = Train(
+            request_id=uuid.uuid4().hex,
+            run_id=str(self.task.run_id),
+            data_hash=self.task.dataset.hash,
+            version=__version__,
+            dataset_indices=self.assign(endpoint.hotkey),
+            batch_size=self.work.batch_size,
+            gradient_accumulation_steps=self.work.gradient_accumulation_steps,
+            timeout_seconds=self.work.timeout_seconds,
+        )
         began = self._clock()
         # Its own time, that of the request before it, and some for the transfer.
         limit = REQUESTS_AT_ONCE * request.timeout_seconds + TRANSFER_SECONDS
         answer = await dendrite.call(endpoint, request, timeout_seconds=limit)
         return Answered(endpoint.hotkey, request, answer, self._clock() - began)
-
-    def _request(self, hotkey: str) -> Train:
-        return Train(
-            request_id=uuid.uuid4().hex,
-            run_id=str(self.task.run_id),
-            data_hash=self.task.dataset.hash,
-            version=__version__,
-            dataset_indices=self.assign(hotkey),
-            batch_size=self.work.batch_size,
-            gradient_accumulation_steps=self.work.gradient_accumulation_steps,
-            timeout_seconds=self.work.timeout_seconds,
-        )

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 MODELS_FOLDER = "models"
 """In the neuron's folder; contains folders such as `epoch-000012`."""
 
+_NAME = re.compile(r"epoch-\d{6,}")
+
 
 class KeptModels:
     """Writes a model folder for each evaluated state, and removes all but the newest and best.
@@ -55,8 +57,9 @@ class KeptModels:
         self._remove_others()
 
     def _remove_others(self) -> None:
-        newest = kept_models(self.folder)
-        best = min(newest, key=_loss, default=None)
+        models = (path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+        newest = sorted(models)
+        best = min(newest, key=_loss)
         for path in newest[: -self.keep]:
             if path != best:
                 shutil.rmtree(path, ignore_errors=True)
@@ -64,13 +67,6 @@ class KeptModels:
 
 def name_of(epoch: int) -> str:
     return f"epoch-{epoch:06d}"
-
-
-def kept_models(folder: Path) -> list[Path]:
-    """The model folders there, in order."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if re.fullmatch(r"epoch-\d{6,}", path.name))
 
 
 def _loss(path: Path) -> float:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
 
 from hiveminer.runtime import events
 from hiveminer.training.checkpoint import Checkpoints, of_run
@@ -28,26 +29,26 @@ AVERAGE_OVER = 4.0
 """The weight of a new score in the average is one over this, or over the number of scores."""
 
 
-@dataclass
-class Standing:
-    """One hotkey's averaged score and work.
+class Standing(BaseModel):
+    """One hotkey's averaged score and work, as it is saved.
 
     replays: answers that were judged. tokens: of its answers, old ones decayed.
     """
 
-    score: float = 0.0
-    replays: int = 0
-    tokens: float = 0.0
-    unjudged: int = field(default=0, compare=False)
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    score: float = Field(ge=0, le=1)
+    replays: int = Field(ge=0)
+    tokens: float = Field(ge=0)
+    _unjudged: int = PrivateAttr(default=0)
 
     @property
     def is_known(self) -> bool:
         """Whether an answer was replayed, even if without a verdict."""
         return self.replays > 0 or self.score > 0
 
-    def add_score(self, value: float) -> None:
-        self.replays += 1
-        self.score += (value - self.score) / min(float(self.replays), AVERAGE_OVER)
+
+_STANDINGS = TypeAdapter(dict[str, Standing])
 
 
 @dataclass
@@ -62,20 +63,22 @@ class ScoreTable:
     decay: float = 0.9
 
     def of(self, hotkey: str) -> Standing:
-        return self.standings.setdefault(hotkey, Standing())
+        return self.standings.setdefault(hotkey, Standing(score=0.0, replays=0, tokens=0.0))
 
     def add_work(self, hotkey: str, tokens: int) -> None:
         self.of(hotkey).tokens += tokens
 
     def add_score(self, hotkey: str, value: float) -> None:
-        self.of(hotkey).add_score(value)
+        standing = self.of(hotkey)
+        standing.replays += 1
+        standing.score += (value - standing.score) / min(float(standing.replays), AVERAGE_OVER)
 
     def add_unjudged(self, hotkey: str) -> None:
         """Count a replay without a verdict. After DOUBTS of them a hotkey is paid until it is
         judged."""
         standing = self.of(hotkey)
-        standing.unjudged += 1
-        if not standing.replays and standing.unjudged >= DOUBTS:
+        standing._unjudged += 1
+        if not standing.replays and standing._unjudged >= DOUBTS:
             standing.score = 1.0
 
     def decay_work(self) -> None:
@@ -98,17 +101,18 @@ class ScoreTable:
         return {who: value / total for who, value in earned.items() if value > 0} if total else {}
 
     def dump(self) -> dict[str, dict[str, float]]:
-        return {
-            who: {"score": s.score, "replays": s.replays, "tokens": s.tokens}
-            for who, s in list(self.standings.items())  # answers may come in meanwhile
-        }
+        # A copy, since answers may come in meanwhile.
+        return {who: s.model_dump() for who, s in list(self.standings.items())}
 
     @classmethod
-    def restore(cls, saved: Mapping[str, Mapping[str, float]]) -> ScoreTable:
+    def restore(cls, saved: object) -> ScoreTable:
         """The table that `dump` wrote. Raises ValueError for anything else."""
-        if not isinstance(saved, Mapping):
-            raise ValueError("the scores are not a table")
-        return cls({who: _standing(who, row) for who, row in saved.items()})
+        try:
+            return cls(_STANDINGS.validate_python(saved))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ValueError(f"the scores cannot be read: {where}: {first['msg']}") from None
 
 
 class SavedScores:
@@ -125,8 +129,8 @@ class SavedScores:
         if found is None:
             return ScoreTable()
         try:
-            table = ScoreTable.restore(found.metadata["scores"])
-        except (KeyError, ValueError) as error:
+            table = ScoreTable.restore(found.metadata.get("scores"))
+        except ValueError as error:
             events.tell(logger, "checkpoint", f"{found.name} is not used: {error!s:.200}")
             return ScoreTable()
         logger.info("resumed %d scores, from %s", len(table.standings), found.name)
@@ -138,13 +142,3 @@ class SavedScores:
         saved = metadata == self._newest or self.checkpoints.save(None, metadata) is not None
         if saved:
             self._newest = metadata
-
-
-def _standing(who: str, row: Mapping[str, float]) -> Standing:
-    try:
-        score, replays, tokens = float(row["score"]), int(row["replays"]), float(row["tokens"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise ValueError(f"the scores of {who} cannot be read") from None
-    if not 0 <= score <= 1 or replays < 0 or not 0 <= tokens < math.inf:
-        raise ValueError(f"the scores of {who} are out of bounds")
-    return Standing(score, replays, tokens)
