@@ -59,7 +59,7 @@ class BaseMinerNeuron(ABC):
         self.queue = WorkQueue(capacity=settings.axon.max_waiting, idle=self._idle)
         self.neuron = Neuron(settings, role="miner", chain=chain)
         with contextlib.ExitStack() as unfinished:
-            unfinished.callback(self.abandon)
+            unfinished.callback(self.neuron.close)
             for name in ("axon", "dht"):
                 given = getattr(settings, name).external_ip
                 if given is not None:
@@ -73,7 +73,7 @@ class BaseMinerNeuron(ABC):
             self.settings.blacklist,
             needs_permit=isinstance(synapse, Train),
         )
-        return (reason is not None, reason or "")
+        return reason is not None, reason or ""
 
     def accept(self, synapse: Train) -> None:  # noqa: B027 - optional
         """Raise Refused for a request that is not worth a place in the queue; called once the
@@ -123,13 +123,6 @@ class BaseMinerNeuron(ABC):
 
     def close(self) -> None:
         """Stop serving, let the running job finish its batch, and release everything."""
-        self._end(self.release)
-
-    def abandon(self) -> None:
-        """Release everything after a failed construction, without calling `release`."""
-        self._end(lambda: None)
-
-    def _end(self, release: Callable[[], None]) -> None:
         if self._closed:
             return
         self._closed = True
@@ -140,7 +133,7 @@ class BaseMinerNeuron(ABC):
             self.axon.stop(1.0)
         if dropped:
             logger.info("dropped %d requests: %s", len(dropped), ", ".join(dropped))
-        release()
+        self.release()
         self.neuron.close()
         logger.info("stopped")
 

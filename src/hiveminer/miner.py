@@ -32,7 +32,7 @@ from hiveminer.strategies.base import Context, RoundResult, Strategy, StrategyFa
 from hiveminer.strategies.checkpointer import LAST_SECONDS, Progress
 from hiveminer.strategies.registry import open_strategy
 from hiveminer.training import model
-from hiveminer.training.checkpoint import STATE_FOLDER
+from hiveminer.training.checkpoint import STATE_FOLDER, Checkpoints
 from hiveminer.training.memory import check_device, check_machine, memory_left, memory_needed
 from hiveminer.training.task import load_task
 from hiveminer.training.trainer import Trainer, TrainResult, has_bfloat16
@@ -85,7 +85,7 @@ class Miner(BaseMinerNeuron):
             self.run_file.check_version()
             super().__init__(settings, chain=chain)
             with contextlib.ExitStack() as unfinished:
-                unfinished.callback(self.abandon)
+                unfinished.callback(self.neuron.close)
                 self.metrics = metrics or self.neuron.open_metrics(self.run_file)
                 unfinished.callback(self.metrics.close)
                 self._memory_left = memory_left
@@ -254,7 +254,7 @@ class Miner(BaseMinerNeuron):
         )
         self.progress = Progress(
             self.swarm,
-            self.neuron.checkpoints(STATE_FOLDER),
+            Checkpoints(self.neuron.folder / STATE_FOLDER),
             run_id=str(self.run_id),
             every_seconds=settings.neuron.checkpoint_seconds,
         )
@@ -321,6 +321,7 @@ class Miner(BaseMinerNeuron):
 
     def _tell(self, synapse: Train, result: TrainResult, *, seconds: float) -> None:
         loss = "none" if result.loss is None else f"{result.loss:.3f}"
+        numbers = {"request_id", "loss", "steps", "samples", "tokens", "discarded", "epoch"}
         logger.info(
             "trained %d rows for %s in %.1f s: loss %s, %.0f tokens/s, epoch %s%s",
             result.samples,
@@ -333,17 +334,8 @@ class Miner(BaseMinerNeuron):
         )
         self.metrics.log(
             "train",
-            {
-                "request_id": synapse.request_id,
-                "caller": synapse.dendrite.hotkey,
-                "loss": result.loss,
-                "steps": result.steps,
-                "samples": result.samples,
-                "tokens": result.tokens,
-                "discarded": result.discarded,
-                "epoch": synapse.epoch,
-                "seconds": round(seconds, 3),
-            },
+            synapse.model_dump(include=numbers)
+            | {"caller": synapse.dendrite.hotkey, "seconds": round(seconds, 3)},
         )
 
 

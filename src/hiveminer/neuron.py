@@ -10,10 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-from bittensor import Metagraph, MetagraphNeuron
 
 from hiveminer.__version__ import __version__
 from hiveminer.chain import (
@@ -44,7 +41,6 @@ from hiveminer.runtime.metrics import Metrics, open_metrics
 from hiveminer.runtime.signals import Signals
 from hiveminer.swarm import Identity, addresses_in
 from hiveminer.swarm.processes import log_to_root
-from hiveminer.training.checkpoint import Checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +69,8 @@ class Neuron:
         self.role = role
         self.stopping = threading.Event()
         self.signals = Signals(self.stopping)
-        self._on_sync: list[Callable[[], None]] = []
+        self._on_sync: Callable[[], None] = lambda: None
         self._saved_at = -math.inf
-        self._by_hotkey: dict[str, MetagraphNeuron] = {}
         self._thread = threading.Thread(target=self._sync, name="metagraph", daemon=True)
         configure_logging(settings, role)
         log_to_root()
@@ -97,7 +92,9 @@ class Neuron:
             self.hotkey = str(wallet.hotkey.ss58_address)
             # From here on, and in the processes that hivemind forks, each line says whose it is.
             configure_logging(settings, self.name)
-            self.folder = subnet_folder(settings) / self.hotkey
+            network = settings.subtensor.network.replace("/", "_")
+            self.folder = settings.neuron.path / network / str(settings.netuid) / self.hotkey
+            self._snapshot = self.folder / "metagraph.json"
             parts.callback(self._lock_folder().release)
             self.chain = chain or open_subnet(
                 settings, wallet, must_connect=not self._snapshot.exists()
@@ -111,7 +108,7 @@ class Neuron:
     @property
     def uid(self) -> int | None:
         """Our uid in the last metagraph; None once it is lost."""
-        neuron = self._by_hotkey.get(self.hotkey)
+        neuron = self.metagraph.by_hotkey(self.hotkey)
         return neuron.uid if neuron is not None else None
 
     @property
@@ -119,10 +116,6 @@ class Neuron:
         """Role and key for log lines: "miner-0" for a throwaway key, else "miner 5F3sa2TJ"."""
         key = self.key_name or self.hotkey[:8]
         return key if key.startswith(f"{self.role}-") else f"{self.role} {key}"
-
-    @property
-    def network(self) -> str:
-        return self.settings.subtensor.network
 
     @property
     def threads(self) -> int | None:
@@ -139,22 +132,14 @@ class Neuron:
         )
 
     @property
-    def _snapshot(self) -> Path:
-        return self.folder / "metagraph.json"
-
-    @property
     def registered(self) -> frozenset[str]:
         """The hotkeys in the last metagraph."""
-        return frozenset(self._by_hotkey)
+        return frozenset(neuron.hotkey for neuron in self.metagraph)
 
     def identity(self, run_id: str) -> Identity:
         """Our identity among the peers of this run: the hotkey, and a key in our folder."""
         hotkey = self.chain.wallet.hotkey
         return Identity(hotkey, run_id=run_id, key_path=self.folder / "peer.key")
-
-    def checkpoints(self, folder: str) -> Checkpoints:
-        """Checkpoints in a subfolder of this neuron's."""
-        return Checkpoints(self.folder / folder)
 
     def check_registered(self) -> None:
         """Raise NotRegistered, with the remedy, once our uid is lost."""
@@ -162,8 +147,8 @@ class Neuron:
             remedy = "restart to register again" if self.chain.embedded else self._registration()
             raise NotRegistered(
                 f"hotkey {self.hotkey} has lost its uid on subnet {self.settings.netuid} of "
-                f"{self.network}: another took its place, so this {self.role} takes no more work; "
-                f"{remedy}"
+                f"{self.settings.subtensor.network}: another took its place, so this {self.role} "
+                f"takes no more work; {remedy}"
             )
 
     def _registration(self) -> str:
@@ -175,7 +160,7 @@ class Neuron:
 
     def standing(self, hotkey: str) -> Standing:
         """A hotkey's uid, permit and stake in the last metagraph."""
-        neuron = self._by_hotkey.get(hotkey)
+        neuron = self.metagraph.by_hotkey(hotkey)
         if neuron is None:
             return STRANGER
         return Standing(
@@ -201,14 +186,13 @@ class Neuron:
     def keep_in_sync(self, on_sync: Callable[[], None] | None = None) -> None:
         """Read the metagraph every few blocks in a background thread, and call `on_sync` after
         each reading. While the chain does not answer, the last metagraph is used."""
-        if on_sync is not None:
-            self._on_sync.append(on_sync)
+        self._on_sync = on_sync or self._on_sync
         if self._thread.ident is None:
             self._thread.start()
 
     def read_metagraph(self) -> None:
         """Read the metagraph now, and save a copy to disk. Raises ChainError."""
-        self._know(self.chain.metagraph())
+        self.metagraph = self.chain.metagraph()
         if time.monotonic() - self._saved_at < SAVE_SECONDS:
             return
         self._saved_at = time.monotonic()
@@ -218,17 +202,12 @@ class Neuron:
         except OSError as error:
             logger.warning("the metagraph could not be saved: %s", error)
 
-    def _know(self, metagraph: Metagraph) -> None:
-        self.metagraph = metagraph
-        self._by_hotkey = {neuron.hotkey: neuron for neuron in metagraph}
-
     def sync(self) -> None:
-        """Read the metagraph, publish what is missing in it, and call the callbacks. Raises
+        """Read the metagraph, publish what is missing in it, and call `on_sync`. Raises
         ChainError."""
         self.read_metagraph()
         self.publisher.sync(self.metagraph)
-        for callback in self._on_sync:
-            callback()
+        self._on_sync()
 
     def keep_committed(self, data: bytes) -> None:
         """Keep this commitment beside our hotkey on chain."""
@@ -291,11 +270,11 @@ class Neuron:
             logger.warning(
                 "%s; continuing with the metagraph of block %d from the disk", error, known.block
             )
-            self._know(known)
+            self.metagraph = known
         if self.uid is None:
             raise NotYetRegistered(
                 f"hotkey {self.hotkey} is not registered on subnet {self.settings.netuid} of "
-                f"{self.network}; {self._registration()}"
+                f"{self.settings.subtensor.network}; {self._registration()}"
             )
 
     def _introduce(self) -> None:
@@ -304,15 +283,19 @@ class Neuron:
             cause = f"This is the embedded network: a chain in {path}, on this machine alone"
             tell(logger, "embedded_chain", cause, level=logging.INFO)
         key = f" (key {self.key_name})" if self.key_name is not None else ""
+        network = self.settings.subtensor.network
         logger.info(
             "%s %s: uid %s on subnet %d of %s, hotkey %s%s",
-            self.role, __version__, self.uid, self.settings.netuid, self.network, self.hotkey, key,
+            self.role, __version__, self.uid, self.settings.netuid, network, self.hotkey, key,
         )  # fmt: skip
         for each in dependencies.unmet():
             tell(logger, "dependencies", str(each))
 
     def _sync(self) -> None:
-        pause = 1.0 if self.chain.embedded else min(60.0, SYNC_BLOCKS * self._block_seconds())
+        block_seconds = 12.0
+        with contextlib.suppress(HiveminerError):
+            block_seconds = self.chain.block_seconds()
+        pause = 1.0 if self.chain.embedded else min(60.0, SYNC_BLOCKS * block_seconds)
         began = time.monotonic()
         # A sync may wait for others; the next one is due no later because of it.
         while not self.stopping.wait(max(1.0, began + pause - time.monotonic())):
@@ -325,17 +308,6 @@ class Neuron:
                 logger.error("%s", error)
             except Exception:
                 logger.exception("reading the metagraph failed")
-
-    def _block_seconds(self) -> float:
-        with contextlib.suppress(HiveminerError):
-            return self.chain.block_seconds()
-        return 12.0
-
-
-def subnet_folder(settings: Settings) -> Path:
-    """The folder of this machine's neurons on a subnet, one subfolder per hotkey."""
-    network = settings.subtensor.network.replace("/", "_")
-    return settings.neuron.path / network / str(settings.netuid)
 
 
 def _open_wallet(

@@ -34,7 +34,7 @@ from hiveminer.runtime.program import script
 from hiveminer.strategies.base import Context, GlobalState, ObserverFactory
 from hiveminer.strategies.registry import open_observer
 from hiveminer.training import model
-from hiveminer.training.checkpoint import SCORES_FOLDER
+from hiveminer.training.checkpoint import SCORES_FOLDER, Checkpoints
 from hiveminer.training.data import split_held_out
 from hiveminer.training.evaluation import HELD_OUT_ROWS
 from hiveminer.training.task import load_task
@@ -144,7 +144,8 @@ class Validator:
             len(self.dataset), run.data.held_out
         )
         self._chance = random.Random(settings.validator.seed)
-        self.scores = SavedScores(neuron.checkpoints(SCORES_FOLDER), run_id=str(self.run_id))
+        checkpoints = Checkpoints(neuron.folder / SCORES_FOLDER)
+        self.scores = SavedScores(checkpoints, run_id=str(self.run_id))
         self.table = self.scores.load() if settings.neuron.resume else ScoreTable()
         neuron.go_on()
         self.observer = observer(Context(neuron, self.task))
@@ -239,16 +240,9 @@ class Validator:
             logger.warning("an answer of %s for epoch %s is not counted", hotkey[:8], answer.epoch)
         self.metrics.log(
             "answer",
-            {
-                "hotkey": hotkey,
-                "request_id": answered.request.request_id,
-                "loss": answer.loss,
-                "samples": rows,
-                "tokens": tokens,
-                "discarded": answer.discarded,
-                "epoch": answer.epoch,
-                "seconds": round(answered.seconds, 3),
-            },
+            {"hotkey": hotkey, "samples": rows, "tokens": tokens}
+            | answer.model_dump(include={"request_id", "loss", "discarded", "epoch"})
+            | {"seconds": round(answered.seconds, 3)},
         )
         if self.observer.shares() is not None:
             return  # the rounds say what is earned
