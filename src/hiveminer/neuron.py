@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hiveminer.__version__ import __version__
@@ -92,8 +93,7 @@ class Neuron:
             self.hotkey = str(wallet.hotkey.ss58_address)
             # From here on, and in the processes that hivemind forks, each line says whose it is.
             configure_logging(settings, self.name)
-            network = settings.subtensor.network.replace("/", "_")
-            self.folder = settings.neuron.path / network / str(settings.netuid) / self.hotkey
+            self.folder = subnet_folder(settings) / self.hotkey
             self._snapshot = self.folder / "metagraph.json"
             parts.callback(self._lock_folder().release)
             self.chain = chain or open_subnet(
@@ -308,6 +308,12 @@ class Neuron:
                 logger.error("%s", error)
             except Exception:
                 logger.exception("reading the metagraph failed")
+
+
+def subnet_folder(settings: Settings) -> Path:
+    """The folder of this machine's neurons on a subnet, one subfolder per hotkey."""
+    network = settings.subtensor.network.replace("/", "_")
+    return settings.neuron.path / network / str(settings.netuid)
 
 
 def _open_wallet(

@@ -231,7 +231,8 @@ def spread(curve: Sequence[float] | Array) -> float:
 
 
 def _difference(one: Sequence[float], other: Sequence[float]) -> Array:
-    return np.clip(one, -MOST_LOSS, MOST_LOSS) - np.clip(other, -MOST_LOSS, MOST_LOSS)
+    first, second = np.clip([one, other], -MOST_LOSS, MOST_LOSS)
+    return np.asarray(first - second)
 
 
 def _slope(values: Array, along: Array) -> float:
