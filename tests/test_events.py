@@ -237,12 +237,11 @@ def other_hiveminer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_clash_names_package_version_range_and_the_pip_line(other_hiveminer: None) -> None:
     found = importlib.metadata.version("numpy")
-    assert [str(each) for each in unmet()] == [
+    assert unmet() == [
         f"numpy {found} is installed, and >=98,<99 is wanted: pip install 'numpy>=98,<99'",
         "no-such-package-at-all is missing, and <2 is wanted: "
         "pip install 'no-such-package-at-all<2'",
     ]
-    assert unmet("not-installed-either") == []
 
 
 def test_a_neuron_tells_of_a_clash_when_it_starts(

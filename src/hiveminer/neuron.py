@@ -288,8 +288,8 @@ class Neuron:
             "%s %s: uid %s on subnet %d of %s, hotkey %s%s",
             self.role, __version__, self.uid, self.settings.netuid, network, self.hotkey, key,
         )  # fmt: skip
-        for each in dependencies.unmet():
-            tell(logger, "dependencies", str(each))
+        for problem in dependencies.unmet():
+            tell(logger, "dependencies", problem)
 
     def _sync(self) -> None:
         block_seconds = 12.0

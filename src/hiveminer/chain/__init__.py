@@ -7,12 +7,11 @@ are the same on both.
 
 from hiveminer.chain.client import EMBEDDED, Chain, join_embedded, open_chain, open_subnet
 from hiveminer.chain.embedded.substrate import EmbeddedSubstrate
-from hiveminer.chain.wallets import Claimed, embedded_wallet, named_embedded_wallet, open_wallet
+from hiveminer.chain.wallets import embedded_wallet, named_embedded_wallet, open_wallet
 
 __all__ = [
     "EMBEDDED",
     "Chain",
-    "Claimed",
     "EmbeddedSubstrate",
     "embedded_wallet",
     "join_embedded",

@@ -344,10 +344,9 @@ def open_chain(
     wallet: Wallet,
     path: Path | None = None,
     block_seconds: float = 1.0,
-    timeout_seconds: float = 30.0,
-    must_connect: bool = True,
+    **options: Any,
 ) -> Chain:
-    """A chain for a value of `--subtensor.network`.
+    """A chain for a value of `--subtensor.network`, with options of `Chain`.
 
     "embedded" is the network in the file `path`, which is created, with blocks of
     `block_seconds`, if it does not exist; finney, test, local and ws:// or wss:// addresses
@@ -361,28 +360,18 @@ def open_chain(
     else:
         _check_network(network)
         client = bt.Client(network)
-    return Chain(
-        network=network,
-        netuid=netuid,
-        wallet=wallet,
-        client=client,
-        timeout_seconds=timeout_seconds,
-        must_connect=must_connect,
-    )
+    return Chain(network=network, netuid=netuid, wallet=wallet, client=client, **options)
 
 
-def open_subnet(
-    settings: Settings, wallet: Wallet, *, timeout_seconds: float = 30.0, must_connect: bool = True
-) -> Chain:
-    """The subnet that the settings name. Raises as `open_chain` does."""
+def open_subnet(settings: Settings, wallet: Wallet, **options: Any) -> Chain:
+    """The subnet that the settings name, with options of `Chain`. Raises as `open_chain` does."""
     return open_chain(
         network=settings.subtensor.network,
         netuid=settings.netuid,
         wallet=wallet,
         path=settings.subtensor.file,
         block_seconds=settings.subtensor.block_seconds,
-        timeout_seconds=timeout_seconds,
-        must_connect=must_connect,
+        **options,
     )
 
 

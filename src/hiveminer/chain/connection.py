@@ -92,16 +92,16 @@ class Connection:
         return client
 
     async def _try(self, ask: Callable[[bt.Client], Awaitable[T]], attempts: int) -> T:
+        async def once() -> T:
+            return await ask(await self.connected(self._client))
+
         try:
-            async for attempt in retry.of_reads(attempts):
-                with attempt:
-                    return await ask(await self.connected(self._client))
+            return await retry.of_reads(attempts)(once)
         except (*retry.TRANSIENT, asyncio.CancelledError):
             # A session of the SDK that failed to reconnect stays dead, so the next call opens a
             # new one. (Cancelled: the deadline passed.)
             self._connected = False
             raise
-        raise AssertionError("tenacity makes at least one attempt")
 
     def close(self) -> None:
         """End the connection, the loop and its thread; calls in progress fail. Idempotent."""

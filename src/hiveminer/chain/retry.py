@@ -38,7 +38,7 @@ OUTAGE_SECONDS = 3600.0
 
 LONGEST_PAUSE_SECONDS = 60.0
 
-TRANSIENT = (bt.RpcConnectionError, ConnectionError, OSError)
+TRANSIENT = (bt.RpcConnectionError, OSError)
 """What the SDK raises for a broken connection, as opposed to a bad request."""
 
 T = TypeVar("T")

@@ -7,6 +7,7 @@ second miner that is started without flags takes the next key.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import os
 import re
 from pathlib import Path
@@ -20,8 +21,6 @@ from hiveminer.runtime.locks import Held, hold
 
 EMBEDDED_WALLET = "embedded"
 """The wallet of all hotkeys that `embedded_wallet` creates."""
-
-MAX_KEYS = 4096
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
@@ -51,11 +50,8 @@ def embedded_wallet(place: Path, *, prefix: str) -> Claimed:
     they are worth nothing, and no mnemonic is printed. Raises `OperatorError` if the folder
     cannot be used.
     """
-    for index in range(MAX_KEYS):
-        claimed = _claim(place, EMBEDDED_WALLET, f"{prefix}-{index}")
-        if isinstance(claimed, Claimed):
-            return claimed
-    raise OperatorError(f"all {MAX_KEYS} keys {prefix}-N under {place} are in use")
+    claims = (_claim(place, EMBEDDED_WALLET, f"{prefix}-{index}") for index in itertools.count())
+    return next(claimed for claimed in claims if isinstance(claimed, Claimed))
 
 
 def named_embedded_wallet(place: Path, name: str, hotkey: str) -> Claimed:
@@ -78,8 +74,7 @@ def open_wallet(name: str, hotkey: str, path: Path | str) -> bt.Wallet:
     `path` is the folder of wallets (`~` is expanded). Raises `OperatorError` if the hotkey
     is missing or cannot be read.
     """
-    _check_name("--wallet.name", name)
-    _check_name("--wallet.hotkey", hotkey)
+    _check_names(name, hotkey)
     folder = Path(path).expanduser()
     file = folder / name / "hotkeys" / hotkey
     wallet = bt.Wallet(name, hotkey, str(folder))
@@ -138,8 +133,7 @@ def embedded_key(place: Path, wallet: WalletSettings, *, role: str = "miner") ->
 
 def _claim(place: Path, name: str, hotkey: str) -> Claimed | str:
     """The key, or the pid of the process that uses it, or "unknown"."""
-    _check_name("--wallet.name", name)
-    _check_name("--wallet.hotkey", hotkey)
+    _check_names(name, hotkey)
     folder = Path(place).expanduser() / "wallets"
     try:
         locks = folder / name / "locks"
@@ -174,8 +168,9 @@ def _make_keys(wallet: bt.Wallet, locks: Path) -> None:
         wallet.create_new_hotkey(use_password=False, overwrite=True, suppress=True)
 
 
-def _check_name(flag: str, value: str) -> None:
-    if not _NAME.fullmatch(value):
-        raise OperatorError(
-            f"{flag}: {value[:64]!r} cannot be a name; use up to 64 letters, digits, -, _ and ."
-        )
+def _check_names(name: str, hotkey: str) -> None:
+    for flag, value in (("--wallet.name", name), ("--wallet.hotkey", hotkey)):
+        if not _NAME.fullmatch(value):
+            raise OperatorError(
+                f"{flag}: {value[:64]!r} cannot be a name; use up to 64 letters, digits, -, _ and ."
+            )

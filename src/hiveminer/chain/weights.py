@@ -144,26 +144,22 @@ class WeightSetter:
             self._in_doubt = None
         if not self._due(graph.block - ours.last_update, limits):
             return None
-        if not self._is_new_enough(int(limits.get("weights_version", 0))):
+        wanted, key = int(limits.get("weights_version", 0)), version_key(self.version)
+        if key < wanted:
+            self._tell(
+                f"weights are not set: the subnet requires version key {wanted}, and version "
+                f"{self.version} has {key}; update hiveminer"
+            )
             return None
         urgent = graph.block - ours.last_update >= _before_cutoff(limits)
         chosen = self._chosen(graph, choose, urgent=urgent)
         limit = int(limits.get("max_weights_limit", WHOLE)) / WHOLE
-        return self._send(graph, ours, chosen, limit=limit) if chosen else None
+        return self._send(graph, ours.last_update, chosen, limit=limit) if chosen else None
 
     def _due(self, age: int, limits: Mapping[str, int]) -> bool:
         allowed = int(limits.get("weights_rate_limit", 0))
         wanted = 0 if self._again else math.ceil(self.every_seconds / self.chain.block_seconds())
         return age >= max(allowed, min(wanted, _before_cutoff(limits)))
-
-    def _is_new_enough(self, wanted: int) -> bool:
-        ours = version_key(self.version)
-        if ours < wanted:
-            self._tell(
-                f"weights are not set: the subnet requires version key {wanted}, and version "
-                f"{self.version} has {ours}; update hiveminer"
-            )
-        return ours >= wanted
 
     def _chosen(self, graph: bt.Metagraph, choose: Choose, *, urgent: bool) -> dict[str, float]:
         """The weights to set, by hotkey, for registered hotkeys only; empty to set nothing."""
@@ -186,12 +182,7 @@ class WeightSetter:
         return {}
 
     def _send(
-        self,
-        graph: bt.Metagraph,
-        ours: bt.MetagraphNeuron,
-        chosen: Mapping[str, float],
-        *,
-        limit: float,
+        self, graph: bt.Metagraph, update_before: int, chosen: Mapping[str, float], *, limit: float
     ) -> Sent:
         uids = {neuron.hotkey: neuron.uid for neuron in graph}
         total = sum(chosen.values())
@@ -199,7 +190,7 @@ class WeightSetter:
         sent = Sent(
             shares=clipped(shares, 0.999 * limit) if limit < 1 else shares,
             hotkeys={uids[who]: who for who in chosen},
-            update_before=ours.last_update,
+            update_before=update_before,
             block=graph.block,
             burnt=set(chosen) == {graph.owner_hotkey},
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -50,17 +50,13 @@ def check(ip: str) -> Finding | None:
         return Finding("refused", f"{ip} means every address of this machine; it cannot be called")
     if address.is_loopback:
         return Finding("refused", f"{ip} is a loopback address: the chain refuses it as an axon's")
-    if address.is_multicast or address.is_link_local or _is_broadcast(address):
+    if address.is_multicast or address.is_link_local or ip == "255.255.255.255":
         return Finding("refused", f"{ip} is not a single host's address")
     if not address.is_global:
         return Finding("doubtful", f"{ip} is a private address: the internet cannot reach it")
     if address.version == 6:
         return Finding("doubtful", f"{ip} is IPv6: neurons without IPv6 cannot reach it")
     return None
-
-
-def _is_broadcast(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    return str(address) == "255.255.255.255"
 
 
 def ask_outside(
@@ -109,12 +105,9 @@ def _ask(url: str, timeout_seconds: float) -> str | None:
         return None
 
 
-def ports_to_try(first: int, *, free: bool, count: int = 64) -> Iterator[int]:
-    """The port; if `free`, also the ones after it."""
-    if first == 0 or not free:
-        yield first
-        return
-    yield from range(first, min(first + count, 65536))
+def ports_to_try(first: int, *, free: bool) -> range:
+    """The port; if `free`, also the 63 after it, unless it is 0."""
+    return range(first, min(first + (64 if free and first else 1), 65536))
 
 
 def port_is_free(ip: str, port: int) -> bool:

@@ -5,61 +5,40 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-from dataclasses import dataclass
 
-from packaging.requirements import InvalidRequirement, Requirement
-
-
-@dataclass(frozen=True)
-class Unmet:
-    """A package that is missing, or of a version outside the range."""
-
-    name: str
-    found: str | None
-    wanted: str
-
-    def __str__(self) -> str:
-        found = (
-            f"{self.name} {self.found} is installed" if self.found else f"{self.name} is missing"
-        )
-        return f"{found}, and {self.wanted or 'any version'} is wanted: {self.pip}"
-
-    @property
-    def pip(self) -> str:
-        """The command that fixes it."""
-        return f"pip install '{self.name}{self.wanted}'"
+from packaging.requirements import Requirement
 
 
-def unmet(distribution: str = "hiveminer") -> list[Unmet]:
-    """Unmet requirements of this distribution; empty if it is not installed itself."""
+def unmet() -> list[str]:
+    """A line for each requirement that is not met, with the command that fixes it; empty if this
+    package itself is not installed."""
     try:
-        lines = importlib.metadata.requires(distribution) or []
+        lines = importlib.metadata.requires("hiveminer") or []
     except importlib.metadata.PackageNotFoundError:
         return []
-    checked = [_check(line) for line in lines]
-    return [each for each in checked if each is not None]
+    return [problem for line in lines if (problem := _problem(line)) is not None]
 
 
 def explained(error: ImportError) -> str | None:
     """An ImportError with the packages that may cause it; None when all requirements are met."""
-    wrong = "; ".join(map(str, unmet()))
+    wrong = "; ".join(unmet())
     return f"{error}; {wrong}" if wrong else None
 
 
 @functools.cache
-def _check(line: str) -> Unmet | None:
-    try:
-        wanted = Requirement(line)
-    except InvalidRequirement:
+def _problem(line: str) -> str | None:
+    required = Requirement(line)
+    if required.marker is not None and not required.marker.evaluate({"extra": ""}):
         return None
-    if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-        return None
-    # pip writes the parts of a range in any order.
-    parts = sorted(str(wanted.specifier).split(","), key=lambda part: part[:1] != ">")
     try:
-        found = importlib.metadata.version(wanted.name)
+        version = importlib.metadata.version(required.name)
+        if required.specifier.contains(version, prereleases=True):
+            return None
+        found = f"{required.name} {version} is installed"
     except importlib.metadata.PackageNotFoundError:
-        return Unmet(wanted.name, None, ",".join(parts))
-    if wanted.specifier.contains(found, prereleases=True):
-        return None
-    return Unmet(wanted.name, found, ",".join(parts))
+        found = f"{required.name} is missing"
+    # pip writes the parts of a range in any order.
+    wanted = ",".join(sorted(str(required.specifier).split(","), key=lambda part: part[:1] != ">"))
+    return (
+        f"{found}, and {wanted or 'any version'} is wanted: pip install '{required.name}{wanted}'"
+    )

@@ -112,7 +112,24 @@ class Wandb:
     ):
         self._run: Any = None
         try:
-            self._run = _start(settings, folder=folder, name=name, config=config, wandb=wandb)
+            if wandb is None:
+                import wandb as real  # 1 s to import, so only for those who asked for it
+
+                wandb = real
+            mode = settings.mode
+            if mode == "online" and not wandb.api.api_key:
+                logger.warning("wandb has no API key and stays offline; `wandb login` sets one")
+                mode = "offline"
+            folder.mkdir(parents=True, exist_ok=True)
+            self._run = wandb.init(
+                mode=mode,
+                project=settings.project,
+                entity=settings.entity,
+                name=name,
+                config=dict(config),
+                dir=str(folder),
+                settings=wandb.Settings(silent=True, console="off", init_timeout=30.0),
+            )
         except Exception as error:  # noqa: BLE001 - a foreign service may raise anything
             self._give_up(error)
 
@@ -149,36 +166,7 @@ class Wandb:
 
     def _give_up(self, error: Exception) -> None:
         self._run = None
-        reason = one_line(error)
-        logger.warning("wandb gets no more numbers: %s", reason)
-
-
-def _start(
-    settings: WandbSettings,
-    *,
-    folder: Path,
-    name: str,
-    config: Mapping[str, Any],
-    wandb: ModuleType | None,
-) -> Any:
-    if wandb is None:
-        import wandb as real  # 1 s to import, so only for those who asked for it
-
-        wandb = real
-    mode = settings.mode
-    if mode == "online" and not wandb.api.api_key:
-        logger.warning("wandb has no API key and stays offline; `wandb login` sets one")
-        mode = "offline"
-    folder.mkdir(parents=True, exist_ok=True)
-    return wandb.init(
-        mode=mode,
-        project=settings.project,
-        entity=settings.entity,
-        name=name,
-        config=dict(config),
-        dir=str(folder),
-        settings=wandb.Settings(silent=True, console="off", init_timeout=30.0),
-    )
+        logger.warning("wandb gets no more numbers: %s", one_line(error))
 
 
 class Tee:
@@ -197,20 +185,16 @@ class Tee:
 
 
 def open_metrics(
-    path: Path,
-    *,
-    wandb: WandbSettings | None = None,
-    name: str = "hiveminer",
-    config: Mapping[str, Any] | None = None,
+    path: Path, wandb: WandbSettings, *, name: str, config: Mapping[str, Any]
 ) -> Metrics:
     """Metrics to `path` (JSON lines), and to wandb if configured, as a run of this name.
 
     Raises OperatorError if `path` cannot be written.
     """
     lines = JsonLines(path)
-    if wandb is None or wandb.mode == "disabled":
+    if wandb.mode == "disabled":
         return lines
-    return Tee(lines, Wandb(wandb, folder=path.parent, name=name, config=config or {}))
+    return Tee(lines, Wandb(wandb, folder=path.parent, name=name, config=config))
 
 
 def progress_bar(*, title: str, total: float, unit: str, shown: bool) -> tqdm[Any]:

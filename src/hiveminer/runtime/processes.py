@@ -41,9 +41,9 @@ def is_dead(number: str) -> bool:
         return False
 
 
-def left_behind(pids: Collection[int], *, shared_memory: Path = SHARED_MEMORY) -> list[str]:
+def left_behind(pids: Collection[int]) -> list[str]:
     """Which of these processes are alive, and which of their shared memory still exists."""
     left = [f"process {pid}" for pid in sorted(pids) if not is_dead(str(pid))]
     numbers = {str(pid) for pid in pids}
-    memory = shared_memory.glob("torch_*_*")
+    memory = SHARED_MEMORY.glob("torch_*_*")
     return left + [str(path) for path in memory if path.name.split("_")[1] in numbers]

@@ -124,10 +124,10 @@ class Ledger:
     def final_block(self) -> int:
         """The newest final block; it and all blocks before it are sealed."""
         due = self.block() - FINALITY_BLOCKS
-        with self.reading() as db:
+        with self.transaction() as db:
             sealed = _sealed(db)
         if sealed < due:
-            with self._transaction("BEGIN IMMEDIATE") as db:
+            with self.transaction("BEGIN IMMEDIATE") as db:
                 sealed = _sealed(db)
                 oldest = due - KEPT_BLOCKS
                 new = range(max(sealed + 1, oldest), due + 1)
@@ -141,7 +141,7 @@ class Ledger:
 
     def hash_of(self, number: int) -> str:
         """A block's hash: random, drawn when the block becomes final; a placeholder before."""
-        with self.reading() as db:
+        with self.transaction() as db:
             row = db.execute("SELECT hash FROM blocks WHERE number = ?", (number,)).fetchone()
             if row is not None:
                 return str(row[0])
@@ -151,7 +151,7 @@ class Ledger:
 
     def number_of(self, block_hash: str) -> int:
         """The number of the block with this hash."""
-        with self.reading() as db:
+        with self.transaction() as db:
             row = db.execute("SELECT number FROM blocks WHERE hash = ?", (block_hash,)).fetchone()
         if row is not None:
             return int(row[0])
@@ -163,15 +163,9 @@ class Ledger:
     # Transactions ---------------------------------------------------------------
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[sqlite3.Connection]:
-        """One consistent view of the file."""
-        with self._transaction("BEGIN") as connection:
-            yield connection
-
-    @contextlib.contextmanager
     def at(self, block: int | None = None) -> Iterator[tuple[sqlite3.Connection, int]]:
         """The state after a block, the current one if none is given, and the block."""
-        with self.reading() as db:
+        with self.transaction() as db:
             head = max(self.block(), _written(db))
             number = head if block is None else block
             if not head - KEPT_BLOCKS <= number <= head:
@@ -189,9 +183,8 @@ class Ledger:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[tuple[sqlite3.Connection, int]]:
-        """A write transaction, and the block that it writes into; rolled back if the body
-        raises."""
-        with self._transaction("BEGIN IMMEDIATE") as db:
+        """A write transaction, and the block that it writes into."""
+        with self.transaction("BEGIN IMMEDIATE") as db:
             written = _written(db)
             block = max(self.block(), written, _sealed(db) + 1)
             if block > written:
@@ -205,7 +198,8 @@ class Ledger:
             yield db, block
 
     @contextlib.contextmanager
-    def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
+    def transaction(self, begin: str = "BEGIN") -> Iterator[sqlite3.Connection]:
+        """One consistent view of the file; rolled back if the body raises."""
         connection = self.connection()
         try:
             connection.execute(begin)

@@ -56,19 +56,12 @@ def _refuses(what: str) -> Callable[..., Any]:
 class Unsupported:
     """The methods of `bittensor.Substrate` that make no sense for a chain in a file."""
 
-    decode_scale = _refuses("SCALE encoding")
-    spec_version = _refuses("runtime")
-    constant = _refuses("constants")
-    map_has_entries = _refuses("such map")
-    query_batch = _refuses("batched reads")
-    get_block = _refuses("record of past blocks")
-    blocks = _refuses("stream of blocks")
-    events = _refuses("events")
-    find_extrinsic = _refuses("record of past calls")
-    estimate_weight = _refuses("weight of calls")
+    decode_scale = spec_version = constant = estimate_weight = _refuses("runtime")
+    map_has_entries = query_batch = _refuses("batched reads")
+    blocks = events = _refuses("stream of blocks and events")
+    get_block = find_extrinsic = _refuses("record of past blocks and calls")
     mev_next_key = _refuses("MEV shield; submit the call in the clear, by submit_call")
-    sign_extrinsic = submit_signed = _refuses("signed extrinsics")
-    prepare = submit_signature = _refuses("signing elsewhere")
+    sign_extrinsic = prepare = submit_signature = submit_signed = _refuses("signed extrinsics")
     multisig_account = submit_multisig = _refuses("multisig accounts")
 
 
@@ -222,7 +215,7 @@ class EmbeddedSubstrate(Unsupported):
 
     async def account_next_index(self, address: str) -> int:
         """How many calls this account has made."""
-        with self._ledger.reading() as db:
+        with self._ledger.transaction() as db:
             return state.nonce(db, address)
 
     async def submit(
@@ -249,7 +242,7 @@ class EmbeddedSubstrate(Unsupported):
         except Exception as error:
             raise bt.ChainError(f"{signer} cannot sign: {error}") from error
         try:
-            if not _verifies(message, signature, signer, int(keypair.crypto_type)):
+            if not bt.sp_core.verify(message, signature, signer, int(keypair.crypto_type)):
                 state.refuse("BadProof", f"the signature is not {signer}'s")
             block, index = self._apply(call, signer, nonce)
         except bt.ChainError as error:
@@ -277,10 +270,3 @@ class EmbeddedSubstrate(Unsupported):
             rules.touch(db, signer)
             db.execute("UPDATE accounts SET nonce = nonce + 1 WHERE address = ?", (signer,))
             return block, expected
-
-
-def _verifies(message: bytes, signature: bytes, signer: str, crypto_type: int) -> bool:
-    try:
-        return bool(bt.sp_core.verify(message, signature, signer, crypto_type))
-    except (ValueError, TypeError):
-        return False

@@ -30,7 +30,7 @@ def python(exam: Examination) -> Check:
 def packages(exam: Examination) -> Check:
     wrong = dependencies.unmet()
     if wrong:
-        return failed("; ".join(map(str, wrong)), "install what this version was written for")
+        return failed("; ".join(wrong), "install what this version was written for")
     return passed(", ".join(f"{name} {importlib.metadata.version(name)}" for name in SHOWN))
 
 
