@@ -69,27 +69,32 @@ Peers = Annotated[list[Peer], BeforeValidator(_split)]
 Folder = Annotated[Path, BeforeValidator(_expand)]
 
 
-def number(default: float | None, least: float, most: float, sentence: str) -> Any:
+def number(default: float | None, least: float, most: float) -> Any:
     """A number with bounds, which `--help` and errors mention."""
     bounds = f"from {least:.12g} to {most:.12g}" if math.isfinite(most) else f"{least:g} or more"
-    return Field(
-        default,
-        ge=least,
-        le=most,
-        description=f"{sentence}; {bounds}",
-        json_schema_extra={"bounds": bounds},
-    )
+    return Field(default, ge=least, le=most, json_schema_extra={"bounds": bounds})
 
 
 # --- groups ----------------------------------------------------------------------------------
 
 
 class Group(BaseModel):
-    """Settings that share a prefix."""
+    """Settings that share a prefix; the text below each is its help."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        for name in cls.__annotations__:
+            field = cls.model_fields[name]
+            if isinstance(field.json_schema_extra, dict):
+                field.description = f"{field.description}; {field.json_schema_extra['bounds']}"
 
     @field_validator("*", mode="before")
     @classmethod
@@ -102,29 +107,25 @@ class Group(BaseModel):
 class WalletSettings(Group):
     """The neuron's keys. Only the hotkey is used; keep the coldkey elsewhere."""
 
-    name: Name = Field("default", description="name of the wallet (its coldkey's name)")
-    hotkey: Name | None = Field(
-        None,
-        description="name of the hotkey; if not given: the next free one on the embedded "
-        "network, `default` on a real one",
-    )
-    path: Folder = Field(Path("~/.bittensor/wallets"), description="folder of the wallets")
+    name: Name = "default"
+    """name of the wallet (its coldkey's name)"""
+    hotkey: Name | None = None
+    """name of the hotkey; if not given: the next free one on the embedded network, `default` on a
+    real one"""
+    path: Folder = Path("~/.bittensor/wallets")
+    """folder of the wallets"""
 
 
 class SubtensorSettings(Group):
     """The chain."""
 
-    network: Network = Field(
-        "embedded",
-        description="embedded (a chain in a file on this machine), finney, test, local, or a "
-        "node's address: ws://... or wss://...",
-    )
-    path: Folder = Field(
-        Path("~/.hiveminer/embedded"), description="folder of the embedded network"
-    )
-    block_seconds: float = number(
-        1.0, 0.05, 60.0, "seconds per block, on the embedded network only"
-    )
+    network: Network = "embedded"
+    """embedded (a chain in a file on this machine), finney, test, local, or a node's address:
+    ws://... or wss://..."""
+    path: Folder = Path("~/.hiveminer/embedded")
+    """folder of the embedded network"""
+    block_seconds: float = number(1.0, 0.05, 60.0)
+    """seconds per block, on the embedded network only"""
 
     @property
     def file(self) -> Path:
@@ -135,139 +136,112 @@ class SubtensorSettings(Group):
 class AxonSettings(Group):
     """The server that validators call."""
 
-    ip: Ip | None = Field(
-        None,
-        description="address to listen on; if not given: 127.0.0.1 on the embedded network, "
-        "0.0.0.0 on a real one",
-    )
-    port: int = number(
-        8091,
-        0,
-        65535,
-        "TCP port to listen on; 0: any free one; if not given and in use on the "
-        "embedded network: the next free one",
-    )
-    external_ip: Ip | None = Field(
-        None, description="address to publish on chain, if it differs from the one listened on"
-    )
-    external_port: int | None = number(None, 1, 65535, "port to publish on chain, if it differs")
-    max_waiting: int = number(64, 1, 4096, "requests that may wait; more are refused")
-    metrics_port: int | None = number(
-        None, 0, 65535, "port of /metrics on 127.0.0.1, for Prometheus; if not given: none"
-    )
+    ip: Ip | None = None
+    """address to listen on; if not given: 127.0.0.1 on the embedded network, 0.0.0.0 on a real
+    one"""
+    port: int = number(8091, 0, 65535)
+    """TCP port to listen on; 0: any free one; if not given and in use on the embedded network: the
+    next free one"""
+    external_ip: Ip | None = None
+    """address to publish on chain, if it differs from the one listened on"""
+    external_port: int | None = number(None, 1, 65535)
+    """port to publish on chain, if it differs"""
+    max_waiting: int = number(64, 1, 4096)
+    """requests that may wait; more are refused"""
+    metrics_port: int | None = number(None, 0, 65535)
+    """port of /metrics on 127.0.0.1, for Prometheus; if not given: none"""
 
 
 class DhtSettings(Group):
     """The connection to the other peers of the swarm."""
 
-    ip: Ip | None = Field(
-        None,
-        description="address to listen on; if not given: 127.0.0.1 on the embedded network, "
-        "0.0.0.0 on a real one",
-    )
-    port: int = number(
-        8009,
-        0,
-        65535,
-        "port to listen on; 0: any free one; if not given and in use on the "
-        "embedded network: the next free one",
-    )
-    external_ip: Ip | None = Field(
-        None, description="address to announce to peers, if it differs from the one listened on"
-    )
-    external_port: int | None = number(None, 1, 65535, "port to announce to peers, if it differs")
-    initial_peers: Peers = Field(
-        default=[],
-        description="multiaddresses of peers to join, separated by spaces or commas; if not "
-        "given: those published on chain",
-    )
+    ip: Ip | None = None
+    """address to listen on; if not given: 127.0.0.1 on the embedded network, 0.0.0.0 on a real
+    one"""
+    port: int = number(8009, 0, 65535)
+    """port to listen on; 0: any free one; if not given and in use on the embedded network: the next
+    free one"""
+    external_ip: Ip | None = None
+    """address to announce to peers, if it differs from the one listened on"""
+    external_port: int | None = number(None, 1, 65535)
+    """port to announce to peers, if it differs"""
+    initial_peers: Peers = []
+    """multiaddresses of peers to join, separated by spaces or commas; if not given: those published
+    on chain"""
 
 
 class BlacklistSettings(Group):
     """Which callers are refused."""
 
-    allow_non_registered: bool = Field(
-        False, description="serve hotkeys that are not registered on the subnet"
-    )
-    force_validator_permit: bool = Field(
-        True, description="train only for hotkeys with a validator permit"
-    )
-    min_stake: float = number(0.0, 0.0, math.inf, "minimum stake of a caller of Train, in TAO")
+    allow_non_registered: bool = False
+    """serve hotkeys that are not registered on the subnet"""
+    force_validator_permit: bool = True
+    """train only for hotkeys with a validator permit"""
+    min_stake: float = number(0.0, 0.0, math.inf)
+    """minimum stake of a caller of Train, in TAO"""
 
 
 class NeuronSettings(Group):
     """This machine."""
 
-    device: Device | None = Field(
-        None, description="cpu, cuda, cuda:1 or mps; if not given: the best one available"
-    )
-    run: Folder | None = Field(
-        None, description="the subnet's run.toml; if not given: the built-in run"
-    )
-    path: Folder = Field(
-        Path("~/.hiveminer"), description="folder of keys, checkpoints and metrics"
-    )
-    threads: int | None = number(
-        None,
-        1,
-        1024,
-        "CPU threads of PyTorch; if not given: 1 on the embedded network, where "
-        "several neurons share the machine, and PyTorch's own choice on a real one",
-    )
-    resume: bool = Field(
-        True, description="resume from the newest checkpoint; --no-neuron.resume starts over"
-    )
-    checkpoint_seconds: float = number(
-        60.0,
-        1.0,
-        86400.0,
-        "minimum seconds between two checkpoints; a miner writes one when an epoch "
-        "begins, and within an epoch that lasts ten times as long",
-    )
-    keep_models: int = number(
-        1,
-        0,
-        1000,
-        "number of newest models that a validator keeps as folders, besides the best by "
-        "held-out loss; 0: none at all",
-    )
+    device: Device | None = None
+    """cpu, cuda, cuda:1 or mps; if not given: the best one available"""
+    run: Folder | None = None
+    """the subnet's run.toml; if not given: the built-in run"""
+    path: Folder = Path("~/.hiveminer")
+    """folder of keys, checkpoints and metrics"""
+    threads: int | None = number(None, 1, 1024)
+    """CPU threads of PyTorch; if not given: 1 on the embedded network, where several neurons share
+    the machine, and PyTorch's own choice on a real one"""
+    resume: bool = True
+    """resume from the newest checkpoint; --no-neuron.resume starts over"""
+    checkpoint_seconds: float = number(60.0, 1.0, 86400.0)
+    """minimum seconds between two checkpoints; a miner writes one when an epoch begins, and within
+    an epoch that lasts ten times as long"""
+    keep_models: int = number(1, 0, 1000)
+    """number of newest models that a validator keeps as folders, besides the best by held-out loss;
+    0: none at all"""
 
 
 class LoggingSettings(Group):
     """Output on the terminal."""
 
-    level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="minimum severity"
-    )
-    format: Literal["text", "json"] = Field("text", description="lines for people, or for machines")
-    bars: bool = Field(True, description="progress bars, where stderr is a terminal")
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """minimum severity"""
+    format: Literal["text", "json"] = "text"
+    """lines for people, or for machines"""
+    bars: bool = True
+    """progress bars, where stderr is a terminal"""
 
 
 class WandbSettings(Group):
     """Metrics to Weights & Biases, besides the JSON lines that are always written."""
 
-    mode: Literal["disabled", "offline", "online"] = Field(
-        "disabled", description="online falls back to offline without an API key"
-    )
-    project: Name = Field("hiveminer", description="project to write to")
-    entity: Name | None = Field(None, description="user or team; if not given: the account's own")
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    """online falls back to offline without an API key"""
+    project: Name = "hiveminer"
+    """project to write to"""
+    entity: Name | None = None
+    """user or team; if not given: the account's own"""
 
 
 class WorkSettings(Group):
     """What miners are asked for, and how it is judged."""
 
-    rows: int = number(64, 1, 4096, "rows per Train request")
-    batch_size: int = number(4, 1, 1024, "rows per batch")
-    gradient_accumulation_steps: int = number(1, 1, 256, "batches per optimizer step")
-    timeout_seconds: float = number(60.0, 0.1, 3600.0, "seconds a miner has for one request")
-    sample_rate: float = number(0.25, 0.0, 1.0, "share of the answers to replay")
-    weights_seconds: float | None = number(
-        None,
-        1.0,
-        86400.0,
-        "seconds between weights; if not given: 10 on the embedded network, 1200 on a real one",
-    )
-    seed: int | None = number(None, 0, 2**31, "seed for choosing rows; if not given: random")
+    rows: int = number(64, 1, 4096)
+    """rows per Train request"""
+    batch_size: int = number(4, 1, 1024)
+    """rows per batch"""
+    gradient_accumulation_steps: int = number(1, 1, 256)
+    """batches per optimizer step"""
+    timeout_seconds: float = number(60.0, 0.1, 3600.0)
+    """seconds a miner has for one request"""
+    sample_rate: float = number(0.25, 0.0, 1.0)
+    """share of the answers to replay"""
+    weights_seconds: float | None = number(None, 1.0, 86400.0)
+    """seconds between weights; if not given: 10 on the embedded network, 1200 on a real one"""
+    seed: int | None = number(None, 0, 2**31)
+    """seed for choosing rows; if not given: random"""
 
 
 # --- programs --------------------------------------------------------------------------------
@@ -276,7 +250,8 @@ class WorkSettings(Group):
 class ProgramSettings(Group):
     """The settings of one program; `parse` reads flags, environment and file."""
 
-    config: Folder | None = Field(None, description="TOML file of settings")
+    config: Folder | None = None
+    """TOML file of settings"""
 
     def given(self, key: str) -> bool:
         """Whether the operator has set this key ("axon.port"), even if to its default."""
@@ -291,7 +266,8 @@ class ProgramSettings(Group):
 class Settings(ProgramSettings):
     """Settings of every neuron."""
 
-    netuid: int = number(1, 0, 65535, "number of the subnet")
+    netuid: int = number(1, 0, 65535)
+    """number of the subnet"""
     wallet: WalletSettings = Field(default_factory=WalletSettings)
     subtensor: SubtensorSettings = Field(default_factory=SubtensorSettings)
     dht: DhtSettings = Field(default_factory=DhtSettings)
@@ -340,96 +316,94 @@ class ValidatorSettings(Settings):
 class DemoSettings(ProgramSettings):
     """Settings of the demo."""
 
-    miners: int = number(3, 1, 64, "miners to start beside the validator")
-    seconds: float = number(90.0, 10.0, 86400.0, "seconds of training")
-    out: Folder = Field(
-        Path("demo-out"), description="folder for metrics, logs, the plot and the trained model"
-    )
-    strategy: Literal["hivemind", "sparseloco"] | None = Field(
-        None,
-        description="how the miners learn from each other; if not given: as the run says",
-    )
-    data: str | None = Field(
-        None,
-        description="your own text: a file or a folder of .txt, .md, .jsonl or .parquet files, or "
-        "a hub name; if not given: the run's",
-    )
-    model: str | None = Field(
-        None,
-        description="folder or hub name of the model to start from; if not given: the run's",
-    )
-    run: Folder | None = Field(None, description="the run.toml; if not given: the built-in run")
+    miners: int = number(3, 1, 64)
+    """miners to start beside the validator"""
+    seconds: float = number(90.0, 10.0, 86400.0)
+    """seconds of training"""
+    out: Folder = Path("demo-out")
+    """folder for metrics, logs, the plot and the trained model"""
+    strategy: Literal["hivemind", "sparseloco"] | None = None
+    """how the miners learn from each other; if not given: as the run says"""
+    data: str | None = None
+    """your own text: a file or a folder of .txt, .md, .jsonl or .parquet files, or a hub name; if
+    not given: the run's"""
+    model: str | None = None
+    """folder or hub name of the model to start from; if not given: the run's"""
+    run: Folder | None = None
+    """the run.toml; if not given: the built-in run"""
     logging: LoggingSettings = Field(default_factory=LoggingSettings)
 
 
 class ExportSettings(Settings):
     """What to export, and where to."""
 
-    out: Folder = Field(description="folder to write the model to; it must not exist")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="precision of the stored weights"
-    )
-    source: Literal["disk", "swarm"] = Field(
-        "disk",
-        description="disk: the newest checkpoint of this machine's neurons, even while they run; "
-        "swarm: the state that peers share with a registered hotkey",
-    )
+    out: Folder
+    """folder to write the model to; it must not exist"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """precision of the stored weights"""
+    source: Literal["disk", "swarm"] = "disk"
+    """disk: the newest checkpoint of this machine's neurons, even while they run; swarm: the state
+    that peers share with a registered hotkey"""
 
 
 class UseSettings(Settings):
     """Which model to use."""
 
-    model: Folder | None = Field(
-        None,
-        description="model folder, as written by `hiveminer export`; if not given: the newest "
-        "checkpoint on this machine",
-    )
+    model: Folder | None = None
+    """model folder, as written by `hiveminer export`; if not given: the newest checkpoint on this
+    machine"""
 
 
 class GenerateSettings(UseSettings):
     """What to generate."""
 
-    text: str = Field("", description="text to continue; also the command's first argument")
-    tokens: int = number(200, 1, 65536, "maximum number of tokens to generate")
-    temperature: float = number(0.8, 0.0, 10.0, "0: always the most probable token")
-    seed: int | None = number(None, 0, 2**31, "seed for sampling; if not given: random")
+    text: str = ""
+    """text to continue; also the command's first argument"""
+    tokens: int = number(200, 1, 65536)
+    """maximum number of tokens to generate"""
+    temperature: float = number(0.8, 0.0, 10.0)
+    """0: always the most probable token"""
+    seed: int | None = number(None, 0, 2**31)
+    """seed for sampling; if not given: random"""
 
 
 class EvaluateSettings(UseSettings):
     """What to evaluate."""
 
-    rows: int = number(32, 1, 10**9, "held-out rows to evaluate on; validators use the first 32")
+    rows: int = number(32, 1, 10**9)
+    """held-out rows to evaluate on; validators use the first 32"""
 
 
 class LogSettings(Settings):
     """Which log of rounds is shown."""
 
-    folder: Folder | None = Field(
-        None,
-        description="the log; if not given: the newest one on this machine; also the first word "
-        "of the command",
-    )
-    round: int | None = number(None, 0, 2**32 - 1, "show this round alone")
-    verify: bool = Field(
-        False,
-        description="rebuild the states offline, and check every hash; with "
-        "--subtensor.network, compare with the chain too",
-    )
+    folder: Folder | None = None
+    """the log; if not given: the newest one on this machine; also the first word of the command"""
+    round: int | None = number(None, 0, 2**32 - 1)
+    """show this round alone"""
+    verify: bool = False
+    """rebuild the states offline, and check every hash; with --subtensor.network, compare with the
+    chain too"""
 
 
 class RunNewSettings(ProgramSettings):
     """A new run.toml."""
 
-    out: Folder = Field(Path("run.toml"), description="file to write; it must not exist")
-    name: str = Field("myrun", description="name of the run")
-    data: str = Field("builtin", description="builtin, a local file or folder, or a hub name")
-    model: str = Field("builtin", description="builtin, a local folder, or a hub name")
+    out: Folder = Path("run.toml")
+    """file to write; it must not exist"""
+    name: str = "myrun"
+    """name of the run"""
+    data: str = "builtin"
+    """builtin, a local file or folder, or a hub name"""
+    model: str = "builtin"
+    """builtin, a local folder, or a hub name"""
 
 
 class RunCheckSettings(ProgramSettings):
     """A run.toml to check."""
 
-    file: Folder = Field(Path("run.toml"), description="the run.toml to check")
+    file: Folder = Path("run.toml")
+    """the run.toml to check"""
 
 
 PROGRAMS: tuple[type[ProgramSettings], ...] = (
