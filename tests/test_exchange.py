@@ -163,13 +163,13 @@ told["stranger"] = fetch(7, wanted, seconds=3, by=exchanges["stranger"])
 state = State.of(tiny_model("llama"))
 shapes = {name: value.shape for name, value in state.weights.items()}
 manifest = read_manifest(state.manifest, shapes)
-sources["bob"].files[manifest.hash] = manifest.raw
+sources["bob"].files[state.hash()] = state.manifest
 for piece in manifest.pieces:
     sources["bob"].files[piece.hash] = piece_bytes(state, piece)
-no_state = exchanges["stranger"].fetch_state(manifest.hash, shapes, timeout_seconds=3)
+no_state = exchanges["stranger"].fetch_state(state.hash(), shapes, timeout_seconds=3)
 told["no state"] = no_state is None
 # Who has not answered is asked last: it would take longer than this by itself.
-loaded = fetcher.fetch_state(manifest.hash, shapes, timeout_seconds=9)
+loaded = fetcher.fetch_state(state.hash(), shapes, timeout_seconds=9)
 told["state"] = loaded is not None and loaded.hash() == state.hash()
 told["unknown state"] = fetcher.fetch_state(bytes(32), shapes, timeout_seconds=2) is None
 

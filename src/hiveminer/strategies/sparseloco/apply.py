@@ -206,8 +206,8 @@ def _power(number: int, exponent: float) -> float:
     """number^exponent for an exponent in quarters, the same bits everywhere: IEEE 754 defines
     how a square root is rounded, and leaves `pow` to the math library."""
     root = math.sqrt(number)
-    powers = {0.0: 1.0, 0.25: math.sqrt(root), 0.5: root, 1.0: float(number)}
-    return root * math.sqrt(root) if exponent == 0.75 else powers[exponent]
+    fourth = math.sqrt(root)
+    return {0: 1.0, 0.25: fourth, 0.5: root, 0.75: root * fourth, 1: float(number)}[exponent]
 
 
 def manifest_head(name: str, shape: torch.Size) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
-from hiveminer.errors import ChainError
 from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.follower import Follower
 from hiveminer.strategies.sparseloco.parts import Parts
@@ -38,37 +37,30 @@ class CuttingFollower(Follower):
         self._weights = weights
         self._has_trained = has_trained
         self._save_cut = save_cut
-        self._committed = -1
         self._looked_back = -1
-        self._why = (-1, "")
 
     def before_records(self, number: int) -> None:
         position = self.replica.position
-        self._why = number, self.problem or "the run's state has not arrived yet"
+        self.why = number, self.problem or "the run's state has not arrived yet"
         if self.problem or position.base is None or position.round != number - 1:
             return
         if position.cut is None:
             copied = self._weights(number)
             if copied is None or copied[0] != self.replica.moves:
                 late = "no training step ended after the cut was due"
-                self._why = number, late if self._has_trained() else ""
+                self.why = number, late if self._has_trained() else ""
                 return
             try:
                 blob = self.replica.cut(number, copied[1]).blob
             except ValueError as error:  # a weight is not finite: the trainer recovers from that
-                self._why = number, str(error)
+                self.why = number, str(error)
                 return
             self.log.add_blob(blob)
             self._save_cut()
-        if self._committed == number:
+        if self.committed == number:
             return
         record = self.replica.record
-        try:
-            self.chain.commit(record.encode())
-        except ChainError as error:
-            self._why = number, str(error)
-            raise
-        self._committed = number
+        self.commit(number, record.encode())
         logger.info("round %d: committed an update of %d bytes", number, record.blob_bytes)
 
     def after_records(self, facts: Facts, head: int) -> None:
@@ -87,10 +79,10 @@ class CuttingFollower(Follower):
         if cut is not None and cut.round == number:
             if records.get(self.replica.position.hotkey) == self.replica.record.encode():
                 return
-            if self._committed == number:
+            if self.committed == number:
                 logger.warning("round %d was missed: the record came too late", number)
                 return
-        known, why = self._why
+        known, why = self.why
         if known == -1 or (known == number and not why):
             return  # this peer has just started, or had nothing to send
         why = why if known == number else "the chain was not read while the cut was due"

@@ -63,6 +63,10 @@ class Follower(ABC):
         """How many blobs counted in the newest round that was not empty."""
         self.counted: deque[frozenset[bytes]] = deque(maxlen=COUNTED_ROUNDS)
         """The hotkeys whose blobs counted, by round that was not empty; oldest first."""
+        self.committed = -1
+        """The last round in which this peer committed its record or mark."""
+        self.why = (-1, "")
+        """A round, and why nothing was committed in it."""
         self._start_state = start_state
         self._poll_seconds = parts.poll_seconds or max(0.1, parts.chain.block_seconds / 2)
         self._known: Facts | None = None
@@ -86,6 +90,15 @@ class Follower(ABC):
 
     def after_settling(self, facts: Facts) -> None:  # noqa: B027 - optional
         """Called after each round has been settled."""
+
+    def commit(self, number: int, data: bytes) -> None:
+        """Commit a record or a mark of a round. Raises ChainError."""
+        try:
+            self.chain.commit(data)
+        except ChainError as error:
+            self.why = number, str(error)
+            raise
+        self.committed = number
 
     # The thread ---------------------------------------------------------------------
 

@@ -27,13 +27,11 @@ from typing import Any
 import torch
 
 from hiveminer.runtime.files import write_atomically
-from hiveminer.strategies.sparseloco.apply import OuterStep, State
+from hiveminer.strategies.sparseloco.apply import OuterStep, State, tensor_bytes
 from hiveminer.strategies.sparseloco.pieces import (
     StateBuilder,
     StateError,
     manifest_length,
-    manifest_of,
-    piece_bytes,
     read_manifest,
 )
 from hiveminer.strategies.sparseloco.plan import Plan
@@ -100,11 +98,10 @@ class Log:
 
     def add_state(self, number: int, state: State) -> None:
         """Save the parent state of a round."""
-        manifest = manifest_of(state)
-        path = self._state_path(number, manifest.hash)
+        path = self._state_path(number, state.hash())
         if not path.exists():
-            pieces = (piece_bytes(state, piece) for piece in manifest.pieces)
-            write_atomically(path, b"".join([manifest.raw, *pieces]))
+            tensors = (tensor_bytes(state.weights[name]) for name in sorted(state.weights))
+            write_atomically(path, b"".join([state.manifest, *tensors]))
 
     def add_round(self, facts: Facts, *, made: bytes | None = None) -> None:
         """Save a round; again with `made` once the state after it was computed."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 
-from hiveminer.errors import ChainError
 from hiveminer.strategies.sparseloco.apply import CountedBlob, read_blob
 from hiveminer.strategies.sparseloco.codec import BlobError, Header
 from hiveminer.strategies.sparseloco.follower import Follower
@@ -20,16 +19,13 @@ MARGIN_BLOCKS = 2
 class MarkingFollower(Follower):
     """Fetches the blobs of a round, checks them, and commits a mark."""
 
-    _marked = -1
-    _why = (-1, "")
-
     def after_records(self, facts: Facts, head: int) -> None:
         base = self.replica.position.base
         deadline = self.plan.rules.schedule.marks_block(facts.round)
-        if self._marked == facts.round or head >= deadline:
+        if self.committed == facts.round or head >= deadline:
             return
         if base is None or self.problem:
-            self._why = facts.round, self.problem or "the run's state has not arrived yet"
+            self.why = facts.round, self.problem or "the run's state has not arrived yet"
             return
         if self.replica.position.hotkey not in {n.hotkey for n in facts.neurons if n.permit}:
             return  # a mark would not count
@@ -38,12 +34,7 @@ class MarkingFollower(Follower):
             self.plan.rules.run, facts.round, base, frozenset(blobs),
             witness(self.replica.position.hotkey, blobs),
         )  # fmt: skip
-        try:
-            self.chain.commit(mark.encode())
-        except ChainError as error:
-            self._why = facts.round, str(error)
-            raise
-        self._marked = facts.round
+        self.commit(facts.round, mark.encode())
         logger.info("round %d: marked %d updates", facts.round, len(blobs))
 
     def after_settling(self, facts: Facts) -> None:
@@ -53,9 +44,10 @@ class MarkingFollower(Follower):
         if mark is not None and mark.round == facts.round:
             return
         if own in {n.hotkey for n in facts.neurons if n.permit}:
-            known, why = self._why
-            late = "it came too late" if self._marked == facts.round else "there was no time for it"
-            why = why if known == facts.round else late
+            is_late = self.committed == facts.round
+            why = "it came too late" if is_late else "there was no time for it"
+            if self.why[0] == facts.round:
+                why = self.why[1]
             logger.warning("round %d: our mark is missing: %s", facts.round, why)
 
     def _check(self, facts: Facts, base: bytes, deadline: int) -> dict[int, bytes]:

@@ -44,23 +44,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A parsed manifest. raw: its bytes, whose SHA-256 is the state's hash."""
+    """A parsed manifest."""
 
-    raw: bytes
     clip_norms: Mapping[str, float]
     pieces: tuple[Piece, ...]
-
-    @property
-    def hash(self) -> bytes:
-        return hashlib.sha256(self.raw).digest()
 
 
 def manifest_length(shapes: Mapping[str, torch.Size]) -> int:
     """Bytes of the manifest of any state with these shapes."""
-    return len(MANIFEST) + sum(
-        len(manifest_head(name, shape)) + 4 + HASH_BYTES * _piece_count(shape)
-        for name, shape in shapes.items()
-    )
+    pieces = sum(-(-4 * math.prod(shape) // PIECE_BYTES) for shape in shapes.values())
+    heads = sum(len(manifest_head(name, shape)) + 4 for name, shape in shapes.items())
+    return len(MANIFEST) + heads + HASH_BYTES * pieces
 
 
 def read_manifest(raw: bytes, shapes: Mapping[str, torch.Size]) -> Manifest:
@@ -84,7 +78,7 @@ def read_manifest(raw: bytes, shapes: Mapping[str, torch.Size]) -> Manifest:
             digest = raw[at : at + HASH_BYTES]
             pieces.append(Piece(name, start, min(PIECE_BYTES, size - start), digest))
             at += HASH_BYTES
-    return Manifest(raw, clip_norms, tuple(pieces))
+    return Manifest(clip_norms, tuple(pieces))
 
 
 def manifest_of(state: State) -> Manifest:
@@ -125,7 +119,3 @@ class StateBuilder:
             numbers = self._buffers[name].view("<f4").astype(np.float32, copy=False)
             weights[name] = torch.from_numpy(numbers).view(shape)
         return State(weights, self.manifest.clip_norms)
-
-
-def _piece_count(shape: torch.Size) -> int:
-    return -(-4 * math.prod(shape) // PIECE_BYTES)

@@ -163,25 +163,13 @@ class Replica:
     def take_state(self, state: State) -> None:
         """Switch to the confirmed state, from the log or another peer."""
         with self.lock:
-            position, transfer = rounds.take_state(self.position)
-            self.states[state.hash()] = state
-            self._go_to(state)
-            self._take_off(transfer)
-            for blob in transfer.back:
-                update.give_back(self._pending(), self.cuts[blob.blob_hash].cut)
-            self.position = position
-            self._forget()
+            self._stand_on(state, *rounds.take_state(self.position))
 
     def make_newest(self, state: State) -> None:
         """Switch to the state that the missing blobs make of the confirmed one."""
-        digest = state.hash()
+        digest = state.hash()  # slow the first time
         with self.lock:
-            position, transfer = rounds.make_newest(self.position, digest)
-            self.states[digest] = state
-            self._go_to(state)
-            self._take_off(transfer)
-            self.position = position
-            self._forget()
+            self._stand_on(state, *rounds.make_newest(self.position, digest))
 
     def skip(self, number: int) -> None:
         """Skip a round whose decision this peer does not accept."""
@@ -219,11 +207,16 @@ class Replica:
         update.settle(self._pending(), self._stand.weights, state.weights)
         self._stand = state
 
-    def _take_off(self, transfer: Transfer) -> None:
-        """Take q of own blobs off u, and (1 - rho) e unless that was forgotten before."""
+    def _stand_on(self, state: State, position: Position, transfer: Transfer) -> None:
+        self.states[state.hash()] = state
+        self._go_to(state)
         for blob in transfer.off:
             keep = 1.0 if blob.forgotten else self.plan.keep
             update.take_off(self._pending(), self.cuts[blob.blob_hash].cut, keep=keep)
+        for blob in transfer.back:
+            update.give_back(self._pending(), self.cuts[blob.blob_hash].cut)
+        self.position = position
+        self._forget()
 
     def _forget(self) -> None:
         """Drop the states and blobs that the position no longer needs."""

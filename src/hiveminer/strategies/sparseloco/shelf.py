@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable
 
 from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.log import Log
-from hiveminer.strategies.sparseloco.pieces import Bytes, Manifest, Piece, manifest_of, piece_bytes
+from hiveminer.strategies.sparseloco.pieces import Bytes, Piece, manifest_of, piece_bytes
 
 SERVED_ROUNDS = 24
 """How long blobs are served: longer than any state on disk is older than them."""
@@ -36,10 +36,11 @@ class Shelf:
         self._clock = clock
         self._lock = threading.Lock()
         self._rounds: dict[int, dict[int, bytes]] = {}
-        self._states: dict[bytes, tuple[State, Manifest]] = {}
-        self._pieces: dict[bytes, tuple[State, Piece]] = {}
-        self._asked_at: dict[int, float] = {}
-        """When a part of a state was last asked for, by the state's `id`."""
+        self._states: dict[bytes, State] = {}
+        self._pieces: dict[bytes, tuple[bytes, Piece]] = {}
+        """By hash, the state's hash and the piece."""
+        self._asked_at: dict[bytes, float] = {}
+        """When a part of a state was last asked for, by the state's hash."""
         self._older: tuple[bytes, int] | None = None
         """The older state's hash, and the round since which it is kept."""
 
@@ -52,27 +53,25 @@ class Shelf:
 
     def serve_states(self, states: Iterable[State]) -> None:
         """Serve these states, an older one that is being downloaded, and no others."""
-        known = {id(state): manifest for state, manifest in self._states.values()}
-        served = [(state, known.get(id(state)) or manifest_of(state)) for state in states]
+        now = {state.hash(): state for state in states}
         with self._lock:
-            now = {manifest.hash: (state, manifest) for state, manifest in served}
             self._states = now | self._downloaded(now)
             self._pieces = {
-                piece.hash: (state, piece)
-                for state, manifest in self._states.values()
-                for piece in manifest.pieces
+                piece.hash: (digest, piece)
+                for digest, state in self._states.items()
+                for piece in manifest_of(state).pieces
             }
-            held = {id(state) for state, _ in self._states.values()}
-            self._asked_at = {key: at for key, at in self._asked_at.items() if key in held}
+            asked = self._asked_at.items()
+            self._asked_at = {digest: at for digest, at in asked if digest in self._states}
 
-    def _downloaded(self, now: Collection[bytes]) -> dict[bytes, tuple[State, Manifest]]:
+    def _downloaded(self, now: Collection[bytes]) -> dict[bytes, State]:
         """The older state to keep, if any: the one that has been kept until now comes first."""
         newest, late = max(self._rounds, default=0), self._clock() - DOWNLOAD_PAUSE_SECONDS
         kept, since = self._older or (b"", newest)
         self._older = None
         for digest in sorted(self._states.keys() - set(now), key=lambda each: each != kept):
             began = since if digest == kept else newest
-            is_asked = self._asked_at.get(id(self._states[digest][0]), -math.inf) > late
+            is_asked = self._asked_at.get(digest, -math.inf) > late
             if is_asked and newest - began < DOWNLOAD_ROUNDS:
                 self._older = digest, began
                 return {digest: self._states[digest]}
@@ -91,13 +90,11 @@ class Shelf:
     def get(self, digest: bytes) -> Bytes | None:
         """The bytes with this SHA-256, if they are served."""
         with self._lock:
-            held = self._states.get(digest)
-            place = self._pieces.get(digest)
+            owner, piece = self._pieces.get(digest, (digest, None))
+            state = self._states.get(owner)
+            if state is not None:
+                self._asked_at[owner] = self._clock()
             is_blob = any(digest in blobs.values() for blobs in self._rounds.values())
-            if state := held or place:
-                self._asked_at[id(state[0])] = self._clock()
-        if held is not None:
-            return held[1].raw
-        if place is not None:
-            return piece_bytes(*place)
+        if state is not None:
+            return state.manifest if piece is None else piece_bytes(state, piece)
         return self._log.blob(digest) if is_blob else None

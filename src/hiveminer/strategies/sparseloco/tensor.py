@@ -94,13 +94,9 @@ class Coded:
         """In pieces: coordinates, the cell of `levels` of each value, and the number of the
         first value."""
         width = self.levels.shape[1]
-        done, row, chunk_before = 0, -1, -1
-        for where in _coordinates(self.marked, count=self.count, size=self.size):
-            chunk_of = where // self.chunk
-            cell = np.cumsum(np.diff(chunk_of, prepend=chunk_before) != 0)
-            cell += row
-            row, chunk_before = int(cell[-1]), int(chunk_of[-1])
-            cell *= width
+        done = 0
+        for where, row in _rows(self.marked, count=self.count, size=self.size, chunk=self.chunk):
+            cell = row * width
             for bit, plane in enumerate(self.planes[1:]):
                 cell += unpack(plane, done, done + len(where)).astype(np.int64) << bit
             yield where, cell, done
@@ -236,8 +232,10 @@ def decode_tensor(reader: Reader, size: int, compression: Compression) -> Raw | 
     if bits * packed_size(count) > reader.left:
         raise BlobError(f"the blob is truncated: {count} values in {reader.left} bytes")
     marked = _decode_marked(reader, size - count if _by_others(count, size) else count, size)
-    chunks = _chunks_used(marked, count=count, size=size, chunk=chunk)
-    levels = _decode_levels(reader, chunks, 1 << (bits - 1))
+    last = 0
+    for _, row in _rows(marked, count=count, size=size, chunk=chunk):
+        last = int(row[-1])
+    levels = _decode_levels(reader, last + 1, 1 << (bits - 1))
     planes = tuple(reader.flags(count) for _ in range(bits))
     part = Coded(size, chunk, count, marked, levels, planes)
     if not np.array_equal(part.uses() > 0, levels > 0):
@@ -264,16 +262,17 @@ def _decode_marked(reader: Reader, listed: int, size: int) -> NDArray[np.int32]:
     return gaps.view(np.int32)
 
 
-def _chunks_used(marked: NDArray[np.int32], *, count: int, size: int, chunk: int) -> int:
-    """How many chunks have values."""
-    if count == size:
-        return -(-size // chunk)
-    used, before = 0, -1
+def _rows(
+    marked: NDArray[np.int32], *, count: int, size: int, chunk: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """The coordinates of the values, in pieces, and the place of each one's chunk among the chunks
+    that have values."""
+    row, before = -1, -1
     for where in _coordinates(marked, count=count, size=size):
         chunk_of = where // chunk
-        used += int(np.count_nonzero(np.diff(chunk_of, prepend=before)))
-        before = int(chunk_of[-1])
-    return used
+        rows = row + np.cumsum(np.diff(chunk_of, prepend=before) != 0)
+        row, before = int(rows[-1]), int(chunk_of[-1])
+        yield where, rows
 
 
 def _decode_levels(reader: Reader, chunks: int, width: int) -> NDArray[np.uint16]:
