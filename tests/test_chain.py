@@ -171,14 +171,10 @@ def test_strangers_are_refused(network: Network) -> None:
     keys = new_keys()
     code = bt.ErrorCode.NOT_REGISTERED
     network.join()
-    refused(network.serve(keys), "HotKeyNotRegisteredInNetwork", code)
-    refused(network.weigh(keys, {0: 1}), "HotKeyNotRegisteredInSubNet", code)
-    refused(
-        network.commit(keys, {"Raw1": "0x00"}),
-        "AccountNotAllowedCommit",
-        bt.ErrorCode.NOT_AUTHORIZED,
-    )
-    refused(network.stake(keys, 1), "HotKeyAccountNotExists", code)
+    refused(network.serve(keys), "HotKeyNotRegisteredInNetwork")
+    refused(network.weigh(keys, {0: 1}), "HotKeyNotRegisteredInSubNet")
+    refused(network.commit(keys, {"Raw1": "0x00"}), "AccountNotAllowedCommit")
+    refused(network.stake(keys, 1), "HotKeyAccountNotExists")
     with pytest.raises(bt.ChainError) as raised:
         network.execute(bt.SetWeights(netuid=1, weights={0: 1.0}), keys)
     assert raised.value.code is code
@@ -188,21 +184,15 @@ def test_strangers_are_refused(network: Network) -> None:
 
 def test_registration_is_paid_for_and_happens_once(network: Network) -> None:
     keys = network.join()
-    refused(network.register(keys), "HotKeyAlreadyRegisteredInSubNet", bt.ErrorCode.ALREADY_EXISTS)
-    refused(network.register(keys, 7), "SubnetNotExists", bt.ErrorCode.SUBNET_NOT_EXISTS)
-    refused(
-        network.register(keys, 0),
-        "RegistrationNotPermittedOnRootSubnet",
-        bt.ErrorCode.INVALID_ARGUMENT,
-    )
-    spent = network.stake(keys, 999_999.5)
-    refused(spent, "NotEnoughBalanceToStake", bt.ErrorCode.INSUFFICIENT_BALANCE)
+    refused(network.register(keys), "HotKeyAlreadyRegisteredInSubNet")
+    refused(network.register(keys, 7), "SubnetNotExists")
+    refused(network.register(keys, 0), "RegistrationNotPermittedOnRootSubnet")
+    refused(network.stake(keys, 999_999.5), "NotEnoughBalanceToStake")
     assert network.stake(keys, 999_998.5).success
     other = Keys(new_keys().hotkey, keys.coldkey)
-    refused(network.register(other), "NotEnoughBalanceToStake", bt.ErrorCode.INSUFFICIENT_BALANCE)
+    refused(network.register(other), "NotEnoughBalanceToStake")
     network.substrate.set_hyperparameters(1, registration_allowed=0)
-    closed = network.register(new_keys())
-    refused(closed, "SubNetRegistrationDisabled", bt.ErrorCode.DISABLED)
+    refused(network.register(new_keys()), "SubNetRegistrationDisabled")
     assert len(network.metagraph()) == 1
 
 
@@ -220,28 +210,19 @@ def test_only_the_right_key_signs(network: Network) -> None:
         def sign(self, payload: bytes) -> bytes:
             return bytes(other.hotkey.sign(payload))
 
-    forged = network.weigh(Claims(), {0: 1})
-    refused(forged, "BadProof", bt.ErrorCode.INVALID_ARGUMENT)
+    refused(network.weigh(Claims(), {0: 1}), "BadProof")
     public = Keypair(ss58_address=keys.hotkey.ss58_address)
     with pytest.raises(bt.ChainError, match="cannot sign"):
         network.weigh(public, {0: 1})
     # A coldkey where a hotkey signs, and the other way round.
-    refused(
-        network.weigh(keys.coldkey, {0: 1}),
-        "HotKeyNotRegisteredInSubNet",
-        bt.ErrorCode.NOT_REGISTERED,
-    )
+    refused(network.weigh(keys.coldkey, {0: 1}), "HotKeyNotRegisteredInSubNet")
     target = new_keys().hotkey.ss58_address
     register = bt.calls.SubtensorModule.burned_register(netuid=1, hotkey=target)
-    refused(
-        network.submit(register, keys, signer="hotkey"),
-        "NonAssociatedColdKey",
-        bt.ErrorCode.NOT_AUTHORIZED,
-    )
+    refused(network.submit(register, keys, signer="hotkey"), "NonAssociatedColdKey")
     # Another's hotkey cannot be registered, even when it has lost its uid.
     network.substrate.deregister(keys.hotkey.ss58_address, netuid=1)
     stolen = Keys(keys.hotkey, other.coldkey)
-    refused(network.register(stolen), "NonAssociatedColdKey", bt.ErrorCode.NOT_AUTHORIZED)
+    refused(network.register(stolen), "NonAssociatedColdKey")
     assert network.metagraph().by_hotkey(keys.hotkey.ss58_address) is None
 
 
@@ -267,15 +248,11 @@ def test_weights_need_stake_a_permit_time_and_the_version(network: Network) -> N
         1, max_validators=2, weights_rate_limit=10, weights_version=3
     )
     poor, small, *large = (network.join(tao=tao) for tao in (999, 1500, 2000, 2500))
-    small_stake = network.weigh(poor, {0: 1}, 3)
-    refused(small_stake, "NotEnoughStakeToSetWeights", bt.ErrorCode.INSUFFICIENT_BALANCE)
-    soon = network.weigh(large[0], {0: 1}, 3)
-    refused(soon, "SettingWeightsTooFast", bt.ErrorCode.RATE_LIMITED)
+    refused(network.weigh(poor, {0: 1}, 3), "NotEnoughStakeToSetWeights")
+    refused(network.weigh(large[0], {0: 1}, 3), "SettingWeightsTooFast")
     network.clock.blocks(10)
-    old = network.weigh(large[0], {0: 1}, 2)
-    refused(old, "IncorrectWeightVersionKey", bt.ErrorCode.INVALID_ARGUMENT)
-    third = network.weigh(small, {0: 1}, 3)
-    refused(third, "NeuronNoValidatorPermit", bt.ErrorCode.NOT_AUTHORIZED)
+    refused(network.weigh(large[0], {0: 1}, 2), "IncorrectWeightVersionKey")
+    refused(network.weigh(small, {0: 1}, 3), "NeuronNoValidatorPermit")
     assert network.weigh(small, {1: 1}, 3).success  # on itself only
     intent = bt.SetWeights(netuid=1, weights={0: 0.25, 1: 0.75}, version_key=3)
     assert network.execute(intent, large[0]).success
@@ -302,36 +279,34 @@ def test_weights_out_of_shape_are_refused(network: Network) -> None:
         )
         return network.submit(call, keys, signer="hotkey")
 
-    refused(weigh([0, 1], [1]), "WeightVecNotEqualSize", code)
-    refused(weigh([1, 1], [1, 1]), "DuplicateUids", code)
-    refused(weigh([1, 2], [1, 1]), "UidVecContainInvalidOne", code)
-    refused(
-        weigh([0, 1, 2], [1, 1, 1]), "UidsLengthExceedUidsInSubNet", bt.ErrorCode.LIMIT_EXCEEDED
-    )
-    refused(weigh([], []), "WeightVecLengthIsLow", code)
-    refused(weigh([1], [0]), "WeightVecLengthIsLow", code)
+    refused(weigh([0, 1], [1]), "WeightVecNotEqualSize")
+    refused(weigh([1, 1], [1, 1]), "DuplicateUids")
+    refused(weigh([1, 2], [1, 1]), "UidVecContainInvalidOne")
+    refused(weigh([0, 1, 2], [1, 1, 1]), "UidsLengthExceedUidsInSubNet")
+    refused(weigh([], []), "WeightVecLengthIsLow")
+    refused(weigh([1], [0]), "WeightVecLengthIsLow")
     for values in ([-1], [65536], [True], ["1"], list(range(5000))):
         assert code_of(weigh([1], values)) is code
     network.substrate.set_hyperparameters(1, min_allowed_weights=2, max_weights_limit=40000)
-    refused(weigh([1], [1]), "WeightVecLengthIsLow", code)
-    refused(weigh([0, 1], [1, 9]), "MaxWeightExceeded", bt.ErrorCode.LIMIT_EXCEEDED)
+    refused(weigh([1], [1]), "WeightVecLengthIsLow")
+    refused(weigh([0, 1], [1, 9]), "MaxWeightExceeded")
     # The SDK clips to the limit by itself.
     assert network.execute(bt.SetWeights(netuid=1, weights={0: 0.1, 1: 0.9}), keys).success
     network.substrate.set_hyperparameters(1, commit_reveal_weights_enabled=1)
-    refused(weigh([0, 1], [1, 1]), "CommitRevealEnabled", bt.ErrorCode.DISABLED)
+    refused(weigh([0, 1], [1, 1]), "CommitRevealEnabled")
 
 
 def test_an_axon_has_a_host_a_port_and_a_rate_limit(network: Network) -> None:
     keys = network.join()
     code = bt.ErrorCode.INVALID_ARGUMENT
     network.substrate.set_hyperparameters(1, serving_rate_limit=10)
-    refused(network.serve(keys, port=0), "InvalidPort", code)
-    refused(network.serve(keys, "255.255.255.255"), "InvalidIpAddress", code)
+    refused(network.serve(keys, port=0), "InvalidPort")
+    refused(network.serve(keys, "255.255.255.255"), "InvalidIpAddress")
     assert code_of(network.serve(keys, port=70000)) is code
     assert network.serve(keys, "::1", 8091).success
     assert network.metagraph().neuron(0).axon == "[::1]:8091"
     network.clock.blocks(9)
-    refused(network.serve(keys), "ServingRateLimitExceeded", bt.ErrorCode.RATE_LIMITED)
+    refused(network.serve(keys), "ServingRateLimitExceeded")
     network.clock.blocks(1)
     assert network.execute(bt.ResetAxon(netuid=1), keys).success
     assert network.metagraph().neuron(0).axon is None
@@ -352,11 +327,12 @@ def test_a_commitment_has_a_size(network: Network) -> None:
         "None",
     ):
         assert code_of(network.commit(keys, field)) is code
-    two = network.commit(keys, {"Raw1": "0x00"}, {"Raw1": "0x00"})
-    refused(two, "TooManyFieldsInCommitmentInfo", bt.ErrorCode.LIMIT_EXCEEDED)
+    refused(
+        network.commit(keys, {"Raw1": "0x00"}, {"Raw1": "0x00"}), "TooManyFieldsInCommitmentInfo"
+    )
     assert network.metagraph().commitments[0].fields == [{"BigRaw": "0x" + "ab" * 512}]
     results = [network.commit(keys, {"BigRaw": "0x" + "ab" * 512}) for _ in range(5)]
-    refused(results[-1], "SpaceLimitExceeded", bt.ErrorCode.LIMIT_EXCEEDED)
+    refused(results[-1], "SpaceLimitExceeded")
     network.clock.blocks(360)
     assert network.commit(keys, {"Raw0": "0x"}).success
 
@@ -390,8 +366,7 @@ def test_a_full_subnet_prunes_the_lowest_outside_its_immunity(network: Network) 
     validator = network.join(tao=VALIDATOR_STAKE)
     network.clock.blocks(1)
     lazy, good = network.join(), network.join()
-    full = network.register(new_keys())
-    refused(full, "NoNeuronIdAvailable", bt.ErrorCode.LIMIT_EXCEEDED)
+    refused(network.register(new_keys()), "NoNeuronIdAvailable")
     network.serve(lazy).raise_for_failure()
     network.commit(lazy, {"Raw1": "0x00"}).raise_for_failure()
     network.clock.blocks(100)
@@ -419,7 +394,7 @@ def test_a_neuron_that_lost_its_uid_and_the_next_that_takes_it(network: Network)
     gone = network.metagraph()
     assert (len(gone), gone.neuron(1).axon, gone.neuron(1).incentive) == (2, None, 0.0)
     assert gone.by_hotkey(miner.hotkey.ss58_address) is None
-    refused(network.serve(miner), "HotKeyNotRegisteredInNetwork", bt.ErrorCode.NOT_REGISTERED)
+    refused(network.serve(miner), "HotKeyNotRegisteredInNetwork")
     with pytest.raises(bt.ChainError):
         network.substrate.deregister(miner.hotkey.ss58_address, netuid=1)
     newcomer = network.join()
