@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from chain_worker import Keys
 
 from hiveminer.chain import Chain, open_chain, snapshot
 from hiveminer.errors import ChainError, NotRegistered, OperatorError
+from programs import wait_for
 
 NETUID = int(os.environ.get("BT_CHAIN_NETUID", "1"))
 STAKE_RAO = 2000 * 10**9
@@ -88,10 +88,7 @@ def network(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Network]
 def wait_blocks(chain: Chain, count: int) -> None:
     """Until so many blocks have come, each within a minute."""
     end = chain.block() + count
-    deadline = time.monotonic() + 60 * count
-    while chain.block() < end:
-        assert time.monotonic() < deadline, "no block comes"
-        time.sleep(min(1.0, chain.block_seconds() / 2))
+    wait_for(lambda: chain.block() >= end, seconds=60 * count, about="blocks")
 
 
 def test_blocks_come_and_have_a_length(network: Network) -> None:

@@ -7,8 +7,6 @@ import contextlib
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +24,7 @@ from hiveminer.chain import (
     open_wallet,
 )
 from hiveminer.errors import OperatorError
+from programs import Program
 
 WORKER = Path(__file__).with_name("chain_worker.py")
 
@@ -40,32 +39,8 @@ def network(tmp_path: Path) -> Iterator[Network]:
 # The file ---------------------------------------------------------------------------
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(WORKER), *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate(timeout=30)
-
-
-@contextlib.contextmanager
-def running(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    process = start(*arguments)
-    try:
-        yield process
-    finally:
-        kill(process)
-
-
-def line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
+def worker(name: str, what: str, path: Path, *words: str) -> Program:
+    return Program([str(WORKER), what, str(path), *words], folder=path.parent / name)
 
 
 def sound(path: Path) -> bool:
@@ -75,10 +50,12 @@ def sound(path: Path) -> bool:
 
 def test_three_processes_at_once_on_a_file_that_none_of_them_finds(tmp_path: Path) -> None:
     path = tmp_path / "new" / "chain.sqlite3"
-    processes = [start("cycles", path, 15) for _ in range(3)]
-    outcomes = [(*process.communicate(timeout=120), process.returncode) for process in processes]
-    assert [(error, code) for _, error, code in outcomes] == [("", 0)] * 3
-    uids = sorted(int(uid) for output, _, _ in outcomes for uid in output.split())
+    with contextlib.ExitStack() as stack:
+        programs = [
+            stack.enter_context(worker(name, "cycles", path, "15")) for name in ("a", "b", "c")
+        ]
+        assert [program.process.wait(120) for program in programs] == [0, 0, 0]
+    uids = sorted(int(uid) for program in programs for uid in program.words.split())
     assert uids == list(range(45))
     assert sound(path)
     assert [p.name for p in path.parent.iterdir() if p.name.startswith(".")] == []
@@ -88,13 +65,13 @@ def test_kill_9_in_mid_write_leaves_the_file_sound(network: Network) -> None:
     network.clock.seconds = time.time()
     network.substrate.set_hyperparameters(1, weights_rate_limit=0, serving_rate_limit=0)
     keys = network.join(tao=VALIDATOR_STAKE)
-    with running("stay-in-mid-write", network.path) as process:
-        assert line(process) == "writing"
+    with worker("stays", "stay-in-mid-write", network.path) as program:
+        program.says("writing")
         assert network.uid(keys) == 0  # readers do not wait, and see none of it
     assert network.uid(keys) == 0
     assert network.serve(keys).success  # the lock went with its holder
-    with running("write-for-ever", network.path) as process:
-        assert [line(process) for _ in range(10)] == [str(count) for count in range(10)]
+    with worker("writes", "write-for-ever", network.path) as program:
+        program.says("\n9")
     network.clock.seconds = time.time()
     assert sound(network.path)
     before = len(network.metagraph())
@@ -143,27 +120,30 @@ def test_a_file_that_is_not_ours_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_the_next_process_takes_the_next_key_and_kill_9_frees_one(tmp_path: Path) -> None:
-    with running("claim", tmp_path) as first, running("claim", tmp_path) as second:
+    place = tmp_path / "network"
+    with worker("first", "claim", place) as first, worker("second", "claim", place) as second:
         owners = {}
-        for process in (first, second):
-            name, address, _ = line(process).split()
-            owners[name] = (process, address)
+        for program in (first, second):
+            name, address, _ = program.says("miner-").split()
+            owners[name] = (program, address)
         assert sorted(owners) == ["miner-0", "miner-1"]
         holder, address = owners["miner-0"]
-        with pytest.raises(OperatorError, match=f"in use by process {holder.pid};"):
-            named_embedded_wallet(tmp_path, "embedded", "miner-0")
-        kill(holder)
-        with embedded_wallet(tmp_path, prefix="miner") as mine:
-            assert (mine.wallet.hotkey_str, mine.wallet.hotkey.ss58_address) == ("miner-0", address)
+        with pytest.raises(OperatorError, match=f"in use by process {holder.process.pid};"):
+            named_embedded_wallet(place, "embedded", "miner-0")
+        holder.end()
+        with embedded_wallet(place, prefix="miner") as mine:
+            assert mine.wallet.hotkey_str == "miner-0"
+            assert mine.wallet.hotkey.ss58_address == address
 
 
 def test_a_forked_child_that_outlives_its_parent_does_not_keep_the_key(tmp_path: Path) -> None:
-    with running("claim-and-fork", tmp_path) as process:
-        name, _, child = line(process).split()
+    place = tmp_path / "network"
+    with worker("parent", "claim-and-fork", place) as program:
+        name, _, child = program.says("miner-").split()
         try:
-            os.kill(process.pid, signal.SIGKILL)
-            process.wait(60)
-            with embedded_wallet(tmp_path, prefix="miner") as mine:
+            program.process.kill()
+            program.process.wait(60)
+            with embedded_wallet(place, prefix="miner") as mine:
                 assert mine.wallet.hotkey_str == name == "miner-0"
         finally:
             os.kill(int(child), signal.SIGKILL)

@@ -9,21 +9,14 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hiveminer.errors import OperatorError
 from hiveminer.runtime import json_filter, machine
-from programs import Program
-
-HIVEMINER = [sys.executable, "-m", "hiveminer"]
-
-
-def run(*words: str, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(  # type: ignore[call-overload,no-any-return]
-        [*HIVEMINER, *words], text=True, timeout=120, stderr=subprocess.PIPE, **options
-    )
+from programs import Program, started
 
 
 def printed(code: str) -> int:
@@ -36,31 +29,40 @@ def printed(code: str) -> int:
 # --- where the output goes -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["miner", "--help"]])
-def test_a_full_disk_under_stdout_is_one_line(words: list[str]) -> None:
-    with open("/dev/full", "w") as full:
-        done = run(*words, stdout=full)
-    assert done.returncode > 0
-    assert done.stderr.startswith("hiveminer: the output could not be written: No space left")
-    assert done.stderr.count("\n") == 1
+def full_disk() -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
 
 
-def test_a_closed_pipe_under_stdout_is_one_line() -> None:
+def broken_pipe() -> None:
     read, write = os.pipe()
+    os.dup2(write, 1)
     os.close(read)
-    done = run("--help", stdout=write)
-    os.close(write)
-    assert done.returncode > 0
-    assert done.stderr.startswith("hiveminer: the output could not be written: Broken pipe")
-    assert done.stderr.count("\n") == 1
 
 
-def test_a_closed_stdout_is_one_line() -> None:
-    done = run("--version", preexec_fn=lambda: os.close(1))
+def closed() -> None:
+    os.close(1)
+
+
+@pytest.mark.parametrize(
+    ("words", "stdout", "reason"),
+    [
+        (["--help"], full_disk, "No space left on device"),
+        (["--version"], full_disk, "No space left on device"),
+        (["miner", "--help"], full_disk, "No space left on device"),
+        (["--help"], broken_pipe, "Broken pipe"),
+        (["--version"], closed, "Bad file descriptor"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_one_line(
+    words: list[str], stdout: Callable[[], None], reason: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "hiveminer", *words],
+        text=True, timeout=120, stderr=subprocess.PIPE, preexec_fn=stdout,
+    )  # fmt: skip
     assert done.returncode > 0
-    assert done.stderr == (
-        "hiveminer: the output could not be written: Bad file descriptor; look where stdout goes\n"
-    )
+    problem = f"the output could not be written: {reason}; look where stdout goes"
+    assert done.stderr == f"hiveminer: {problem}\n"
 
 
 def test_no_file_gets_the_number_of_a_stream_that_is_closed() -> None:
@@ -71,12 +73,8 @@ def test_no_file_gets_the_number_of_a_stream_that_is_closed() -> None:
         "assert os.open('/dev/null', os.O_RDONLY) > 2\n"
     )
 
-    def close() -> None:
-        os.closerange(0, 3)
-
-    assert (
-        subprocess.run([sys.executable, "-c", code], preexec_fn=close, timeout=60).returncode == 0
-    )
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, preexec_fn=lambda: os.closerange(0, 3), timeout=60, check=True)
 
 
 # --- signals -------------------------------------------------------------------------------------
@@ -95,22 +93,21 @@ taken.give_back()
 """
 
 
-def test_a_closed_terminal_stops_in_order(tmp_path: Path) -> None:
-    (tmp_path / "stops.py").write_text(STOPS)
-    with Program([str(tmp_path / "stops.py")], folder=tmp_path / "run") as program:
+@pytest.mark.parametrize(
+    ("words", "signals"),
+    # The second signal would end the program at once.
+    [([], [signal.SIGHUP]), (["nohup"], [signal.SIGHUP, signal.SIGTERM])],
+    ids=["terminal", "nohup"],
+)
+def test_a_closed_terminal_stops_in_order_unless_it_is_ignored(
+    tmp_path: Path, words: list[str], signals: list[int]
+) -> None:
+    with started(STOPS, *words, folder=tmp_path) as program:
         program.says("ready")
-        program.process.send_signal(signal.SIGHUP)
+        for number in signals:
+            program.process.send_signal(number)
         assert program.process.wait(60) == 0
         assert "stopped in order" in program.words
-
-
-def test_a_program_started_with_nohup_outlives_its_terminal(tmp_path: Path) -> None:
-    (tmp_path / "stops.py").write_text(STOPS)
-    with Program([str(tmp_path / "stops.py"), "nohup"], folder=tmp_path / "run") as program:
-        program.says("ready")
-        program.process.send_signal(signal.SIGHUP)
-        program.process.send_signal(signal.SIGTERM)  # ends it at once, if it is the second
-        assert program.process.wait(60) == 0
 
 
 # --- the log for machines ------------------------------------------------------------------------
@@ -148,9 +145,8 @@ with script():
     ("how", "last"), [("bug", "from nobody"), ("mistake", "from the operator")]
 )
 def test_every_line_is_json_whoever_writes_it(tmp_path: Path, how: str, last: str) -> None:
-    (tmp_path / "speaks.py").write_text(SPEAKS)
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "speaks.py"), how],
+        [sys.executable, "-c", SPEAKS, how],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == {"bug": 1, "mistake": 2}[how]

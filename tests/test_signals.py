@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from programs import Program
+from programs import started
 
 HANGS = """
 import logging, sys, threading
@@ -32,9 +32,7 @@ threading.Event().wait(600)
 def test_a_program_that_hangs_ends_at_its_deadline(
     tmp_path: Path, allowed: list[str], seconds: float
 ) -> None:
-    script = tmp_path / "hangs.py"
-    script.write_text(HANGS)
-    with Program([str(script), *allowed], folder=tmp_path / "hangs") as program:
+    with started(HANGS, *allowed, folder=tmp_path) as program:
         program.says("ready")
         began = time.monotonic()
         program.process.send_signal(signal.SIGTERM)
@@ -44,9 +42,7 @@ def test_a_program_that_hangs_ends_at_its_deadline(
 
 
 def test_a_second_signal_ends_it_however_much_was_allowed(tmp_path: Path) -> None:
-    script = tmp_path / "hangs.py"
-    script.write_text(HANGS)
-    with Program([str(script), "60", "100"], folder=tmp_path / "hangs") as program:
+    with started(HANGS, "60", "100", folder=tmp_path) as program:
         program.says("ready")
         program.process.send_signal(signal.SIGTERM)
         program.says("stopping (SIGTERM)")
