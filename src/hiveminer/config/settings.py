@@ -91,7 +91,7 @@ class Group(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        for name in cls.__annotations__:
+        for name in cls.__annotations__.keys() & cls.model_fields.keys():
             field = cls.model_fields[name]
             if isinstance(field.json_schema_extra, dict):
                 field.description = f"{field.description}; {field.json_schema_extra['bounds']}"
