@@ -69,15 +69,14 @@ def read(
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))
-        key = next((key for key in mine if f"{place}.".startswith(f"{key}.")), None)
-        words = _reason(first, mine.get(key or ""))
-        if key is None:  # a check across several settings, which names them itself
-            raise OperatorError(one_line(words)) from None
-        for given, name in sources:
-            if key in given:
-                words = f"{name(key)}: {words}, not {_shown(first['input'])}"
-                raise OperatorError(one_line(words)) from None
-        raise OperatorError(one_line(f"--{key}: {words}")) from None
+        key = next((key for key in mine if f"{place}.".startswith(f"{key}.")), "")
+        words = _reason(first, mine.get(key))
+        if key in values:
+            name = next(name for given, name in sources if key in given)
+            words = f"{name(key)}: {words}, not {_shown(first['input'])}"
+        elif key:  # a check across several settings names them itself
+            words = f"--{key}: {words}"
+        raise OperatorError(one_line(words)) from None
 
 
 def options(tree: type[BaseModel], place: str = "") -> dict[str, FieldInfo]:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from hiveminer.errors import TrainingError
 
@@ -408,14 +409,10 @@ def collate(rows: EncodedRows) -> MicroBatch:
     A label is the row's next token; where there is none it is IGNORED, by position and not by
     token: a row's own end-of-sequence token counts even if padding is the same token.
     """
-    longest = max(1, *map(len, rows))
-    shape = (len(rows), longest)
-    input_ids = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORED, dtype=torch.long)
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row)] = row
-        labels[number, : max(0, len(row) - 1)] = row[1:]
-    return MicroBatch(input_ids, labels)
+    labels = pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=IGNORED)
+    return MicroBatch(
+        pad_sequence(rows, batch_first=True), nn.functional.pad(labels, (0, 1), value=IGNORED)
+    )
 
 
 def micro_batches(
