@@ -75,24 +75,19 @@ def test_numbers_go_by_their_value(tmp_path: Path) -> None:
     assert is_number(kept.load(), 7)
 
 
-def test_other_files_are_left_alone(tmp_path: Path) -> None:
-    kept = written(tmp_path)
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "checkpoint-000001" / "notes.txt").write_text("mine too")
-    (tmp_path / "checkpoint-new").mkdir()
-    assert is_number(kept.load(), 2)
-    kept.save(tensors(3), {"n": 3})
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert (tmp_path / "checkpoint-new").is_dir()
-
-
-def test_leftovers_of_a_crash_are_swept_at_start(tmp_path: Path) -> None:
+def test_leftovers_of_a_crash_are_swept_and_other_files_left_alone(tmp_path: Path) -> None:
     written(tmp_path)
     shutil.copytree(tmp_path / "checkpoint-000002", tmp_path / ".draft-x7")
     (tmp_path / ".draft-checkpoint-000000").mkdir()
-    assert is_number(Checkpoints(tmp_path).load(), 2)
+    (tmp_path / "checkpoint-new").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "checkpoint-000001" / "notes.txt").write_text("mine too")
+    kept = Checkpoints(tmp_path)
+    assert is_number(kept.load(), 2)
+    kept.save(tensors(3), {"n": 3})
+    numbered = [f"checkpoint-00000{number}" for number in (1, 2, 3)]
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["checkpoint-000001", "checkpoint-000002"]
+    assert names == [*numbered, "checkpoint-new", "notes.txt"]
 
 
 def test_an_empty_and_a_missing_folder_hold_none(tmp_path: Path) -> None:

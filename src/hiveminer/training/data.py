@@ -32,7 +32,6 @@ from hiveminer.errors import OperatorError, TrainingError, first_line
 from hiveminer.training.readers import (
     check_type,
     find_files,
-    missing_shards,
     read_json,
     read_parquet,
     read_text,
@@ -293,7 +292,7 @@ def _local_rows(section: DataSection) -> StoredRows:
         digest = hashlib.sha256(f"records, column {section.column}\n".encode())
         rows = StoredRows(read_records(files, kind, section.column, digest, empty), digest)
     if path.is_dir():
-        for line in (*remarks(path, left_out=left_out, empty=empty), *missing_shards(path, files)):
+        for line in remarks(path, files, left_out=left_out, empty=empty):
             logger.warning("%s", line)
     if section.streaming and section.rows:
         if section.rows > len(rows):

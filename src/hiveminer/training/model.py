@@ -7,12 +7,13 @@ models are checked (`model_checks`), and code in their folders is never run.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import pickle
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def load_model(name: str = BUILTIN, *, revision: str = "") -> PreTrainedModel:
     model_checks.configure_without_noise(config)
     # It reports unused weights over many lines; `check_weights` does in one.
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
+    with _loading("model", name):
         if is_local(name):
             model_checks.check_dtypes(name, Path(source))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -90,10 +91,6 @@ def load_model(name: str = BUILTIN, *, revision: str = "") -> PreTrainedModel:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    except OperatorError:
-        raise
-    except Exception as error:
-        raise _unreadable("model", name, error) from error
     model: PreTrainedModel
     model, info = loaded
     model_checks.check_weights(name, model, info)
@@ -106,12 +103,10 @@ def load_model(name: str = BUILTIN, *, revision: str = "") -> PreTrainedModel:
 def load_config(name: str, *, revision: str = "") -> PreTrainedConfig:
     """A model's configuration. Raises OperatorError as `load_model` does."""
     source = _source(name, "model")
-    try:
+    with _loading("model", name):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             source, revision=revision or "main", trust_remote_code=False
         )
-    except Exception as error:
-        raise _unreadable("model", name, error) from error
     if getattr(config, "quantization_config", None) is not None:
         raise model_checks.refuse(
             name, "it is quantized, which cannot be trained; give the full model"
@@ -124,13 +119,10 @@ def shape_of_model(name: str = BUILTIN, *, revision: str = "") -> PreTrainedMode
     if name == BUILTIN:
         return builtin_model()
     config = load_config(name, revision=revision)
-    try:
-        with torch.device("meta"):
-            auto: Any = AutoModelForCausalLM
-            model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
-            return model
-    except Exception as error:
-        raise _unreadable("model", name, error) from error
+    with _loading("model", name), torch.device("meta"):
+        auto: Any = AutoModelForCausalLM
+        model: PreTrainedModel = auto.from_config(config, trust_remote_code=False)
+    return model
 
 
 def load_tokenizer(name: str = BUILTIN, *, revision: str = "") -> PreTrainedTokenizerBase:
@@ -139,12 +131,10 @@ def load_tokenizer(name: str = BUILTIN, *, revision: str = "") -> PreTrainedToke
     if name == BUILTIN:
         return builtin_tokenizer()
     source = _source(name, "tokenizer")
-    try:
+    with _loading("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=revision or "main", trust_remote_code=False
         )
-    except Exception as error:
-        raise _unreadable("tokenizer", name, error) from error
     model_checks.check_tokenizer(name, tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -310,22 +300,26 @@ def _source(name: str, what: str) -> str:
         raise OperatorError(f"{what} {name}: the name is empty; give {BUILTIN!r} or a folder")
     if not is_local(name):
         return name
-    try:
+    with _loading(what, name):
         folder = Path(name).expanduser()
         model_checks.check_folder(name, folder, what=what)
-    except (OSError, RuntimeError) as error:
-        raise _unreadable(what, name, error) from error
     return str(folder)
 
 
-def _unreadable(what: str, name: str, error: Exception) -> OperatorError:
-    if "trust_remote_code" in str(error):
-        reason = "it needs code from its own folder, which is never run"
-    elif isinstance(error, pickle.UnpicklingError):
-        reason = "its weights are a pickle that holds more than tensors, which is never loaded"
-    else:
+@contextlib.contextmanager
+def _loading(what: str, name: str) -> Iterator[None]:
+    """Turn whatever a library raises into an OperatorError."""
+    try:
+        yield
+    except OperatorError:
+        raise
+    except Exception as error:
         reason = first_line(error)
-    return OperatorError(
-        f"{what} {name}: cannot be loaded ({reason}); give {BUILTIN!r}, a folder written by "
-        "save_pretrained, or a hub name this machine can reach"
-    )
+        if "trust_remote_code" in str(error):
+            reason = "it needs code from its own folder, which is never run"
+        elif isinstance(error, pickle.UnpicklingError):
+            reason = "its weights are a pickle that holds more than tensors, which is never loaded"
+        raise OperatorError(
+            f"{what} {name}: cannot be loaded ({reason}); give {BUILTIN!r}, a folder written by "
+            "save_pretrained, or a hub name this machine can reach"
+        ) from error

@@ -166,15 +166,14 @@ def _names(folder: Path, files: Sequence[Path]) -> str:
     return ", ".join(names) + (f" and {more} more" if more else "")
 
 
-def remarks(path: Path, *, left_out: Sequence[Path], empty: Sequence[Path]) -> Iterator[str]:
-    """What to report about files of a folder that give no rows."""
-    for files, what in ((left_out, "not read"), (empty, "no row in")):
-        if files:
-            yield f"data {printable(path)}: {what}: {_names(path, files)}"
-
-
-def missing_shards(path: Path, files: Sequence[Path]) -> Iterator[str]:
-    """What to report about files that are numbered, as `x-00001-of-00004`, and not all there."""
+def remarks(
+    path: Path, files: Sequence[Path], *, left_out: Sequence[Path], empty: Sequence[Path]
+) -> Iterator[str]:
+    """What to report about a folder: files that give no rows, and files that are numbered, as
+    `x-00001-of-00004`, and not all there."""
+    for some, what in ((left_out, "not read"), (empty, "no row in")):
+        if some:
+            yield f"data {printable(path)}: {what}: {_names(path, some)}"
     found: dict[tuple[Path, int], int] = {}
     for file in files:
         if match := NUMBERED.fullmatch(file.stem):
