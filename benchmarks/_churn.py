@@ -30,6 +30,7 @@ import torch
 from bittensor.keyfiles import Keypair
 from torch import nn
 
+from benchmarks._processes import cpu_seconds, family_of
 from hiveminer.config.run import Run
 from hiveminer.config.settings import NeuronSettings
 from hiveminer.strategies.base import RoundResult
@@ -335,13 +336,6 @@ def addresses(folder: Path) -> list[str]:
     return found
 
 
-def cpu_seconds() -> float:
-    """Of this process and its children, so far."""
-    me = psutil.Process()
-    times = [each.cpu_times() for each in [me, *me.children(recursive=True)]]
-    return float(sum(each.user + each.system for each in times))
-
-
 def end_with_standard_input(stop: Callable[[], None]) -> None:
     if not sys.stdin.readline():  # who started us is gone
         for child in psutil.Process().children(recursive=True):
@@ -374,7 +368,7 @@ def main(kind: str, index: int, life: int, folder: Path, port: int) -> None:
         optimizer=Paced(optimizer, stopping=stopping),
     )
     optimizer.request()
-    log.tell("ready", epoch=optimizer.epoch, cpu_seconds=cpu_seconds())
+    log.tell("ready", epoch=optimizer.epoch, cpu_seconds=cpu_seconds(family_of(os.getpid())))
     at = 5000 * index + 1000 * life
     while not stopping.is_set():
         optimizer.request()

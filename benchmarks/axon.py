@@ -29,7 +29,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
 import signal
 import socket
@@ -49,10 +48,11 @@ import psutil
 from bittensor import http_auth
 
 from benchmarks import _flood, machine
+from benchmarks._processes import cpu_seconds, started
 from hiveminer.chain import embedded_wallet, join_embedded, open_chain
 from hiveminer.errors import MinerError
 from hiveminer.protocol import IsAlive, Train
-from hiveminer.rpc.dendrite import Dendrite, Endpoint
+from hiveminer.rpc.dendrite import Dendrite, Endpoint, endpoints_of
 from hiveminer.rpc.signatures import verify_answer
 from hiveminer.runtime.metrics import progress_bar
 
@@ -264,8 +264,8 @@ async def flooded(target: Target, *, samples: int) -> dict[str, Any]:
     """`is_alive` under the flood, and what that did to the server's memory."""
     async with peak_memory(target) as before:
         await asyncio.sleep(3)
-    command = ["-m", "benchmarks._flood", str(target.port), target.wallets[0].hotkey.ss58_address]
-    with child(*command, str(FLOOD_SECONDS)) as flood:
+    command = ["-m", "benchmarks._flood", target.port, target.wallets[0].hotkey.ss58_address]
+    with started(*command, FLOOD_SECONDS) as flood:
         assert await line_of(flood) == "ready"
         async with peak_memory(target) as during:
             times = await is_alive(target, samples=samples, title=f"{target.name}: flooded")
@@ -360,44 +360,6 @@ def failures(metrics_port: int) -> int:
 # What is measured against
 
 
-@contextlib.contextmanager
-def child(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A Python process with pipes, which is gone afterwards, and its children with it.
-
-    It has a session of its own, so that Ctrl-C is ours alone and ends things in order.
-    """
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith("HIVEMINER_")
-    }
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT)])
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            end(process)
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """Ask it to end, then make it."""
-    with contextlib.suppress(psutil.Error):
-        family = psutil.Process(process.pid).children(recursive=True)
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(15)
-        for left in [*family, psutil.Process(process.pid)]:
-            with contextlib.suppress(psutil.Error):
-                left.kill()
-
-
 async def line_of(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     line = await asyncio.to_thread(process.stdout.readline)
@@ -442,32 +404,26 @@ async def miner(folder: Path, wallets: list[Any], metrics_port: int) -> AsyncIte
         "dht.port": 0,
         "logging.level": "error",
     }
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    with child("-m", "hiveminer", "miner", *words) as process:
-        address, hotkey = await served(folder, wallets, process)
-        target = Target(
+    words = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    with started("-m", "hiveminer", "miner", *words) as process:
+        endpoint = await served(folder, wallets, process)
+        yield Target(
             name="miner",
-            port=int(address.rpartition(":")[2]),
+            port=endpoint.port,
             process=psutil.Process(process.pid),
-            hotkey=hotkey,
+            hotkey=endpoint.hotkey,
             signs=True,
             wallets=wallets,
         )
-        yield target
 
 
-async def served(
-    folder: Path, wallets: list[Any], process: subprocess.Popen[str]
-) -> tuple[str, str]:
-    """Address and hotkey of the one neuron that serves an axon, once it is on the chain."""
-    ours = {wallet.hotkey.ss58_address for wallet in wallets}
+async def served(folder: Path, wallets: list[Any], process: subprocess.Popen[str]) -> Endpoint:
+    """The one axon that is served, once it is on the chain."""
     deadline = time.monotonic() + START_SECONDS
     with chain_of(folder, wallets[0]) as chain:
         while time.monotonic() < deadline and process.poll() is None:
-            graph = await asyncio.to_thread(chain.metagraph)
-            for neuron in graph:
-                if neuron.hotkey not in ours and neuron.axon:
-                    return str(neuron.axon), str(neuron.hotkey)
+            if found := endpoints_of(await asyncio.to_thread(chain.metagraph)):
+                return found[0]
             await asyncio.sleep(0.5)
     raise SystemExit("axon: the miner did not come up; see its lines above")
 
@@ -475,7 +431,7 @@ async def served(
 @contextlib.asynccontextmanager
 async def plain(hotkey: str, wallets: list[Any]) -> AsyncIterator[Target]:
     """The plain server's process, training."""
-    with child("-m", "benchmarks._plain") as process:
+    with started("-m", "benchmarks._plain") as process:
         port = int(await line_of(process))
         yield Target(
             name="plain",
@@ -490,9 +446,9 @@ async def plain(hotkey: str, wallets: list[Any]) -> AsyncIterator[Target]:
 class Work:
     """Keeps the miner training: two requests of a permitted validator are always there."""
 
-    def __init__(self, target: Target, hotkey: str) -> None:
+    def __init__(self, target: Target) -> None:
         self.target = target
-        self.endpoint = Endpoint(hotkey, HOST, target.port)
+        self.endpoint = Endpoint(target.hotkey, HOST, target.port)
         self.samples = 0
         self.errors: Counter[str] = Counter()
 
@@ -524,7 +480,7 @@ class Work:
 @contextlib.asynccontextmanager
 async def at_work(target: Target) -> AsyncIterator[Work]:
     """The miner trains from here on; returns when it has begun."""
-    work = Work(target, target.hotkey)
+    work = Work(target)
     working = asyncio.create_task(work.run())
     try:
         await busy(target)
@@ -538,16 +494,11 @@ async def busy(target: Target) -> None:
     """Wait until the process computes all the time, as far as others at work here let it."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        before = cpu_seconds(target)
+        before = cpu_seconds([target.process])
         await asyncio.sleep(2)
-        if cpu_seconds(target) - before > 0.3:
+        if cpu_seconds([target.process]) - before > 0.3:
             return
     raise SystemExit(f"axon: the {target.name} server does not train")
-
-
-def cpu_seconds(target: Target) -> float:
-    spent = target.process.cpu_times()
-    return float(spent.user + spent.system)
 
 
 # The whole
@@ -572,12 +523,12 @@ async def measure(sizes: Sizes) -> dict[str, Any]:
 
 async def of_miner(target: Target, metrics_port: int, sizes: Sizes) -> dict[str, Any]:
     async with at_work(target) as work:
-        began, spent = time.monotonic(), cpu_seconds(target)
+        began, spent = time.monotonic(), cpu_seconds([target.process])
         result = await of_server(target, sizes)
         result.update((await calls(target, samples=sizes.samples)).result("call"))
         result.update(await fuzz(target, metrics_port, count=sizes.fuzz))
         seconds = time.monotonic() - began
-        result["miner_cores_used"] = round((cpu_seconds(target) - spent) / seconds, 2)
+        result["miner_cores_used"] = round((cpu_seconds([target.process]) - spent) / seconds, 2)
         result["miner_trained_samples"] = work.samples
         result["miner_training_errors"] = dict(work.errors)
     return result
@@ -597,17 +548,14 @@ async def of_server(target: Target, sizes: Sizes) -> dict[str, Any]:
 
 def aims(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """What was aimed at, and whether it was met."""
-    wanted = {
+    most = {
         "is_alive_training_p50_ms": 10.0,
         "is_alive_training_p99_ms": 40.0,
         "flood_p99_ms": round(3 * result["is_alive_training_p99_ms"], 2),
         "rss_growth_mb": 50.0,
         "fuzz_500": 0,
     }
-    return {
-        name: {"aim": f"at most {most}", "measured": result[name], "met": result[name] <= most}
-        for name, most in wanted.items()
-    }
+    return {name: machine.aim(result[name], most=bound) for name, bound in most.items()}
 
 
 def say(text: str) -> None:
@@ -664,7 +612,8 @@ def main(argv: Sequence[str]) -> int:
         machine.write(given.out, result)
         say(f"written to {given.out}")
     for name, aim in result["aims"].items():
-        say(f"{name}: {aim['measured']}, {aim['aim']}: {'met' if aim['met'] else 'NOT MET'}")
+        met = "met" if aim["met"] else "NOT MET"
+        say(f"{name}: {aim['measured']}, at most {aim['aim']}: {met}")
     return 0
 
 

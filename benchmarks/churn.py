@@ -36,7 +36,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import signal
 import socket
 import statistics
@@ -51,9 +50,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
+from matplotlib.figure import Figure
 
 from benchmarks._churn import EPOCH_ROWS, MINERS, PACE_SECONDS, ROWS, SEQUENCE
-from benchmarks.machine import RESULTS, describe, write
+from benchmarks._processes import cpu_seconds, end, family_of, start
+from benchmarks.machine import RESULTS, aim, describe, write
 from hiveminer.runtime.metrics import progress_bar
 from hiveminer.swarm.processes import sweep
 
@@ -113,7 +114,7 @@ class Miners:
         self.orphans = 0
         self.failures = 0
         self.differences: list[Difference] = []
-        self._running: dict[int, tuple[Life, subprocess.Popen[bytes]]] = {}
+        self._running: dict[int, tuple[Life, subprocess.Popen[str]]] = {}
         self._doomed: list[tuple[float, list[psutil.Process]]] = []
         self._due: dict[int, float] = {}
         self._families: list[psutil.Process] = []
@@ -123,15 +124,8 @@ class Miners:
         number = sum(life.index == index for life in self.lives)
         words = [self.kind, index, number, self.folder, self._ports[index]]
         life = Life(index=index, number=number, started=time.time())
-        with (self.folder / f"{index}.{number}.log").open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks._churn", *map(str, words)],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                start_new_session=True,
-            )
+        with (self.folder / f"{index}.{number}.log").open("w") as log:
+            process = start("-m", "benchmarks._churn", *words, stdout=log, stderr=log)
         self.lives.append(life)
         self._running[index] = (life, process)
 
@@ -206,7 +200,7 @@ class Miners:
             self._families += family
             assert process.stdin is not None
             with contextlib.suppress(OSError):
-                process.stdin.write(b"stop\n")
+                process.stdin.write("stop\n")
                 process.stdin.close()
         deadline = time.monotonic() + END_SECONDS
         for _, process in self._running.values():
@@ -241,34 +235,6 @@ def free_ports(count: int) -> list[int]:
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         return [int(probe.getsockname()[1]) for probe in probes]
-
-
-def family_of(pid: int) -> list[psutil.Process]:
-    """The process first, then its descendants."""
-    with contextlib.suppress(psutil.Error):
-        root = psutil.Process(pid)
-        return [root, *root.children(recursive=True)]
-    return []
-
-
-def end(family: Sequence[psutil.Process]) -> int:
-    """Kill those that live; how many they were."""
-    lived = 0
-    for process in family:
-        with contextlib.suppress(psutil.Error):
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                lived += 1
-                process.kill()
-    return lived
-
-
-def cpu_seconds(family: Sequence[psutil.Process]) -> float:
-    total = 0.0
-    for process in family:
-        with contextlib.suppress(psutil.Error):
-            times = process.cpu_times()
-            total += times.user + times.system
-    return total
 
 
 def compared(folder: Path, *, older_than_seconds: float) -> list[Difference]:
@@ -501,12 +467,8 @@ def _last_words(folder: Path) -> str:
 
 def plot(measured: dict[str, Measured], path: Path, *, bin_seconds: float = 10.0) -> None:
     """Tokens that reached the swarm's state over time, and the deaths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 4.5), dpi=120)
+    figure = Figure(figsize=(9, 4.5), dpi=120, layout="tight")
+    axes = figure.subplots()
     names = {"ours": "hiveminer", "stock": "hivemind.Optimizer, its defaults"}
     for kind, one in measured.items():
         begin, finish = one.calm.begin, one.churn.end
@@ -526,9 +488,7 @@ def plot(measured: dict[str, Measured], path: Path, *, bin_seconds: float = 10.0
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=8, loc="lower left")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
 
 
 @contextlib.contextmanager
@@ -543,24 +503,11 @@ def place(keep: Path | None) -> Iterator[Path]:
 
 
 def aims(found: dict[str, Any]) -> dict[str, Any]:
-    divergence = found["divergence"]
     return {
-        "goodput": {
-            "aim": AIM_GOODPUT,
-            "measured": found["goodput"],
-            "met": found["goodput"] >= AIM_GOODPUT,
-        },
-        "survivor_stall_max_s": {
-            "aim": AIM_STALL_SECONDS,
-            "measured": found["survivor_stall_max_s"],
-            "met": found["survivor_stall_max_s"] <= AIM_STALL_SECONDS,
-        },
-        "divergence": {
-            "aim": AIM_DIVERGENCE,
-            "measured": divergence,
-            "met": divergence is not None and divergence <= AIM_DIVERGENCE,
-        },
-        "orphans": {"aim": 0, "measured": found["orphans"], "met": found["orphans"] == 0},
+        "goodput": aim(found["goodput"], least=AIM_GOODPUT),
+        "survivor_stall_max_s": aim(found["survivor_stall_max_s"], most=AIM_STALL_SECONDS),
+        "divergence": aim(found["divergence"], most=AIM_DIVERGENCE),
+        "orphans": aim(found["orphans"], most=0),
     }
 
 

@@ -26,10 +26,12 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from queue import Empty, Queue
 from typing import Any
 
+from benchmarks._processes import started
 from benchmarks.machine import RESULTS, describe, write
 
 MINERS = 4
@@ -41,12 +43,8 @@ ROUND_SECONDS = 60.0
 class Worker:
     """One peer's process, its lines as they come."""
 
-    def __init__(self, folder: Path, uid: int, rounds: int):
-        words = [sys.executable, "-m", "benchmarks._exchange", str(folder), str(uid), str(rounds)]
-        self.log = (folder / f"peer-{uid}.log").open("w")
-        self.process = subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
-        )
+    def __init__(self, process: subprocess.Popen[str], log: Path):
+        self.process, self.log = process, log
         self._lines: Queue[str] = Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -60,21 +58,12 @@ class Worker:
         try:
             return json.loads(self._lines.get(timeout=seconds))[key]
         except Empty:
-            raise SystemExit(f"no {key} in {seconds:.0f} s; see {self.log.name}") from None
+            raise SystemExit(f"no {key} in {seconds:.0f} s; see {self.log}") from None
 
     def tell(self, **fields: Any) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(fields) + "\n")
         self.process.stdin.flush()
-
-    def end(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        self.log.close()
 
 
 def measure(workers: Sequence[Worker], *, rounds: int) -> dict[str, Any]:
@@ -124,18 +113,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "exchange.json")
     options = parser.parse_args(argv)
     machine = describe()
-    with tempfile.TemporaryDirectory(prefix="bench-exchange-") as folder:
-        workers = [Worker(Path(folder), uid, options.rounds) for uid in range(MINERS + 1)]
+    with tempfile.TemporaryDirectory(prefix="bench-exchange-") as folder, ExitStack() as stack:
+        workers = []
+        for uid in range(MINERS + 1):
+            log = Path(folder) / f"peer-{uid}.log"
+            words = ("-m", "benchmarks._exchange", folder, uid, options.rounds)
+            stderr = stack.enter_context(log.open("w"))
+            workers.append(Worker(stack.enter_context(started(*words, stderr=stderr)), log))
         try:
             result = measure(workers, rounds=options.rounds)
         except BaseException:
             for each in workers:
-                text = Path(each.log.name).read_text(encoding="utf-8")
-                print(f"{each.log.name}:\n{text[-2000:]}", file=sys.stderr)
+                print(f"{each.log}:\n{each.log.read_text()[-2000:]}", file=sys.stderr)
             raise
-        finally:
-            for each in workers:
-                each.end()
     result = {"benchmark": "exchange", "machine": machine, "aims": AIMS} | result
     write(options.out, result)
     print(json.dumps(result, indent=2))

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,24 @@ def describe() -> dict[str, Any]:
     """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in PACKAGES},
+        },
         "system": platform.platform(),
         "cpu": _cpu(),
         "cores": _cores(),
         "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
         "load": round(psutil.getloadavg()[0], 2),
+    }
+
+
+def aim(measured: float | None, *, most: float = inf, least: float = -inf) -> dict[str, Any]:
+    """What was aimed at, and whether it was met."""
+    return {
+        "aim": least if most == inf else most,
+        "measured": measured,
+        "met": measured is not None and least <= measured <= most,
     }
 
 
@@ -45,19 +58,11 @@ def write(path: Path, result: dict[str, Any]) -> None:
         half.unlink(missing_ok=True)
 
 
-def _versions() -> dict[str, str | None]:
-    return {name: _version(name) for name in PACKAGES}
-
-
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        if name != "hiveminer":
-            return None
-    import hiveminer  # run from a source tree that is not installed
-
-    return hiveminer.__version__
+        return None
 
 
 def _cores() -> int:

@@ -17,25 +17,20 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from benchmarks.machine import RESULTS, describe, write
+from benchmarks._processes import started
+from benchmarks.machine import RESULTS, aim, describe, write
 from hiveminer.chain import embedded_wallet, join_embedded, open_chain
-from hiveminer.errors import MinerError
 from hiveminer.protocol import IsAlive, Train
-from hiveminer.rpc.dendrite import Dendrite, Endpoint
-from hiveminer.swarm.processes import sweep
+from hiveminer.rpc.dendrite import Dendrite, Endpoint, endpoints_of, probe
 
 AIM = 0.95
 BATCH = 8
@@ -44,46 +39,14 @@ EPOCH_SAMPLES = 1024
 START_SECONDS = 120.0
 
 
-@contextlib.contextmanager
-def started(*words: str) -> Iterator[subprocess.Popen[str]]:
-    """A Python process with one thread; it and its children are gone afterwards."""
-    process = subprocess.Popen(
-        [sys.executable, *words],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        family = [process, *_children(process.pid)]
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        for member in family:
-            with contextlib.suppress(psutil.Error, OSError):
-                member.kill()
-        process.wait(10)
-        sweep()
-
-
-def _children(pid: int) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.Error):
-        return psutil.Process(pid).children(recursive=True)
-    return []
-
-
 def loops(kind: str, *, seconds: float) -> list[float]:
     """Tokens a second of two bare loops at once."""
     with contextlib.ExitStack() as stack:
         processes = []
         peers: list[str] = []
         for me in (0, 1):
-            words = ("-m", "benchmarks._loop", kind, str(me), str(seconds), *peers)
-            process = stack.enter_context(started(*words))
+            words = ("-m", "benchmarks._loop", kind, me, seconds, *peers)
+            process = stack.enter_context(started(*words, stderr=subprocess.DEVNULL))
             if kind == "seed":
                 peers = [_line(process, "peer")]
             processes.append(process)
@@ -114,12 +77,14 @@ def miners(*, seconds: float) -> dict[str, Any]:
         folder = Path(name)
         run = folder / "run.toml"
         run.write_text(f"[swarm]\nepoch_samples = {EPOCH_SAMPLES}\n")
+        log = stack.enter_context((folder / "log").open("w"))
         flags = [
             *("--subtensor.path", str(folder / "network"), "--neuron.path", str(folder / "state")),
             *("--neuron.run", str(run), "--axon.port", "0", "--dht.port", "0"),
         ]
         for _ in (0, 1):
-            stack.enter_context(started("-m", "hiveminer", "miner", *flags))
+            words = ("-m", "hiveminer", "miner", *flags)
+            stack.enter_context(started(*words, stdout=log, stderr=log))
         wallet = stack.enter_context(embedded_wallet(folder / "network", prefix="feeder")).wallet
         chain = stack.enter_context(
             open_chain(
@@ -163,15 +128,9 @@ async def _feed_all(chain: Any, wallet: Any, *, seconds: float) -> tuple[list[fl
 async def _find_two(chain: Any, dendrite: Dendrite) -> list[Endpoint]:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
-        served = [neuron for neuron in chain.metagraph() if neuron.axon]
-        endpoints = []
-        for neuron in served:
-            ip, port = neuron.axon.split(":")
-            endpoint = Endpoint(neuron.hotkey, ip, int(port))
-            with contextlib.suppress(MinerError):
-                await dendrite.call(endpoint, IsAlive(), timeout_seconds=5)
-                endpoints.append(endpoint)
-        if len(endpoints) == 2:
+        endpoints = endpoints_of(chain.metagraph())
+        answers = await probe(dendrite.wallet, endpoints)
+        if len(endpoints) == 2 and all(isinstance(each, IsAlive) for each in answers.values()):
             await asyncio.sleep(5)  # they look at the chain once a second, and meet
             return endpoints
         await asyncio.sleep(0.5)
@@ -234,7 +193,7 @@ def main(argv: Sequence[str]) -> int:
     result |= {
         "ratio": round(ratio, 3),
         "ratio_2024": round(sum(seed) / plain, 3),
-        "aims": {"ratio": {"aim": AIM, "measured": round(ratio, 3), "met": ratio >= AIM}},
+        "aims": {"ratio": aim(round(ratio, 3), least=AIM)},
         "plain_tokens_per_second": {"before": before, "after": after},
         "miner_tokens_per_second": swarm["rates"],
         "seed_tokens_per_second": seed,

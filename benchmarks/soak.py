@@ -14,13 +14,10 @@ import argparse
 import contextlib
 import csv
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +25,10 @@ import numpy as np
 import psutil
 from matplotlib.figure import Figure
 
-from benchmarks.machine import RESULTS, describe, write
-from hiveminer.runtime.processes import SHARED_MEMORY
-from hiveminer.swarm.processes import DAEMON, sweep
+from benchmarks._processes import family_of, started
+from benchmarks.machine import RESULTS, aim, describe, write
+from hiveminer.runtime.processes import SHARED_MEMORY, lives
+from hiveminer.swarm.processes import DAEMON
 
 AIM_MB_PER_MINUTE = 0.5
 """Growth of a miner's memory, over all its processes, in the last half of a soak."""
@@ -42,32 +40,6 @@ MEMORY = ("pss_megabytes", "rss_megabytes")
 """Besides `megabytes`, which are a process's own."""
 
 PROGRAMS = ("miner-0", "miner-1", "validator")
-
-
-@contextlib.contextmanager
-def started(name: str, folder: Path, *words: str) -> Iterator[psutil.Process]:
-    """One program and its log; it and its children are gone afterwards."""
-    with (folder / f"{name}.log").open("wb") as log:
-        process = psutil.Popen(
-            [sys.executable, "-m", "hiveminer", *words],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,
-        )
-        try:
-            yield process
-        finally:
-            with contextlib.suppress(psutil.Error):
-                family = [process, *process.children(recursive=True)]
-                process.send_signal(signal.SIGINT)
-                psutil.wait_procs(family, timeout=15)
-                for member in family:
-                    with contextlib.suppress(psutil.Error):
-                        member.kill()
-            process.wait(10)
-            sweep()
 
 
 def parts(process: psutil.Process) -> dict[str, psutil.Process]:
@@ -101,11 +73,7 @@ def sample(process: psutil.Process) -> dict[str, dict[str, float]]:
 
 def shared_memory_megabytes(processes: Iterable[psutil.Process]) -> float:
     """What the shared memory files of these programs take, each counted once."""
-    pids = {
-        str(each.pid)
-        for process in processes
-        for each in (process, *process.children(recursive=True))
-    }
+    pids = {str(each.pid) for process in processes for each in family_of(process.pid)}
     total = 0
     for path in SHARED_MEMORY.glob("torch_*_*"):
         if path.name.split("_")[1] in pids:
@@ -125,14 +93,16 @@ def soak(*, minutes: float, every_seconds: float, rows: int) -> dict[str, Any]:
             own = ["--axon.port", "0", "--dht.port", "0"]
             if program == "validator":
                 own = ["--validator.rows", str(rows)]
-            words = [program.partition("-")[0], *common, *own]
-            processes[program] = stack.enter_context(started(program, folder, *words))
+            log = stack.enter_context((folder / f"{program}.log").open("w"))
+            words = ["-m", "hiveminer", program.partition("-")[0], *common, *own]
+            begun = stack.enter_context(started(*words, stdout=log, stderr=log))
+            processes[program] = psutil.Process(begun.pid)
         began = time.monotonic()
         while (now := time.monotonic()) < began + 60 * minutes:
             for program, process in processes.items():
-                if process.poll() is not None:
-                    log = (folder / f"{program}.log").read_text(errors="replace")
-                    raise SystemExit(f"{program} has ended:\n{log[-3000:]}")
+                if not lives(process):
+                    said = (folder / f"{program}.log").read_text(errors="replace")
+                    raise SystemExit(f"{program} has ended:\n{said[-3000:]}")
             at = round((now - began) / 60, 3)
             programs = {program: sample(process) for program, process in processes.items()}
             shared = shared_memory_megabytes(processes.values())
@@ -221,15 +191,11 @@ def main(argv: Sequence[str]) -> int:
         "machine": machine,
         "minutes": options.minutes,
         "growth": grown,
-        "aims": {
-            "miner_megabytes_per_minute_in_last_half": {
-                "aim": AIM_MB_PER_MINUTE, "measured": worst, "met": worst <= AIM_MB_PER_MINUTE,
-            }
-        },
+        "aims": {"miner_megabytes_per_minute_in_last_half": aim(worst, most=AIM_MB_PER_MINUTE)},
         "averaged_epochs": run["averaged_epochs"],
         "answers": run["answers"],
         "shared_megabytes": run["samples"][-1]["shared_megabytes"],
-    }  # fmt: skip
+    }
     write(options.out, result)
     write_table(run["samples"], options.out.with_suffix(".csv"))
     plot(run["samples"], options.out.with_suffix(".png"))

@@ -41,7 +41,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -341,53 +340,6 @@ def profile(size: str) -> None:
     print(f"trace: {PROFILE / f'step-{size}.json.gz'}")
 
 
-def write_section(path: Path, title: str, body: str) -> None:
-    """Put a section into the page of results, in place of the one of that name."""
-    text = path.read_text(encoding="utf-8") if path.exists() else INTRODUCTION
-    found = re.search(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
-    section = f"## {title}\n\n{body.strip()}\n"
-    if found:
-        rest = text[found.end() :]
-        text = text[: found.start()] + section + ("\n" + rest if rest else "")
-    else:
-        text = text.rstrip() + "\n\n" + section
-    path.write_text(text, encoding="utf-8")
-
-
-INTRODUCTION = "# Results of the benchmarks, with date and machine; `scripts/bench NAME` again\n"
-
-
-def words(result: dict[str, Any]) -> str:
-    """The section of benchmarks/RESULTS.md."""
-    versions = ", ".join(f"{name} {value}" for name, value in result["versions"].items())
-    sizes = result["sizes"]
-    lines = [
-        f"`scripts/bench step`, {result['date']}, {result['cpu']}, {result['cores']} cores, one "
-        f"torch thread, load {result['load']} before; {versions}.",
-        "",
-        "| | " + " | ".join(f"{s['parameters'] / 1e6:.1f}M" for s in sizes.values()) + " |",
-        "|---" * (1 + len(sizes)) + "|",
-    ]
-    for key in next(iter(sizes.values())):
-        if key in ("parameters", "rounds", "rows") or key.endswith("_range"):
-            continue
-        cells = []
-        for figures in sizes.values():
-            low, high = figures.get(f"{key}_range", (None, None))
-            cells.append(f"{figures[key]}" + (f" ({low} to {high})" if low else ""))
-        lines.append(f"| `{key}` | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "`ratio` is to a bare loop over packed tokens (aim 0.97), `ratio_padded` to rows padded to "
-        "512, `ratio_hf_trainer` to `transformers.Trainer`; medians, and the range over the "
-        "rounds. `ratio_best*`: of the best rounds; `ratio_cpu*`: by CPU seconds. `computed`: "
-        "tokens computed over real ones.",
-        "",
-        "GPU: " + (gpu if isinstance(gpu := result["gpu"], str) else json.dumps(gpu)),
-    ]
-    return "\n".join(lines)
-
-
 def measure_gpu(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {"device": device_name(device)}
     for name, (model, length, rows) in gpu_models().items():
@@ -443,7 +395,6 @@ def run(*, quick: bool, device: torch.device) -> None:
     print(json.dumps({key: result[key] for key in keys}))
     if not quick:
         write(RESULTS / "step.json", result)
-        write_section(RESULTS.parent / "RESULTS.md", "step", words(result))
 
 
 if __name__ == "__main__":
