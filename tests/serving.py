@@ -15,6 +15,7 @@ from typing import Any
 
 import bittensor
 import httpx
+import pytest
 from bittensor import http_auth
 from bittensor.keyfiles import Keypair
 
@@ -203,6 +204,19 @@ def serving(
         served.gate.set()
         served.queue.stop(5)
         served.axon.stop()
+
+
+@pytest.fixture(name="shared", scope="module")
+def shared_axon() -> Iterator[Served]:
+    """One axon for the tests that leave it as they found it."""
+    with serving() as served:
+        yield served
+
+
+@pytest.fixture(name="served")
+def served_axon() -> Iterator[Served]:
+    with serving() as served:
+        yield served
 
 
 def status_of(connection: socket.socket) -> int:

@@ -8,7 +8,7 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Self
 
 import httpx
@@ -27,7 +27,9 @@ from serving import (
     Served,
     Wallet,
     message,
+    served_axon,  # noqa: F401 - a fixture
     serving,
+    shared_axon,  # noqa: F401 - a fixture
     signed,
     ss58,
     standing,
@@ -37,23 +39,9 @@ from serving import (
     wallet,
 )
 
-from hiveminer.protocol import MAX_ROWS, IsAlive
+from hiveminer.protocol import IsAlive
 from hiveminer.rpc.blacklist import Standing
 from hiveminer.rpc.dendrite import Dendrite, Endpoint
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Served]:
-    """One axon for the tests that leave it as they found it."""
-    with serving() as served:
-        yield served
-
-
-@pytest.fixture
-def served() -> Iterator[Served]:
-    with serving() as served:
-        yield served
-
 
 # What it costs
 
@@ -92,98 +80,54 @@ def alive_message(start: str = "POST /IsAlive HTTP/1.1", **headers: str) -> byte
     return message({**signed(b"{}", path="/IsAlive"), **given}, start=start)
 
 
+Make = Callable[[], bytes]
+"""A request, made when it is sent: a signature is soon too old."""
+
 CHUNKS = b"2\r\n{}\r\n0\r\n"
 
 
-def chunked_message(chunks: bytes, encoding: str = "chunked") -> bytes:
-    return alive_message(transfer_encoding=encoding) + chunks
+def chunked(chunks: bytes, encoding: str = "chunked", **headers: str) -> Make:
+    return lambda: alive_message(transfer_encoding=encoding, **headers) + chunks
 
 
-AMBIGUOUS: dict[str, Callable[[], bytes]] = {
-    "length and chunks": lambda: (
-        alive_message(content_length="2", transfer_encoding="chunked") + CHUNKS + b"\r\n"
-    ),
-    "chunks in HTTP/1.0": lambda: (
-        alive_message("POST /IsAlive HTTP/1.0", transfer_encoding="chunked") + CHUNKS + b"\r\n"
-    ),
-    "trailers": lambda: chunked_message(CHUNKS + b"a: b\r\n\r\n"),
-    "a bare line feed after the last chunk": lambda: chunked_message(CHUNKS + b"\n"),
-    "a bare line feed after a chunk": lambda: chunked_message(b"2\r\n{}\n0\r\n\r\n"),
-    "a bare line feed after a chunk's size": lambda: chunked_message(b"2\n{}\r\n0\r\n\r\n"),
-    "a longer chunk than it says": lambda: chunked_message(b"2\r\n{} \r\n0\r\n\r\n"),
-    **{
-        f"the chunk size {size[:20]!r}": lambda size=size: (  # type: ignore[misc]
-            chunked_message(size.encode() + b"\r\n{}\r\n0\r\n\r\n")
-        )
-        for size in (
-            "+2",
-            "-2",
-            "0x2",
-            " 2",
-            "2 ",
-            "2\t",
-            "2;a=b",
-            "2;" + "a" * 8000,
-            "2;\r",
-            "",
-            "1" * 17,
-        )
-    },
-    **{
-        f"the encoding {encoding!r}": lambda encoding=encoding: (  # type: ignore[misc]
-            chunked_message(CHUNKS + b"\r\n", encoding)
-        )
-        for encoding in ("chunked, chunked", "gzip, chunked", "identity", "\x0bchunked", "xchunked")
-    },
-    **{
-        f"the length {length!r}": lambda length=length: (  # type: ignore[misc]
-            alive_message(content_length=length) + b"{}"
-        )
-        for length in (
-            "+2",
-            "-2",
-            "0x2",
-            "2, 2",
-            "2,3",
-            "2 2",
-            "2\r\ncontent-length: 2",
-            "",
-            "\x0b2",
-        )
-    },
-    "a space before the colon": lambda: (
-        alive_message(a="b", content_length="2").replace(b"content-length:", b"content-length :")
-        + b"{}"
-    ),
-    "a tab before the colon": lambda: (
-        alive_message(content_length="2").replace(b"content-length:", b"content-length\t:") + b"{}"
-    ),
-    "a carriage return alone": lambda: (
-        alive_message(a="b", content_length="2").replace(b"a: b\r\n", b"a: b\r") + b"{}"
-    ),
-    "a carriage return in a value": lambda: alive_message(a="b\rc", content_length="2") + b"{}",
-    "a tab in the first line": lambda: (
-        alive_message("POST\t/IsAlive HTTP/1.1", content_length="2") + b"{}"
-    ),
-    "a space before the first header": lambda: (
-        alive_message(content_length="2").replace(b"HTTP/1.1\r\n", b"HTTP/1.1\r\n ") + b"{}"
-    ),
-    "a bare line feed": lambda: (
-        alive_message(a="b", content_length="2").replace(b"a: b\r\n", b"a: b\n") + b"{}"
-    ),
-    "bare line feeds": lambda: alive_message(content_length="2").replace(b"\r\n", b"\n") + b"{}",
-    "a bare line feed before the body": lambda: (
-        alive_message(content_length="2").removesuffix(b"\r\n") + b"\n{}"
-    ),
-    "a folded header": lambda: alive_message(a="b\r\n c", content_length="2") + b"{}",
-    "a header folded by a tab": lambda: alive_message(a="b\r\n\tc", content_length="2") + b"{}",
-    **{
-        version: lambda version=version: (  # type: ignore[misc]
-            alive_message(f"POST /IsAlive {version}", content_length="2") + b"{}"
-        )
-        for version in ("HTTP/0.9", "HTTP/1.2", "HTTP/2.0", "HTTP/9.9", "HTTP/1", "http/1.1")
-    },
+def edited(old: bytes, new: bytes) -> Make:
+    """A good request in which something is replaced."""
+    return lambda: alive_message(a="b", content_length="2").replace(old, new) + b"{}"
+
+
+SIZES = ["+2", "-2", "0x2", " 2", "2 ", "2\t", "2;a=b", "2;" + "a" * 8000, "2;\r", "", "1" * 17]
+ENCODINGS = ["chunked, chunked", "gzip, chunked", "identity", "\x0bchunked", "xchunked"]
+LENGTHS = ["+2", "-2", "0x2", "2, 2", "2,3", "2 2", "2\r\ncontent-length: 2", "", "\x0b2"]
+VERSIONS = ["HTTP/0.9", "HTTP/1.2", "HTTP/2.0", "HTTP/9.9", "HTTP/1", "http/1.1"]
+
+AMBIGUOUS: dict[str, Make] = {
+    "length and chunks": chunked(CHUNKS + b"\r\n", content_length="2"),
+    "chunks in HTTP/1.0": chunked(CHUNKS + b"\r\n", start="POST /IsAlive HTTP/1.0"),
+    "trailers": chunked(CHUNKS + b"a: b\r\n\r\n"),
+    "a bare line feed after the last chunk": chunked(CHUNKS + b"\n"),
+    "a bare line feed after a chunk": chunked(b"2\r\n{}\n0\r\n\r\n"),
+    "a bare line feed after a chunk's size": chunked(b"2\n{}\r\n0\r\n\r\n"),
+    "a longer chunk than it says": chunked(b"2\r\n{} \r\n0\r\n\r\n"),
+    "a space before the colon": edited(b"content-length:", b"content-length :"),
+    "a tab before the colon": edited(b"content-length:", b"content-length\t:"),
+    "a carriage return alone": edited(b"a: b\r\n", b"a: b\r"),
+    "a carriage return in a value": edited(b"a: b", b"a: b\rc"),
+    "a tab in the first line": edited(b"POST ", b"POST\t"),
+    "a space before the first header": edited(b"HTTP/1.1\r\n", b"HTTP/1.1\r\n "),
+    "a bare line feed": edited(b"a: b\r\n", b"a: b\n"),
+    "bare line feeds": edited(b"\r\n", b"\n"),
+    "a bare line feed before the body": edited(b"\r\n\r\n", b"\r\n\n"),
+    "a folded header": edited(b"a: b", b"a: b\r\n c"),
+    "a header folded by a tab": edited(b"a: b", b"a: b\r\n\tc"),
 }
+for size in SIZES:
+    AMBIGUOUS[f"the chunk size {size[:20]!r}"] = chunked(size.encode() + b"\r\n{}\r\n0\r\n\r\n")
+for encoding in ENCODINGS:
+    AMBIGUOUS[f"the encoding {encoding!r}"] = chunked(CHUNKS + b"\r\n", encoding)
+for length in LENGTHS:
+    AMBIGUOUS[f"the length {length!r}"] = edited(b"length: 2", f"length: {length}".encode())
+for version in VERSIONS:
+    AMBIGUOUS[version] = edited(b"HTTP/1.1", version.encode())
 
 
 @pytest.mark.parametrize("case", AMBIGUOUS)
@@ -197,10 +141,8 @@ def test_a_request_that_could_be_read_in_two_ways_is_refused_and_closed(
 
 
 def test_chunks_and_http_1_0_are_served(shared: Served) -> None:
-    chunked = alive_message(transfer_encoding="chunked") + CHUNKS + b"\r\n"
-    old = alive_message("POST /IsAlive HTTP/1.0", content_length="2") + b"{}"
-    for data in (chunked, old):
-        with shared.raw(data) as connection:
+    for make in (chunked(CHUNKS + b"\r\n"), edited(b"HTTP/1.1", b"HTTP/1.0")):
+        with shared.raw(make()) as connection:
             assert status_of(connection) == 200
 
 
@@ -250,23 +192,12 @@ def test_a_header_given_twice_proves_nothing(shared: Served) -> None:
     ("body", "status", "reason"),
     [
         (b"", 400, "JSON"),
-        (b"not json", 400, "JSON"),
         (b"\xff\xfe{}", 400, "JSON"),
         (b"[" * 100_000, 400, "JSON"),
         (b"[]", 422, "object"),
         (train(batch_size=0), 422, "batch_size"),
-        (train(batch_size=1_000_000), 422, "batch_size"),
-        (train(batch_size="8"), 422, "batch_size"),
-        (train(gradient_accumulation_steps=0), 422, "gradient_accumulation_steps"),
-        (train(timeout_seconds=-1), 422, "timeout_seconds"),
-        (train(dataset_indices=[]), 422, "dataset_indices"),
-        (train(dataset_indices=list(range(MAX_ROWS + 1))), 422, "dataset_indices"),
         (train(dataset_indices=["a"] * 4000), 422, "dataset_indices"),
         (train(dataset_indices=[-1]), 422, "dataset_indices.0"),
-        (train(dataset_indices=[1, 1]), 422, "twice"),
-        (train(request_id=""), 422, "request_id"),
-        (train(request_id="a\nb"), 422, "request_id"),
-        (train(surprise=1), 422, "surprise"),
         (train("x", **{"a\n\x1b[31mb": 1}), 422, "a [31mb"),
         (b'{"request_id": "x"}', 422, "run_id"),
         (train().replace(b'"run_id"', b'"run_id": "a", "run_id"'), 400, "key twice"),

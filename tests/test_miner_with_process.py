@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from talk import Talk, caller, talking
 
@@ -36,32 +35,16 @@ async def _refusals(talk: Talk) -> None:
         ({"version": "0.0.9"}, 409, "version 0.0.9 is older"),
         ({"version": "new"}, 409, "version new is older"),
         ({"dataset_indices": list(range(601))}, 422, "more than this run's 600 rows"),
-        ({"dataset_indices": list(range(5000))}, 422, "dataset_indices"),
-        ({"dataset_indices": []}, 422, "dataset_indices"),
         ({"dataset_indices": [1, 1]}, 422, "a row is given twice"),
         ({"dataset_indices": [10**7]}, 422, "row 10000000, and the data has"),
-        ({"dataset_indices": [-1]}, 422, "dataset_indices"),
-        ({"batch_size": 0}, 422, "batch_size"),
         ({"batch_size": 65}, 422, "more than this run's 64"),
-        ({"batch_size": 1_000_000}, 422, "batch_size"),
-        ({"gradient_accumulation_steps": 0}, 422, "gradient_accumulation_steps"),
-        ({"timeout_seconds": 0.0}, 422, "timeout_seconds"),
         ({"timeout_seconds": 121.0}, 422, "more than this run's 120"),
-        ({"request_id": ""}, 422, "request_id"),
     ]
     for changes, status, words in wanted:
         told = await talk.refusal(**changes)
         assert told[0] == status, (changes, told)
         assert words in told[1], (changes, told)
     assert (await talk.is_alive()).completion
-
-
-async def _strangers(talk: Talk) -> None:
-    url = f"{talk.endpoint.url}/Train"
-    async with httpx.AsyncClient(trust_env=False) as client:
-        assert (await client.post(url, content=b"{}")).status_code == 401
-        assert (await client.post(url, content=b"x" * 10**6)).status_code == 401
-        assert (await client.get(f"{talk.endpoint.url}/docs")).status_code == 404
 
 
 async def _work(talk: Talk) -> None:
@@ -89,8 +72,9 @@ async def _work(talk: Talk) -> None:
         await asyncio.sleep(0.02)  # a hotkey may ask 200 times a second
     late = await training
     assert answers >= 2
+    assert late.loss is not None
     assert 0 < late.samples < 600
-    assert late.samples % 4 == 0
+    assert late.samples == 4 * late.steps
 
 
 @pytest.mark.timeout(180)
@@ -105,7 +89,6 @@ def test_what_a_validator_may_send_a_miner(tmp_path: Path) -> None:
                 async with talking(chain, program) as talk:
                     assert talk.alive.completion
                     await _refusals(talk)
-                    await _strangers(talk)
                     assert not network.numbers("train")  # nothing of all that was trained
                     await _work(talk)
 

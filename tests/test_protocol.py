@@ -165,10 +165,6 @@ def test_the_largest_messages_fit_into_their_caps() -> None:
     assert len(alive.model_dump_json()) <= IsAlive.max_response_bytes
 
 
-def test_names_on_the_wire() -> None:
-    assert [synapse.name() for synapse in (IsAlive, Train)] == ["IsAlive", "Train"]
-
-
 @settings(max_examples=50)
 @given(
     indices=st.lists(st.integers(0, 2**48 - 1), min_size=1, max_size=50, unique=True),
