@@ -1,13 +1,12 @@
 """One peer of a small swarm as a process, which can be made to fail at a chosen moment.
 
-`python swarm_worker.py KIND NAME FOLDER [--rows N] [--group N] [--pace S] [--limit S]
-[--fault WHERE HOW]`
+`python swarm_worker.py KIND NAME FOLDER [--rows N] [--group N] [--limit S] [--fault WHERE HOW]`
 
-It trains a tiny model at a pace, and finds the others by FOLDER/*.address. KIND `ours` is
-`Peer` and `HivemindStrategy`; `stock` is `hivemind.Optimizer` with the same matchmaking time
-and group size, so that only a fault makes it wait, and its own default for the rest. What
-happens is printed, one JSON object a line; the weights after each round and each download are
-written to FOLDER/NAME.EPOCH.round.npy and FOLDER/NAME.EPOCH.load.npy.
+It trains a tiny model, and finds the others by FOLDER/*.address. KIND `ours` is `Peer` and
+`HivemindStrategy`; `stock` is `hivemind.Optimizer` with the same matchmaking time and group
+size, so that only a fault makes it wait, and its own default for the rest. What happens
+is printed, one JSON object a line; the weights after each round and each download are written to
+FOLDER/NAME.EPOCH.round.npy and FOLDER/NAME.EPOCH.load.npy.
 
 SIGUSR1 arms the fault. It then comes in the averager's process, in the next round:
 WHERE `matchmaking`: while it looks for a group and another peer could know of it;
@@ -44,13 +43,14 @@ from tiny import VOCABULARY, tiny_model
 from hiveminer.config.run import Run
 from hiveminer.strategies.base import RoundResult
 from hiveminer.strategies.hivemind.strategy import HivemindStrategy
-from hiveminer.swarm import Identity, Peer
+from hiveminer.swarm import Discovery, Identity, Peer
 from hiveminer.swarm.membership import Membership
 from hiveminer.training.optimizer import build_optimizer
 
 ROWS = 4
 MATCHMAKING_SECONDS = 5.0
 RUN_ID = "survival-a-b-c"
+PACE_SECONDS = 0.25
 LOOK_STEPS = 8
 NAMES = "abcdef"
 
@@ -146,135 +146,108 @@ class Worker:
         return [path.read_text() for path in sorted(self.folder.glob("[!.]*.address"))]
 
 
-class Ours:
-    def __init__(self, worker: Worker, options: argparse.Namespace):
-        run = Run.model_validate(
-            {
-                "swarm": {
-                    "epoch_samples": options.rows,
-                    "matchmaking_seconds": MATCHMAKING_SECONDS,
-                    "averaging_timeout_seconds": options.limit,
-                }
-            }
-        )
-        self.worker = worker
-        self.peer = Peer(
-            identity=Identity(
-                hotkey(worker.name), run_id=RUN_ID, key_path=worker.folder / f"{worker.name}.key"
-            ),
-            admitted=[hotkey(name).ss58_address for name in NAMES],
-        )
-        self.swarm = HivemindStrategy(
-            worker.model,
-            membership=Membership(self.peer),
-            run=run,
-            run_id=RUN_ID,
-            on_round=self._on_round,
-        )
-        averager = self.swarm.optimizer.state_averager
-        load = averager.load_state_from_peers
+def ours(worker: Worker, options: argparse.Namespace) -> HivemindStrategy:
+    section = {
+        "epoch_samples": options.rows,
+        "matchmaking_seconds": MATCHMAKING_SECONDS,
+        "averaging_timeout_seconds": options.limit,
+    }
+    key = worker.folder / f"{worker.name}.key"
+    peer = Peer(
+        identity=Identity(hotkey(worker.name), run_id=RUN_ID, key_path=key),
+        admitted=[hotkey(name).ss58_address for name in NAMES],
+    )
 
-        def loaded(*args: Any, **kwargs: Any) -> Any:
-            state = load(*args, **kwargs)
-            epoch = int(averager.local_epoch)
-            worker.keep_weights(epoch, "load")
-            tell("load", epoch=epoch, loaded=bool(averager.loaded))
-            return state
-
-        averager.load_state_from_peers = loaded
-        worker.publish(self.peer.address)
-        self.peer.dial(worker.addresses())
-        threading.Thread(target=self._keep_meeting, daemon=True).start()
-
-    @property
-    def epoch(self) -> int:
-        return self.swarm.epoch
-
-    def step(self) -> bool:
-        return self.swarm.step(batch_size=ROWS)
-
-    def zero_grad(self) -> None:
-        self.swarm.zero_grad()
-
-    def catch_up(self) -> None:
-        self.swarm.catch_up()
-
-    def close(self) -> None:
-        self.swarm.interrupt()
-        self.swarm.close()
-
-    def _on_round(self, ended: RoundResult) -> None:
-        self.worker.keep_weights(ended.epoch, "round")
+    def on_round(ended: RoundResult) -> None:
+        worker.keep_weights(ended.epoch, "round")
         tell("round", epoch=ended.epoch, size=ended.group_size, seconds=ended.seconds)
 
-    def _keep_meeting(self) -> None:
+    swarm = HivemindStrategy(
+        worker.model,
+        membership=Membership(peer),
+        run=Run.model_validate({"swarm": section}),
+        run_id=RUN_ID,
+        on_round=on_round,
+    )
+    averager = swarm.optimizer.state_averager
+    load = averager.load_state_from_peers
+
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        state = load(*args, **kwargs)
+        epoch = int(averager.local_epoch)
+        worker.keep_weights(epoch, "load")
+        tell("load", epoch=epoch, loaded=bool(averager.loaded))
+        return state
+
+    averager.load_state_from_peers = loaded
+    worker.publish(peer.address)
+    discovery = Discovery(peer)
+
+    def keep_meeting() -> None:
         """As a miner does with the addresses on the chain."""
-        seen: set[str] = set()
-        met_at = 0.0
         while True:
-            now = set(self.worker.addresses())
-            if now != seen or time.monotonic() - met_at > 30.0:
-                self.peer.dial(sorted(now))
-                seen, met_at = now, time.monotonic()
+            discovery.meet(worker.addresses())
             time.sleep(0.5)
 
+    discovery.meet(worker.addresses())
+    threading.Thread(target=keep_meeting, daemon=True).start()
+    return swarm
 
-class Stock:
-    def __init__(self, worker: Worker, options: argparse.Namespace):
-        self.worker = worker
-        self.dht = hivemind.DHT(
-            initial_peers=worker.addresses() or None, start=True, startup_timeout=30
-        )
-        worker.publish(str(self.dht.get_visible_maddrs()[0]))
-        self.optimizer = hivemind.Optimizer(
-            dht=self.dht,
-            run_id=RUN_ID,
-            target_batch_size=options.rows,
-            optimizer=build_optimizer(worker.model.parameters(), Run().optimizer),
-            use_local_updates=True,
-            matchmaking_time=MATCHMAKING_SECONDS,
-            averager_opts={"target_group_size": options.group, "request_timeout": 1.5},
-            tracker_opts={"default_refresh_period": 1.0, "max_refresh_period": 1.0},
-        )
-        self._watch_rounds()
+
+class Stock(hivemind.Optimizer):
+    """The stock optimizer, with what a strategy has besides."""
 
     @property
     def epoch(self) -> int:
-        return int(self.optimizer.local_epoch)
-
-    def step(self) -> bool:
-        self.optimizer.step(batch_size=ROWS)
-        return True
-
-    def zero_grad(self) -> None:
-        self.optimizer.zero_grad()
+        return int(self.local_epoch)
 
     def catch_up(self) -> None:
         """It does so within its steps."""
 
-    def close(self) -> None:
+    def interrupt(self) -> None:
         os._exit(0)  # its own shutdown waits for rounds that nobody will end
 
-    def _watch_rounds(self) -> None:
-        """Say of each round how large its group was."""
-        averager, base = self.optimizer.state_averager, DecentralizedAverager
-        begin, apply = base.step, averager._apply_averaging_results_
-        controls: list[Any] = []
+    def close(self) -> None:
+        """Never reached."""
 
-        def begun(self_: Any, *args: Any, **kwargs: Any) -> Any:
-            control = begin(self_, *args, **kwargs)
-            controls.append(control)
-            return control
 
-        def applied() -> None:
-            apply()
-            done = [control for control in controls if control.done()]
-            controls[:] = [control for control in controls if not control.done()]
-            fine = [c for c in done if not c.cancelled() and c.exception() is None]
-            size = max((len(control.result() or ()) for control in fine), default=1)
-            tell("round", epoch=self.epoch, size=size or 1)
+def stock(worker: Worker, options: argparse.Namespace) -> Stock:
+    dht = hivemind.DHT(initial_peers=worker.addresses() or None, start=True, startup_timeout=30)
+    worker.publish(str(dht.get_visible_maddrs()[0]))
+    optimizer = Stock(
+        dht=dht,
+        run_id=RUN_ID,
+        target_batch_size=options.rows,
+        optimizer=build_optimizer(worker.model.parameters(), Run().optimizer),
+        use_local_updates=True,
+        matchmaking_time=MATCHMAKING_SECONDS,
+        averager_opts={"target_group_size": options.group, "request_timeout": 1.5},
+        tracker_opts={"default_refresh_period": 1.0, "max_refresh_period": 1.0},
+    )
+    watch_rounds(optimizer)
+    return optimizer
 
-        base.step, averager._apply_averaging_results_ = begun, applied
+
+def watch_rounds(optimizer: Stock) -> None:
+    """Say of each round how large its group was."""
+    averager, base = optimizer.state_averager, DecentralizedAverager
+    begin, apply = base.step, averager._apply_averaging_results_
+    controls: list[Any] = []
+
+    def begun(self_: Any, *args: Any, **kwargs: Any) -> Any:
+        control = begin(self_, *args, **kwargs)
+        controls.append(control)
+        return control
+
+    def applied() -> None:
+        apply()
+        done = [control for control in controls if control.done()]
+        controls[:] = [control for control in controls if not control.done()]
+        fine = [c for c in done if not c.cancelled() and c.exception() is None]
+        size = max((len(control.result() or ()) for control in fine), default=1)
+        tell("round", epoch=optimizer.epoch, size=size or 1)
+
+    base.step, averager._apply_averaging_results_ = begun, applied
 
 
 def main() -> None:
@@ -284,30 +257,29 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, default=64, help="of an epoch, of all peers")
     parser.add_argument("--group", type=int, default=2, help="the stock's target group size")
-    parser.add_argument("--pace", type=float, default=0.25, help="seconds between two steps")
     parser.add_argument("--limit", type=float, default=30.0, help="seconds of a round of ours")
     parser.add_argument("--fault", nargs=2, metavar=("WHERE", "HOW"))
     options = parser.parse_args()
     if options.fault:
         Fault(*options.fault)
     worker = Worker(options)
-    optimizer = Ours(worker, options) if options.kind == "ours" else Stock(worker, options)
+    optimizer = ours(worker, options) if options.kind == "ours" else stock(worker, options)
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda _number, _frame: stopping.set())
     optimizer.catch_up()
     tell("ready", epoch=optimizer.epoch)
     steps = 0
-    while not stopping.wait(options.pace):
+    while not stopping.wait(PACE_SECONDS):
         if steps % LOOK_STEPS == 0:
             optimizer.catch_up()
         steps += 1
         optimizer.zero_grad()
         worker.gradients()
         epoch, began = optimizer.epoch, time.time()
-        kept = optimizer.step()
+        kept = optimizer.step(batch_size=ROWS)
         tell("step", epoch=epoch, kept=kept, seconds=round(time.time() - began, 3))
+    optimizer.interrupt()
     optimizer.close()
-    tell("end")
 
 
 if __name__ == "__main__":

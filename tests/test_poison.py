@@ -10,27 +10,23 @@ import numpy as np
 import pytest
 from test_survival import MOST_SECONDS, START_SECONDS, Worker, Workers
 
-from programs import Program
-
 POISONER = Path(__file__).resolve().with_name("poison_worker.py")
 
 slow = pytest.mark.slow
 
 
-class Poisoner(Worker):
-    def __init__(self, name: str, *, how: str, folder: Path, words: tuple[str, ...]):
-        Program.__init__(
-            self, [str(POISONER), how, "ours", name, str(folder), *words], folder=folder / name
-        )
-        self.name = name
+def start_poisoner(swarm: Workers, how: str) -> Worker:
+    more = ("--rows", str(swarm.rows * 4 // 3), "--limit", "15")  # it waits in vain
+    return swarm.start("c", *more, script=(str(POISONER), how))
 
 
-def start_poisoner(swarm: Workers, name: str, how: str) -> Poisoner:
-    rows = str(swarm.rows * 4 // 3)
-    words = ("--rows", rows, "--group", str(swarm.size), "--limit", "15")  # it waits in vain
-    worker = Poisoner(name, how=how, folder=swarm.folder, words=words)
-    swarm.all[name] = worker
-    return worker
+def beside_liar(swarm: Workers, how: str, *, epochs: int) -> tuple[list[Worker], float]:
+    """The honest peers, once they ended so many epochs with a liar; and since when it lies."""
+    liar, honest = start_poisoner(swarm, how), [swarm.all[name] for name in "ab"]
+    swarm.wait(lambda: len(liar.events("step")) > 20, START_SECONDS)
+    since = time.time()
+    swarm.wait(lambda: all(each.epochs(since=since) >= epochs for each in honest), 120)
+    return honest, since
 
 
 def newest_common(folder: Path, names: str) -> tuple[int, list[np.ndarray]]:
@@ -51,7 +47,7 @@ def test_poison_from_one_peer_leaves_the_others_unharmed(how: str, tmp_path: Pat
         swarm.start_all("ab")
         _, before = newest_common(tmp_path, "ab")
         began = time.time()
-        poisoner = start_poisoner(swarm, "c", how)
+        poisoner = start_poisoner(swarm, how)
         honest = [swarm.all[name] for name in "ab"]
         swarm.wait(lambda: all("[poison]" in each.words for each in honest), START_SECONDS)
         since = max(each.events("step")[-1]["time"] for each in honest)
@@ -74,7 +70,7 @@ def test_a_member_that_says_nothing_costs_little_and_is_shunned(tmp_path: Path) 
     with Workers(tmp_path, size=3, peer_rows=15) as swarm:
         swarm.start_all("ab")
         began = time.time()
-        silent = start_poisoner(swarm, "c", "silent")
+        silent = start_poisoner(swarm, "silent")
         honest = [swarm.all[name] for name in "ab"]
         swarm.wait(lambda: all("for the second time" in each.words for each in honest), 150)
         since = max(each.events("step")[-1]["time"] for each in honest)
@@ -96,11 +92,7 @@ def test_a_peer_that_says_it_is_ahead_does_not_make_the_others_throw_rows_away(
     with Workers(tmp_path, size=3) as swarm:
         swarm.start_all("ab")
         began = time.time()
-        start_poisoner(swarm, "c", "ahead")
-        liar, honest = swarm.all["c"], [swarm.all[name] for name in "ab"]
-        swarm.wait(lambda: len(liar.events("step")) > 20, START_SECONDS)
-        since = time.time()
-        swarm.wait(lambda: all(each.epochs(since=since) >= 3 for each in honest), 90)
+        honest, _ = beside_liar(swarm, "ahead", epochs=3)
         for each in honest:
             # One may be lost when an epoch ends elsewhere first; the liar made it most of them.
             steps = each.events("step", since=began)
@@ -113,11 +105,7 @@ def test_a_peer_that_says_it_is_ahead_does_not_make_the_others_throw_rows_away(
 def test_rows_that_nobody_trained_do_not_end_epochs(tmp_path: Path) -> None:
     with Workers(tmp_path, size=3) as swarm:
         swarm.start_all("ab")
-        start_poisoner(swarm, "c", "rows")
-        liar, honest = swarm.all["c"], [swarm.all[name] for name in "ab"]
-        swarm.wait(lambda: len(liar.events("step")) > 20, START_SECONDS)
-        since = time.time()
-        swarm.wait(lambda: all(each.epochs(since=since) >= 5 for each in honest), 120)
+        honest, since = beside_liar(swarm, "rows", epochs=5)
         for each in honest:
             steps = len(each.events("step", since=since))
             # Of 90 rows in an epoch, 4 in a step; the liar counts for four times one of them.
@@ -129,7 +117,7 @@ def test_rows_that_nobody_trained_do_not_end_epochs(tmp_path: Path) -> None:
 def test_a_state_that_the_others_contradict_is_not_loaded(tmp_path: Path) -> None:
     with Workers(tmp_path, size=3) as swarm:
         swarm.start_all("ab")
-        start_poisoner(swarm, "c", "liar")
+        start_poisoner(swarm, "liar")
         swarm.wait(lambda: swarm.averaged("c", 3), START_SECONDS)
         joiner = swarm.start("d")
         load = swarm.wait(lambda: joiner.events("load"), START_SECONDS)[-1]

@@ -38,8 +38,8 @@ T = TypeVar("T")
 class Worker(Program):
     """A peer's process, and what it said."""
 
-    def __init__(self, name: str, *, kind: str, folder: Path, words: tuple[str, ...] = ()):
-        super().__init__([str(WORKER), kind, name, str(folder), *words], folder=folder / name)
+    def __init__(self, name: str, words: Sequence[str], *, folder: Path):
+        super().__init__(words, folder=folder)
         self.name = name
 
     def events(self, kind: str, *, since: float = 0.0) -> list[Event]:
@@ -76,18 +76,18 @@ class Workers:
         self.rows = peer_rows * size  # of an epoch
         self.all: dict[str, Worker] = {}
 
-    def start(self, name: str, *, fault: tuple[str, str] | None = None) -> Worker:
-        words = ["--rows", str(self.rows), "--group", str(self.size)]
-        if fault:
-            words += ["--fault", *fault]
-        worker = Worker(name, kind=self.kind, folder=self.folder, words=tuple(words))
-        self.all[name] = worker
+    def start(self, name: str, *more: str, script: Sequence[str] = (str(WORKER),)) -> Worker:
+        """Start one, with more words for swarm_worker.py."""
+        words = [*script, self.kind, name, str(self.folder), "--rows", str(self.rows)]
+        words += ["--group", str(self.size), *more]
+        worker = self.all[name] = Worker(name, words, folder=self.folder / name)
         return worker
 
     def start_all(self, names: str, *, faults: dict[str, tuple[str, str]] | None = None) -> None:
         """Start a worker a letter, with its fault, and wait until they average together."""
         for name in names:
-            self.start(name, fault=(faults or {}).get(name))
+            fault = (faults or {}).get(name)
+            self.start(name, *(("--fault", *fault) if fault else ()))
             if name == names[0]:
                 self.wait(lambda: (self.folder / f"{names[0]}.address").exists(), START_SECONDS)
         self.wait(lambda: all(self.averaged(name, len(names)) for name in names), START_SECONDS)
