@@ -138,7 +138,7 @@ class World:
         rng = self.rng
         starts = self.chain.head.number % self.schedule.round_blocks == 0
         if starts and rng.random() < self.withholding:
-            EVENTS["withhold"](self, next(iter(self.peers.values())))
+            withhold(self, next(iter(self.peers.values())))
         if rng.random() > self.unrest:
             return
         peer = rng.choice(list(self.peers.values()))
@@ -291,45 +291,45 @@ class World:
 # --- what disturbs the world ------------------------------------------------------------
 
 
-def _crash(world: World, peer: SimulatedPeer) -> None:
+def crash(world: World, peer: SimulatedPeer) -> None:
     peer.alive = False
 
 
-def _restart(world: World, peer: SimulatedPeer) -> None:
+def restart(world: World, peer: SimulatedPeer) -> None:
     for other in world.peers.values():
         if not other.alive and other.hotkey not in world.gone:
             other.restart()
 
 
-def _partition(world: World, peer: SimulatedPeer) -> None:
+def partition(world: World, peer: SimulatedPeer) -> None:
     for other in world.peers.values():
         other.group = world.rng.randint(0, 1)
         other.sees_chain = world.rng.random() < 0.8
 
 
-def _reunite(world: World, peer: SimulatedPeer) -> None:
+def reunite(world: World, peer: SimulatedPeer) -> None:
     for other in world.peers.values():
         other.group, other.sees_chain = 0, True
 
 
-def _stall(world: World, peer: SimulatedPeer) -> None:
+def stall(world: World, peer: SimulatedPeer) -> None:
     world.chain.stalled_until = world.chain.head.number + world.rng.randint(3, 18)
 
 
-def _withhold(world: World, peer: SimulatedPeer) -> None:
+def withhold(world: World, peer: SimulatedPeer) -> None:
     """After the next marks nobody serves blobs for a while, and some lose what they had."""
     number = world.schedule.round_at(world.chain.head.number)
     world.outage_from = world.schedule.marks_block(number) - 1
     world.outage_until = world.outage_from + world.rng.randint(5, 14)
 
 
-def _reorganize(world: World, peer: SimulatedPeer) -> None:
+def reorganize(world: World, peer: SimulatedPeer) -> None:
     for _ in range(world.chain.reorganize()):
         world.chain.advance(world.neurons)
     world._follow()
 
 
-def _deregister(world: World, peer: SimulatedPeer) -> None:
+def deregister(world: World, peer: SimulatedPeer) -> None:
     """Another hotkey takes the uid; it joins late.
 
     Not the only holder of a state: what is lost for good nobody can bring back.
@@ -351,7 +351,7 @@ def _deregister(world: World, peer: SimulatedPeer) -> None:
             return
 
 
-def _change(world: World, peer: SimulatedPeer) -> None:
+def change(world: World, peer: SimulatedPeer) -> None:
     """Stake, incentive and permit of one neuron change."""
     rng = world.rng
     neurons = [
@@ -370,13 +370,8 @@ def _change(world: World, peer: SimulatedPeer) -> None:
 
 
 EVENTS = {
-    "crash": _crash,
-    "restart": _restart,
-    "partition": _partition,
-    "reunite": _reunite,
-    "stall": _stall,
-    "withhold": _withhold,
-    "reorganize": _reorganize,
-    "deregister": _deregister,
-    "change": _change,
-}
+    event.__name__: event
+    for event in (
+        crash, restart, partition, reunite, stall, withhold, reorganize, deregister, change,
+    )
+}  # fmt: skip

@@ -58,20 +58,26 @@ def serving(*neurons: Miner | Validator) -> Iterator[None]:
         assert not any(thread.is_alive() for thread in threads)
 
 
+@contextmanager
+def pair(
+    folder: Path, hub: Hub, metrics: Recorded, **work: Any
+) -> Iterator[tuple[Miner, Validator]]:
+    """A miner and a validator of a small run."""
+    options = {"neuron": {"run": small_run(folder)}}
+    settings = settings_in(folder, ValidatorSettings, validator=work, **options)
+    with (
+        Miner(miner_settings(folder, **options), strategy=hub.strategy) as miner,
+        Validator(settings, metrics=metrics, observer=hub.observer) as validator,
+    ):
+        yield miner, validator
+
+
 def test_a_miner_and_a_validator_from_the_answer_to_the_weight(tmp_path: Path) -> None:
     hub, metrics = Hub(epoch_samples=32), Recorded()
-    options = {"neuron": {"path": tmp_path / "state", "run": small_run(tmp_path)}}
     work = {"rows": 16, "batch_size": 2, "sample_rate": 1.0, "weights_seconds": 1.0}
     before = time.process_time()
     children = set(psutil.Process().children(recursive=True))
-    with (
-        Miner(miner_settings(tmp_path, **options), strategy=hub.strategy) as miner,
-        Validator(
-            settings_in(tmp_path, ValidatorSettings, validator=work, **options),
-            metrics=metrics,
-            observer=hub.observer,
-        ) as validator,
-    ):
+    with pair(tmp_path, hub, metrics, **work) as (miner, validator):
         with serving(miner, validator):
             wait_for(lambda: any(line["weights"] for line in metrics.of("weights")), seconds=60)
         assert {line["hotkey"] for line in metrics.of("evidence")} == {miner.neuron.hotkey}
@@ -79,8 +85,7 @@ def test_a_miner_and_a_validator_from_the_answer_to_the_weight(tmp_path: Path) -
         assert hub.epoch >= 1
         assert miner.progress.trained.requests > 0
         assert metrics.of("held_out")
-        neuron = validator.neuron.chain.metagraph().by_hotkey(miner.neuron.hotkey)
-        assert neuron is not None
+        assert validator.neuron.chain.metagraph().by_hotkey(miner.neuron.hotkey) is not None
         strategy: Any = miner.swarm
     assert time.process_time() - before < 5
     assert strategy.closed
@@ -91,7 +96,7 @@ def test_a_miner_and_a_validator_from_the_answer_to_the_weight(tmp_path: Path) -
 
 def test_the_idle_and_the_lying_earn_under_a_fifth_of_the_honest(tmp_path: Path) -> None:
     hub, metrics = Hub(epoch_samples=80), Recorded()
-    options = {"neuron": {"path": tmp_path / "state", "run": small_run(tmp_path)}}
+    options = {"neuron": {"run": small_run(tmp_path)}}
     draw = random.Random(5)  # rows of few and of many letters, which can be told apart
     letters = (draw.sample(string.ascii_lowercase, draw.choice([1, 2, 20])) for _ in range(400))
     rows = ["".join(draw.choices(some, k=60)) for some in letters]
@@ -130,9 +135,7 @@ def test_the_idle_and_the_lying_earn_under_a_fifth_of_the_honest(tmp_path: Path)
 
 def test_both_run_where_an_event_loop_runs_already(tmp_path: Path) -> None:
     """As in a notebook, whose cells are run by a loop."""
-    hub, metrics = Hub(), Recorded()
-    options = {"neuron": {"path": tmp_path / "state", "run": small_run(tmp_path)}}
-    settings = settings_in(tmp_path, ValidatorSettings, **options)
+    metrics = Recorded()
 
     def stop_after(neuron: Miner | Validator, ready: Callable[[], object]) -> None:
         try:
@@ -141,10 +144,7 @@ def test_both_run_where_an_event_loop_runs_already(tmp_path: Path) -> None:
             neuron.neuron.stopping.set()
 
     async def cell() -> None:
-        with (
-            Miner(miner_settings(tmp_path, **options), strategy=hub.strategy) as miner,
-            Validator(settings, metrics=metrics, observer=hub.observer) as validator,
-        ):
+        with pair(tmp_path, Hub(), metrics) as (miner, validator):
             works = (miner, lambda: miner.axon), (validator, lambda: metrics.of("held_out"))
             for neuron, ready in works:
                 threading.Thread(target=stop_after, args=(neuron, ready)).start()
@@ -156,7 +156,7 @@ def test_both_run_where_an_event_loop_runs_already(tmp_path: Path) -> None:
 
 
 def test_a_strategy_that_cannot_start_leaves_the_hotkey_free(tmp_path: Path) -> None:
-    options = {"neuron": {"path": tmp_path / "state", "run": small_run(tmp_path)}}
+    options = {"neuron": {"run": small_run(tmp_path)}}
     settings = miner_settings(tmp_path, wallet={"hotkey": "mine"}, **options)
 
     def broken(_: Context) -> InProcessStrategy:
