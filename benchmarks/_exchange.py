@@ -92,13 +92,17 @@ class TimedExchange(Exchange):
         *,
         keep: Callable[[Contribution, bytes], None],
         timeout_seconds: float,
-    ) -> frozenset[int]:
+    ) -> None:
         began = time.monotonic()
-        wanted = list(wanted)
-        found = super().fetch_blobs(number, wanted, keep=keep, timeout_seconds=timeout_seconds)
-        if len(found) == len(wanted):
+        missing = {each.uid for each in wanted}
+
+        def kept(which: Contribution, blob: bytes) -> None:
+            keep(which, blob)
+            missing.discard(which.uid)
+
+        super().fetch_blobs(number, wanted, keep=kept, timeout_seconds=timeout_seconds)
+        if not missing:
             self.timed.add("exchange", began)
-        return found
 
 
 class CountingShelf(Shelf):

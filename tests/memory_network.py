@@ -128,15 +128,12 @@ class MemoryExchange:
         *,
         keep: Callable[[Contribution, bytes], None],
         timeout_seconds: float,
-    ) -> frozenset[int]:
-        found = set()
+    ) -> None:
         for each in wanted:
             holds = any(each.uid in s.have(number) for s in self.swarm.sources.values())
             data = self.swarm.get(each.blob_hash) if holds else None
             if data is not None:
                 keep(each, data)
-                found.add(each.uid)
-        return frozenset(found)
 
     def fetch_state(
         self,

@@ -95,10 +95,10 @@ fetcher, got = exchanges["fetcher"], {}
 
 def fetch(number, wanted, *, seconds=30, by=fetcher):
     got.clear()
-    uids = by.fetch_blobs(
+    by.fetch_blobs(
         number, wanted, keep=lambda who, blob: got.update({who.uid: blob}), timeout_seconds=seconds
     )
-    return sorted(uids)
+    return sorted(got)
 
 
 # Two holders of different blobs, larger than one chunk.

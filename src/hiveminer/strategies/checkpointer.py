@@ -173,23 +173,20 @@ class Progress:
             events.tell(logger, "checkpoint", f"no checkpoint was taken: {error!s:.200}")
             self._kept_at = self._clock()
             return None
-        facts = self._facts(said)
-        self._bytes = sum(tensor.nbytes for tensor in tensors.values())
-        if not self.checkpoints.save_later(tensors, facts, must=must):
-            return None
-        self._kept, self._kept_at, self._epoch_began = self._place, self._clock(), False
-        return self._words(facts)
-
-    def _facts(self, said: dict[str, Any]) -> dict[str, Any]:
         trained = asdict(self.trained)
         trained["rows"] += trained.pop("running")
-        return {
+        facts = {
             "run_id": self.run_id,
             "version": __version__,
             "written_at": round(time.time(), 3),
             "trained": trained,
             "swarm": said,
         }
+        self._bytes = sum(tensor.nbytes for tensor in tensors.values())
+        if not self.checkpoints.save_later(tensors, facts, must=must):
+            return None
+        self._kept, self._kept_at, self._epoch_began = self._place, self._clock(), False
+        return self._words(facts)
 
     def _words(self, facts: dict[str, Any]) -> str:
         swarm, rows = facts["swarm"], facts["trained"]["rows"]

@@ -14,15 +14,12 @@ from hiveminer.strategies.hivemind.strategy import open_hivemind
 from hiveminer.strategies.sparseloco.checkpoint import exported_weights
 from hiveminer.strategies.sparseloco.opening import open_sparseloco, open_sparseloco_observer
 
-WEIGHTS: dict[str, Callable[[nn.Module, Mapping[str, Tensor]], dict[str, Tensor]]] = {
-    "hivemind": weights_by_name,
-    "sparseloco": exported_weights,
-}
-"""What finds the model's weights, by name, among a checkpoint's tensors."""
+WeightsFinder = Callable[[nn.Module, Mapping[str, Tensor]], dict[str, Tensor]]
+"""Finds the model's weights, by name, among a checkpoint's tensors. Raises ValueError."""
 
-STRATEGIES: dict[str, tuple[StrategyFactory, ObserverFactory]] = {
-    "hivemind": (open_hivemind, open_hivemind_observer),
-    "sparseloco": (open_sparseloco, open_sparseloco_observer),
+STRATEGIES: dict[str, tuple[StrategyFactory, ObserverFactory, WeightsFinder]] = {
+    "hivemind": (open_hivemind, open_hivemind_observer, weights_by_name),
+    "sparseloco": (open_sparseloco, open_sparseloco_observer, exported_weights),
 }
 
 
@@ -40,4 +37,4 @@ def checkpoint_weights(
     run: Run, model: nn.Module, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The model's weights, by name, in a checkpoint of this run. Raises ValueError."""
-    return WEIGHTS[run.strategy](model, tensors)
+    return STRATEGIES[run.strategy][2](model, tensors)

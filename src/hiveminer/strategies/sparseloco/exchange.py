@@ -82,15 +82,11 @@ class Exchange:
         *,
         keep: Callable[[Contribution, bytes], None],
         timeout_seconds: float,
-    ) -> frozenset[int]:
-        """Fetch blobs of a round, and pass each to `keep` once it is complete and verified.
-
-        keep: called in other threads. Returns the uids of those that came in time.
-        """
-        found: set[int] = set()
-        work = self._fetching.blobs(number, {each.uid: each for each in wanted}, keep, found)
+    ) -> None:
+        """Fetch blobs of a round, and pass each to `keep`, in another thread, once it is complete
+        and verified."""
+        work = self._fetching.blobs(number, {each.uid: each for each in wanted}, keep)
         self._within(work, seconds=timeout_seconds)
-        return frozenset(found)
 
     def fetch_state(
         self,

@@ -76,7 +76,6 @@ class Fetching:
         number: int,
         missing: dict[int, Contribution],
         keep: Callable[[Contribution, bytes], None],
-        found: set[int],
     ) -> None:
         """Download blobs of a round by uid, until none is missing."""
         seconds = self._ask_seconds
@@ -90,7 +89,6 @@ class Fetching:
             )  # fmt: skip
             if data is not None:
                 await asyncio.to_thread(keep, blob, data)
-                found.add(uid)
                 del missing[uid]
 
         while missing:
