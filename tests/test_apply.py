@@ -19,7 +19,6 @@ from apply_worker import PEERS, apply_round, first_state, hashes, header, read_b
 from torch import Tensor, nn
 
 from hiveminer.strategies.sparseloco.apply import (
-    PIECE_BYTES,
     Applied,
     CountedBlob,
     OuterStep,
@@ -39,19 +38,14 @@ DENSE = Compression(1.0, 4)
 FLOAT32_MAX = float(torch.finfo(torch.float32).max)
 
 
-def supported() -> list[str]:
-    """The instruction sets of this processor that torch knows by these names."""
-    best = torch.backends.cpu.get_cpu_capability().lower()
-    known = CAPABILITIES.index(best) if best in CAPABILITIES else 0
-    return [*CAPABILITIES[: known + 1]]
-
-
 @pytest.mark.timeout(600)  # seconds of work, in processes that may share a core
 def test_one_hash_on_every_instruction_set_thread_count_and_order(tmp_path: Path) -> None:
     write_blobs(tmp_path)
     expected = hashes(tmp_path, seed=0)
     assert len(set(expected)) == len(expected)
-    for capability in supported():
+    best = torch.backends.cpu.get_cpu_capability().lower()
+    known = CAPABILITIES.index(best) if best in CAPABILITIES else 0
+    for capability in CAPABILITIES[: known + 1]:
         run = subprocess.run(
             [sys.executable, str(WORKER), str(tmp_path), "1", "2", "3", "4"],
             env=os.environ | THREADS | {"ATEN_CPU_CAPABILITY": capability},
@@ -100,22 +94,15 @@ def test_the_worked_example() -> None:
 
 def test_the_average_is_over_contributors_or_over_all_or_between() -> None:
     updates = [[4.0, 0.0], [0.0, 4.0], [0.0, 4.0], [4.0, 4.0]]
-    start = torch.zeros(2)
     # Four blobs; the coordinates have 2 and 3 contributors. All norms are 4 but the last.
     last = 4.0 / math.sqrt(2)
-    first, second = 4 + last, 8 + last
-
-    def check(power: float, rate: float = 1.0) -> None:
-        expected = [
-            -rate * total / (count**power * 4 ** (1 - power))
-            for total, count in ((first, 2), (second, 3))
-        ]
-        actual = apply_to(start, *updates, rate=rate, contributor_power=power)
-        torch.testing.assert_close(actual, torch.tensor(expected))
-
     for power in (0.0, 0.25, 0.5, 0.75, 1.0):
-        check(power)
-        check(power, rate=0.65)
+        expected = [
+            -0.65 * total / (count**power * 4 ** (1 - power))
+            for total, count in ((4 + last, 2), (8 + last, 3))
+        ]
+        actual = apply_to(torch.zeros(2), *updates, rate=0.65, contributor_power=power)
+        torch.testing.assert_close(actual, torch.tensor(expected))
 
 
 def test_a_power_that_square_roots_cannot_give_is_refused() -> None:
@@ -171,19 +158,13 @@ def two_rounds(*left_out: int, spoil: Mapping[int, bytes] | None = None) -> Appl
 def test_what_does_not_decode_is_left_out_by_everybody() -> None:
     whole = blob(1, w=torch.linspace(0, 2, 40)).blob
     without = two_rounds(1).state.hash()
-    for bad in (b"", whole[:-1], whole + b"\0", b"\0" + whole[1:]):
+    stolen = blob(2, w=torch.linspace(0, 3, 40)).blob
+    for bad in (b"", whole[:-1], whole + b"\0", b"\0" + whole[1:], stolen):
         applied = two_rounds(1, spoil={1: bad})
         assert applied.state.hash() == without
         assert list(applied.left_out) == [1]
         assert "\n" not in applied.left_out[1]
     assert two_rounds(1, spoil={1: whole}).state.hash() == two_rounds().state.hash() != without
-
-
-def test_a_blob_under_another_name_is_left_out() -> None:
-    stolen = blob(2, w=torch.linspace(0, 3, 40)).blob
-    applied = two_rounds(1, spoil={1: stolen})
-    assert applied.state.hash() == two_rounds(1).state.hash()
-    assert "header" in applied.left_out[1]
 
 
 def test_a_blob_that_is_larger_than_the_run_allows_is_left_out() -> None:
@@ -239,15 +220,6 @@ def test_the_hash_sees_every_part_and_no_layout_in_memory() -> None:
         State({"w": values, "v": torch.ones(2)}, {"w": 1.0, "v": 1.0 + 2**-23}),
     ]
     assert len({each.hash() for each in (state, *others)}) == 5
-
-
-def test_a_large_tensor_is_hashed_in_pieces() -> None:
-    count = PIECE_BYTES // 4 + 3
-    values = torch.arange(float(count))
-    data = values.numpy().tobytes()
-    manifest = State({"w": values}, {"w": 0.0}).manifest
-    pieces = (data[:PIECE_BYTES], data[PIECE_BYTES:])
-    assert manifest.endswith(b"".join(hashlib.sha256(piece).digest() for piece in pieces))
 
 
 def test_the_state_of_a_model_holds_tied_weights_once_and_no_frozen_ones() -> None:

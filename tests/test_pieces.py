@@ -18,7 +18,7 @@ from hiveminer.strategies.sparseloco.pieces import (
 def a_state() -> State:
     random = torch.Generator().manual_seed(1)
     weights = {
-        "b.weight": torch.randn((2, PIECE_BYTES // 4), generator=random),
+        "b.weight": torch.randn((2, PIECE_BYTES // 4 + 3), generator=random),
         "a.bias": torch.randn((7,), generator=random),
         "scale": torch.tensor(2.5),
         "empty": torch.zeros((0, 3)),
@@ -34,7 +34,7 @@ RAW = STATE.manifest
 def test_a_state_comes_back_from_its_pieces_in_any_order() -> None:
     assert len(RAW) == manifest_length(SHAPES)
     manifest = read_manifest(RAW, SHAPES)
-    assert len(manifest.pieces) == 4
+    assert len(manifest.pieces) == 5
     assert max(piece.length for piece in manifest.pieces) == PIECE_BYTES
     builder = StateBuilder(manifest, SHAPES)
     for piece in reversed(manifest.pieces):
@@ -78,6 +78,6 @@ def test_what_is_no_manifest_is_refused(raw: bytes) -> None:
 
 
 def test_a_manifest_with_another_shape_is_refused() -> None:
-    other = SHAPES | {"b.weight": torch.Size([PIECE_BYTES // 4, 2])}
+    other = SHAPES | {"b.weight": torch.Size([PIECE_BYTES // 4 + 3, 2])}
     with pytest.raises(StateError, match=r"b\.weight"):
         read_manifest(RAW, other)

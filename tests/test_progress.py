@@ -14,9 +14,7 @@ from torch import Tensor
 
 from hiveminer.errors import SwarmError
 from hiveminer.strategies.checkpointer import Progress, read_trained
-from hiveminer.training.checkpoint import (
-    Checkpoints,
-)
+from hiveminer.training.checkpoint import Checkpoints
 from hiveminer.training.trainer import TrainResult
 from programs import wait_for
 
@@ -53,7 +51,11 @@ def a_miner(folder: Path, *, run_id: str = "r-1-2-3") -> SimpleNamespace:
             made.progress.epoch_began()
         made.progress.step(rows)
 
-    made.train = train
+    def finish() -> None:
+        made.progress.keep_last()
+        made.progress.close()
+
+    made.train, made.finish = train, finish
     return made
 
 
@@ -96,8 +98,7 @@ def test_counts_are_taken_up_again(tmp_path: Path, caplog: pytest.LogCaptureFixt
     made.progress.answered(TrainResult(samples=16, tokens=500, discarded=8))
     made.progress.request()
     made.train(8)
-    made.progress.keep_last()
-    made.progress.close()
+    made.finish()
     words = "epoch 0 with 32 rows of it, 24 rows in all"
     assert f"kept {words}, in checkpoint-000001" in caplog.messages
 
@@ -107,8 +108,7 @@ def test_counts_are_taken_up_again(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert again.swarm.rows == 32
     trained = again.progress.trained
     assert (trained.requests, trained.rows, trained.tokens) == (1, 24, 500)
-    again.progress.keep_last()
-    again.progress.close()
+    again.finish()
     assert again.kept.newest is None  # nothing was trained: there is nothing to keep
 
 
@@ -117,8 +117,7 @@ def test_another_runs_checkpoint_is_refused_with_both_names(
 ) -> None:
     made = a_miner(tmp_path)
     made.train(8)
-    made.progress.keep_last()
-    made.progress.close()
+    made.finish()
     other = a_miner(tmp_path, run_id="r-9-2-3")
     assert not other.progress.resume()
     assert other.swarm.rows == 0
@@ -175,8 +174,7 @@ def test_the_last_snapshot_is_not_waited_for_for_ever(
         return {}, {"epoch": 0, "rows": 0}
 
     made.swarm.state_dict = hang
-    made.progress.keep_last()
-    made.progress.close()
+    made.finish()
     (taking,) = (each for each in threading.enumerate() if each.name == "last-snapshot")
     released.set()
     taking.join(30)
@@ -190,7 +188,6 @@ def test_a_folder_that_cannot_be_made_does_not_stop_the_training(
     (tmp_path / "file").write_text("in the way")
     made = a_miner(tmp_path / "file" / "kept")
     made.train(8)
-    made.progress.keep_last()
-    made.progress.close()
+    made.finish()
     assert len(caplog.records) == 1
     assert "no checkpoint could be written" in caplog.messages[0]
