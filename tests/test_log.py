@@ -18,11 +18,10 @@ from hiveminer.commands import log as command
 from hiveminer.commands.checks import rounds, training
 from hiveminer.commands.checks.base import Examination
 from hiveminer.config.settings import LogSettings, SubtensorSettings
-from hiveminer.strategies.sparseloco.audit import compare
 from hiveminer.strategies.sparseloco.log import LOG_FOLDER, Log
 from hiveminer.strategies.sparseloco.onchain import SubnetRounds
 from hiveminer.strategies.sparseloco.records import decode_mark
-from hiveminer.strategies.sparseloco.replay import rebuild, verify
+from hiveminer.strategies.sparseloco.replay import compare, rebuild, verify
 
 ROUNDS = 9
 

@@ -24,10 +24,16 @@ from hiveminer.errors import OperatorError
 from hiveminer.neuron import subnet_folder
 from hiveminer.runtime.metrics import progress_bar
 from hiveminer.runtime.program import rendered
-from hiveminer.strategies.sparseloco.audit import Comparison, compare
 from hiveminer.strategies.sparseloco.log import PLAN, Log, logs_below
 from hiveminer.strategies.sparseloco.onchain import SubnetRounds
-from hiveminer.strategies.sparseloco.replay import Report, RoundReport, summarize, verify
+from hiveminer.strategies.sparseloco.replay import (
+    Comparison,
+    Report,
+    RoundReport,
+    compare,
+    summarize,
+    verify,
+)
 
 SHOWN_CHARACTERS = 12
 """Of a hash, in the table."""

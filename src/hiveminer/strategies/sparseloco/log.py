@@ -170,13 +170,9 @@ class Log:
             return None
 
     def blobs(self) -> list[bytes]:
-        """The hashes of the blobs on disk, by their names."""
+        """The hashes of the blobs on disk, by their names, damaged or not."""
         names = sorted(path.name for path in self._blobs.glob("[0-9a-f]*"))
         return [bytes.fromhex(name) for name in names if _HASH.fullmatch(name)]
-
-    def has_blob(self, digest: bytes) -> bool:
-        """Whether there is a file for this blob, damaged or not."""
-        return (self._blobs / digest.hex()).exists()
 
     def blob(self, digest: bytes) -> bytes | None:
         """A blob by its hash; None if it is missing or damaged."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from hiveminer.errors import ChainError, OperatorError
 from hiveminer.strategies.base import Context, Observer, Strategy
@@ -20,7 +20,6 @@ from hiveminer.strategies.sparseloco.strategy import SparselocoStrategy
 from hiveminer.swarm.announced import AnnouncedAddresses
 from hiveminer.swarm.axons import AxonAddresses
 from hiveminer.swarm.membership import Membership, announced_ip, start_peer
-from hiveminer.swarm.peer import Peer
 
 logger = logging.getLogger(__name__)
 
@@ -52,17 +51,22 @@ def _parts(context: Context) -> Iterator[Parts]:
         log.begin(plan, run_id=run_id)
     except OSError as error:
         raise OperatorError(f"--neuron.path: {log.folder} cannot be used: {error}") from None
-    announced = announced_ip(settings, context.public_ip)
-    host.check_address("--dht.external_ip", announced or settings.dht_ip)
+    ip = announced_ip(settings, context.public_ip)
+    host.check_address("--dht.external_ip", ip or settings.dht_ip)
     with contextlib.ExitStack() as unfinished:
         peer = start_peer(
             settings,
             identity=host.identity(run_id),
             admitted=host.registered,
-            announce_ip=announced,
+            announce_ip=ip,
         )
+        given = frozenset(settings.dht.initial_peers)
+        asked = AxonAddresses(host.chain.wallet, hotkey=host.hotkey, neurons=lambda: host.metagraph)
+        announced = AnnouncedAddresses(peer, run=run_id)  # also of validators, which have no axon
         membership = Membership(
-            peer, registered=lambda: host.registered, addresses=_addresses(context, peer)
+            peer,
+            registered=lambda: host.registered,
+            addresses=lambda: (given or asked()) | announced(),
         )
         unfinished.callback(membership.close)
         host.go_on()
@@ -81,16 +85,6 @@ def _parts(context: Context) -> Iterator[Parts]:
             shelf=shelf,
         )
         unfinished.pop_all()
-
-
-def _addresses(context: Context, peer: Peer) -> Callable[[], frozenset[str]]:
-    """Those that the settings give, or else the axons, and those in the DHT: validators have no
-    axon."""
-    host = context.host
-    announced = AnnouncedAddresses(peer, run=str(context.task.run_id))
-    asked = AxonAddresses(host.chain.wallet, hotkey=host.hotkey, neurons=lambda: host.metagraph)
-    given = frozenset(host.settings.dht.initial_peers)
-    return lambda: (given or asked()) | announced()
 
 
 def check_schedule(schedule: Schedule, context: Context) -> None:

@@ -1,15 +1,18 @@
-"""Recomputes logged states offline, and checks all hashes."""
+"""Recomputes logged states and checks all hashes offline, and compares the log with the chain."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from hiveminer.errors import ChainError
 from hiveminer.strategies.sparseloco.apply import Applied, CountedBlob, State, apply_blobs
 from hiveminer.strategies.sparseloco.codec import Header
 from hiveminer.strategies.sparseloco.log import Log
+from hiveminer.strategies.sparseloco.onchain import SubnetRounds, read_marks, read_records
 from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.rounds import Decision, decide
+from hiveminer.strategies.sparseloco.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -125,12 +128,12 @@ def verify(log: Log, plan: Plan, *, on_file: Callable[[], object] = lambda: None
     report = summarize(log, plan)
     problems = [*report.problems, *_parent_problems(report.rounds)]
     for digest in log.blobs():
-        if log.blob(digest) is None and log.has_blob(digest):
+        if log.blob(digest) is None and digest in log.blobs():
             problems.append(f"blob {digest.hex()[:16]}: the file is damaged")
         on_file()
     replayed: dict[int, tuple[Decision, Applied | None]] = {}
     for number, digest in log.states():
-        _replay_from(log, plan, number, digest, replayed, problems)
+        problems += _replay_from(log, plan, number, digest, replayed)
         on_file()
     rounds = []
     for each in report.rounds:
@@ -171,9 +174,8 @@ def _replay_from(
     number: int,
     digest: bytes,
     replayed: dict[int, tuple[Decision, Applied | None]],
-    problems: list[str],
-) -> None:
-    """Load the parent state of a round, and recompute the states after it."""
+) -> Iterator[str]:
+    """Load the parent state of a round, and add the rounds since to `replayed`; the problems."""
 
     def is_kept() -> bool:
         """A running peer may have removed the state and the blobs after it."""
@@ -182,22 +184,21 @@ def _replay_from(
     state = log.state(number, digest, plan.shapes)
     if state is None:
         if is_kept():
-            problems.append(f"state {digest.hex()[:16]} of round {number}: the file is damaged")
+            yield f"state {digest.hex()[:16]} of round {number}: the file is damaged"
         return
     if number in replayed:
         if replayed[number][0].parent not in (digest, None):
-            problems.append(f"round {number}: the state on disk is not its parent")
+            yield f"round {number}: the state on disk is not its parent"
         return
     for decision, applied in replay(log, plan, number=number, state=state):
         replayed[decision.round] = decision, applied
-        missing = [
-            each.uid
-            for each in decision.contributions
-            if applied is None and not log.has_blob(each.blob_hash)
-        ]
+        if applied is not None:
+            continue
+        on_disk = log.blobs()
+        missing = [each.uid for each in decision.contributions if each.blob_hash not in on_disk]
         entry = log.entry(decision.round) if missing else None
         if entry is not None and entry.made and is_kept():
-            problems.append(f"round {decision.round}: the blobs of uids {missing} are missing")
+            yield f"round {decision.round}: the blobs of uids {missing} are missing"
 
 
 def disagreement(log: Log, plan: Plan) -> str:
@@ -232,3 +233,44 @@ def does_not_follow(decision: Decision) -> str:
         f"round {decision.round}: the chain names state {decision.parent.hex()[:16]}, which does "
         "not follow from the log: nothing is committed until it names one that does"
     )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """equal: rounds whose data are the chain's. unread: rounds that the node no longer has.
+    why_unread: its error for the first of them."""
+
+    equal: int
+    unread: int
+    problems: tuple[str, ...]
+    why_unread: str = ""
+
+
+def compare(
+    log: Log,
+    schedule: Schedule,
+    chain: SubnetRounds,
+    *,
+    on_round: Callable[[], object] = lambda: None,
+) -> Comparison:
+    """Read the three blocks of each logged round from the chain again, as far back as the node
+    keeps them, and compare."""
+    equal, unread, why, problems = 0, 0, "", []
+    for number in log.rounds():
+        entry = log.entry(number)
+        if entry is None:
+            continue
+        try:
+            theirs = read_marks(chain, read_records(chain, schedule, number)).of_registered()
+        except ChainError as error:
+            unread, why = unread + 1, why or str(error)
+            continue
+        finally:
+            on_round()
+        ours = vars(entry.facts.of_registered())
+        names = [name for name, value in ours.items() if value != getattr(theirs, name)]
+        equal += not names
+        if names:
+            differing = ", ".join(names).replace("_", " ")
+            problems.append(f"round {number}: the chain has different {differing}")
+    return Comparison(equal, unread, tuple(problems), why)

@@ -57,18 +57,14 @@ class Replica:
         self.lock = threading.Lock()
         self.moves = 0
         """Number of moves so far. Weights that were copied before a move cannot be cut after it."""
-        self._stand = start
+        self.state = start
+        """The state that the local weights are based on, once the pending move is applied."""
         self._move: dict[str, Tensor] | None = None
 
     @property
     def is_ready(self) -> bool:
         """Whether this peer holds a current state of the run, so that it can cut."""
         return self.position.base is not None
-
-    @property
-    def state(self) -> State:
-        """The state that the local weights are based on, once the pending move is applied."""
-        return self._stand
 
     # The thread that trains ---------------------------------------------------------
 
@@ -88,7 +84,7 @@ class Replica:
     ) -> tuple[Position, dict[bytes, OwnCut], dict[str, Tensor]]:
         """The position, the own blobs and u, all of the same moment."""
         with self.lock:
-            learned = update.learned(self._stand.weights, parameters)
+            learned = update.learned(self.state.weights, parameters)
             for name, step in (self._move or {}).items():
                 learned[name].sub_(step)
             return self.position, dict(self.cuts), learned
@@ -115,7 +111,7 @@ class Replica:
             self.cuts = dict(cuts)
             self._move = None
             if self.position.held is not None:
-                self._stand = held[self.position.held]
+                self.state = held[self.position.held]
 
     @property
     def record(self) -> Record:
@@ -134,7 +130,7 @@ class Replica:
         rules = self.plan.rules
         header = Header(self.position.hotkey, rules.run, number, base)
         shapes, compression = self.plan.shapes, self.plan.compression
-        learned = update.learned(self._stand.weights, local)
+        learned = update.learned(self.state.weights, local)
         blob = encode(learned, header=header, compression=compression)
         sent = decode(blob, shapes=shapes, compression=compression)
         made = update.Cut.of(learned, {name: sent.dense(name) for name in shapes})
@@ -204,8 +200,8 @@ class Replica:
         return self._move
 
     def _go_to(self, state: State) -> None:
-        update.settle(self._pending(), self._stand.weights, state.weights)
-        self._stand = state
+        update.settle(self._pending(), self.state.weights, state.weights)
+        self.state = state
 
     def _stand_on(self, state: State, position: Position, transfer: Transfer) -> None:
         self.states[state.hash()] = state
