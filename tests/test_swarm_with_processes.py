@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import save_tiny
 
 from programs import ROOT, Network, Program, descendants_gone, started, wait_for
 
@@ -160,30 +161,13 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path) -> None:
         descendants_gone(family, seconds=60)
 
 
-def _save_model(kind: str, folder: Path) -> None:
-    """A tiny model of another architecture, with the built-in tokenizer, as people save them."""
-    import transformers as tf
-
-    from hiveminer.training.model import builtin_tokenizer
-
-    small = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
-    length = {"max_position_embeddings": 128}
-    if kind == "llama":
-        model = tf.LlamaForCausalLM(tf.LlamaConfig(**small, **heads, **length))
-    else:
-        model = tf.Qwen2ForCausalLM(tf.Qwen2Config(**small, **heads, **length))
-    model.save_pretrained(folder)
-    builtin_tokenizer().save_pretrained(folder)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize(("kind", "suffix"), [("llama", "jsonl"), ("qwen", "parquet")])
+@pytest.mark.parametrize(("kind", "suffix"), [("llama", "jsonl"), ("qwen2", "parquet")])
 def test_a_local_model_and_local_data_train_as_well(kind: str, suffix: str, tmp_path: Path) -> None:
     from datasets import Dataset
 
-    _save_model(kind, tmp_path / "model")
+    save_tiny(kind, tmp_path / "model")
     texts = [f"row {n}: " + "the quick brown fox " * (n % 5 + 1) for n in range(300)]
     data = Dataset.from_dict({"text": texts})
     path = tmp_path / f"rows.{suffix}"
