@@ -73,6 +73,9 @@ class Chain:
         self.hotkey: str = wallet.hotkey.ss58_address
         self._timeout_seconds = timeout_seconds
         self._block_seconds: float | None = None
+        # Inclusion is enough: waiting for finality would block the caller for half a minute, and
+        # what follows is read from the chain anyway.
+        self._by_us: dict[str, Any] = {"wallet": wallet, "wait_for_finalization": False}
         self._turns = Turns()
         self._connection = Connection(client, network=network)
         with contextlib.ExitStack() as undo:
@@ -104,9 +107,7 @@ class Chain:
         doing: names it in an error, such as "reading the price". Raises ChainError,
         OperatorError or NotRegistered.
         """
-        return self._call(
-            doing, ask, seconds=self._timeout_seconds, attempts=retry.READ_ATTEMPTS, hint=""
-        )
+        return self._call(doing, ask, seconds=self._timeout_seconds, attempts=retry.READ_ATTEMPTS)
 
     def block(self) -> int:
         """The current block's number."""
@@ -129,12 +130,9 @@ class Chain:
 
         Raises `OperatorError` if the network has no such subnet.
         """
-        found = self.read(
+        return self._of_subnet(
             "reading the metagraph", lambda client: client.subnets.metagraph(self.netuid)
         )
-        if found is None:
-            raise self._no_subnet()
-        return found
 
     def uid(self) -> int | None:
         """This wallet's uid, or None if its hotkey is not registered."""
@@ -163,13 +161,16 @@ class Chain:
 
     def hyperparameters(self) -> dict[str, Any]:
         """The subnet's hyperparameters by name: `weights_rate_limit`, `activity_cutoff`, ..."""
-        found = self.read(
+        return self._of_subnet(
             "reading the subnet's hyperparameters",
             lambda client: client.read("subnet_hyperparameters", netuid=self.netuid),
         )
+
+    def _of_subnet(self, doing: str, ask: Callable[[bt.Client], Awaitable[T | None]]) -> T:
+        found = self.read(doing, ask)
         if found is None:
             raise self._no_subnet()
-        return dict(found)
+        return found
 
     def commitment_space(self) -> int | None:
         """Bytes that a hotkey may commit in one epoch; None where the chain does not say."""
@@ -202,7 +203,7 @@ class Chain:
         """Publish this neuron's address. Raises `ChainError` if the chain refuses it, or if the
         rate limit has not passed."""
         intent = bt.ServeAxon(netuid=self.netuid, ip=ip, port=port)
-        self._write("serving the axon", lambda client: self._execute(client, intent))
+        self._write("serving the axon", lambda client: client.execute(intent, **self._by_us))
 
     def commit(
         self, data: bytes, *, valid_blocks: int = DEFAULT_ERA_PERIOD, urgent: bool = False
@@ -220,7 +221,9 @@ class Chain:
         )
         self._write(
             "committing",
-            lambda client: self._submit(client, call, signer="hotkey", period=valid_blocks),
+            lambda client: client.submit_call(
+                call, signer="hotkey", period=valid_blocks, **self._by_us
+            ),
             urgent=urgent,
         )
 
@@ -239,35 +242,31 @@ class Chain:
         """
         intent = bt.SetWeights(netuid=self.netuid, weights=dict(weights), version_key=version_key)
         self._write(
-            "setting weights", lambda client: self._execute(client, intent, period=valid_blocks)
+            "setting weights",
+            lambda client: client.execute(intent, period=valid_blocks, **self._by_us),
         )
 
     def submit_as_coldkey(self, doing: str, call: Any) -> None:
         """Submit a generated call (`bittensor.calls`), signed by the wallet's coldkey."""
-        self._write(doing, lambda client: self._submit(client, call, signer="coldkey"))
-
-    async def _execute(self, client: bt.Client, intent: bt.Intent, **options: int) -> None:
-        # Inclusion is enough: waiting for finality would block the caller for half a minute, and
-        # what follows is read from the chain anyway.
-        result = await client.execute(intent, self.wallet, wait_for_finalization=False, **options)
-        result.raise_for_failure()
-
-    async def _submit(self, client: bt.Client, call: Any, *, signer: str, **options: int) -> None:
-        result = await client.submit_call(
-            call, self.wallet, signer=signer, wait_for_finalization=False, **options
-        )
-        result.raise_for_failure()
+        self._write(doing, lambda client: client.submit_call(call, **self._by_us))
 
     # Calls and their errors -------------------------------------------------------
 
     def _write(
-        self, doing: str, ask: Callable[[bt.Client], Awaitable[T]], *, urgent: bool = False
-    ) -> T:
+        self,
+        doing: str,
+        send: Callable[[bt.Client], Awaitable[bt.ExtrinsicResult]],
+        *,
+        urgent: bool = False,
+    ) -> None:
+        async def ask(client: bt.Client) -> None:
+            (await send(client)).raise_for_failure()
+
         # Sent once: a write whose connection failed may have arrived.
         hint = "; it may still be included, so check before sending it again"
         seconds = 2 * self._timeout_seconds
         with self._turns.take(urgent=urgent, timeout_seconds=seconds):
-            return self._call(doing, ask, seconds=seconds, attempts=1, hint=hint)
+            self._call(doing, ask, seconds=seconds, attempts=1, hint=hint)
 
     def _call(
         self,
@@ -276,7 +275,7 @@ class Chain:
         *,
         seconds: float,
         attempts: int,
-        hint: str,
+        hint: str = "",
     ) -> T:
         try:
             return self._connection.call(doing, ask, seconds=seconds, attempts=attempts, hint=hint)

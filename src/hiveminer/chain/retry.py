@@ -65,11 +65,7 @@ def across_outage(act: Callable[[], T], *, stopping: Event, first_pause_seconds:
         stop=stop_any(stop_when_event_set(stopping), stop_after_delay(OUTAGE_SECONDS)),
         wait=wait_exponential(multiplier=first_pause_seconds, max=LONGEST_PAUSE_SECONDS)
         + wait_random(0.0, first_pause_seconds),
-        retry=retry_if_exception(_no_answer),
+        retry=retry_if_exception(lambda e: isinstance(e, ChainError) and not e.refused),
         reraise=True,
     )
     return retrying(act)
-
-
-def _no_answer(error: BaseException) -> bool:
-    return isinstance(error, ChainError) and not error.refused

@@ -25,6 +25,7 @@ from pathlib import Path
 from threading import Event
 
 import bittensor as bt
+from bittensor.intents.weights import clip_to_max_weight
 from packaging.version import Version
 
 from hiveminer.__version__ import __version__
@@ -186,9 +187,12 @@ class WeightSetter:
     ) -> Sent:
         uids = {neuron.hotkey: neuron.uid for neuron in graph}
         total = sum(chosen.values())
-        shares = {uids[who]: weight / total for who, weight in chosen.items()}
+        shares = [weight / total for weight in chosen.values()]
+        if limit < 1:
+            # The SDK clips as well, but rounds afterwards, which may end just above the limit.
+            shares = clip_to_max_weight(shares, 0.999 * limit)
         sent = Sent(
-            shares=clipped(shares, 0.999 * limit) if limit < 1 else shares,
+            shares={uids[who]: share for who, share in zip(chosen, shares, strict=True)},
             hotkeys={uids[who]: who for who in chosen},
             update_before=update_before,
             block=graph.block,
@@ -260,24 +264,6 @@ class WeightSetter:
 
 def _of(weights: Mapping[str, float], hotkeys: Collection[str]) -> dict[str, float]:
     return {who: weight for who, weight in weights.items() if weight > 0 and who in hotkeys}
-
-
-def clipped(shares: Mapping[int, float], limit: float) -> dict[int, float]:
-    """Clip shares, whose sum is 1, to `limit`; the excess goes to the others.
-
-    The SDK clips as well, but rounds afterwards, which may end just above the limit.
-    """
-    if len(shares) * limit <= 1:
-        return {uid: 1 / len(shares) for uid in shares}
-    found = dict(shares)
-    while above := {uid for uid, share in found.items() if share > limit + 1e-9}:
-        fixed = above | {uid for uid, share in found.items() if share >= limit - 1e-9}
-        rest = sum(share for uid, share in found.items() if uid not in fixed)
-        left = 1 - limit * len(fixed)
-        found = {
-            uid: limit if uid in fixed else share * left / rest for uid, share in found.items()
-        }
-    return found
 
 
 def same(found: Mapping[int, float], sent: Mapping[int, float]) -> bool:

@@ -68,12 +68,11 @@ class JsonLines:
 
     def _write(self, line: bytes) -> None:
         try:
-            if self._file.write(line) != len(line):
-                self._warn("no space left")
+            if self._file.write(line) == len(line):
+                return
+            reason = "no space left"
         except OSError as error:
-            self._warn(error.strerror or "an error")
-
-    def _warn(self, reason: str) -> None:
+            reason = error.strerror or "an error"
         if not self._failed:
             logger.warning("numbers are being lost: cannot write to %s: %s", self.path, reason)
         self._failed = True
