@@ -421,7 +421,7 @@ def _row(name: str, lines: Sequence[Line]) -> tuple[str, ...]:
     trained = [line for line in mine if line["kind"] == "train"]
     rounds = [line for line in mine if line["kind"] == "epoch"]
     if not trained:
-        return name, "0", "", "", "", "", "", ""
+        return name, "0"
     tokens = sum(line["tokens"] for line in trained)
     seconds = sum(line["seconds"] for line in trained)
     requests = {line["request_id"] for line in trained}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -48,7 +47,12 @@ def main(settings: EvaluateSettings, *, as_json_text: bool = False) -> int:
             raise OperatorError("the held-out rows have no text to predict")
         results[name] = result
     if as_json_text:
-        print(json.dumps({"model": found.place} | {k: _as_json(v) for k, v in results.items()}))
+        figures = {
+            name: asdict(each)
+            | {"perplexity": each.perplexity, "bits_per_byte": each.bits_per_byte}
+            for name, each in results.items()
+        }
+        print(json.dumps({"model": found.place} | figures))
     else:
         print(f"hiveminer: {found.place}", file=sys.stderr)
         _print(results)
@@ -74,13 +78,6 @@ def evaluated(
     length = run.model.sequence_length
     with progress_bar(title=title, total=len(texts), unit="row", shown=shown) as bar:
         return evaluate(model, tokenizer, texts, sequence_length=length, on_rows=bar.update)
-
-
-def _as_json(result: Evaluation) -> dict[str, Any]:
-    return asdict(result) | {
-        "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte,
-    }
 
 
 def _print(results: dict[str, Evaluation]) -> None:
