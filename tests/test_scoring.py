@@ -73,24 +73,44 @@ EVIDENCE = Evidence(
 )
 
 
-def answer(curve: Any, **changed: Any) -> float:
-    return score(replace(EVIDENCE, answered=tuple(curve), **changed))
+CURVES = ("answered", "trained", "untrained")
 
 
-def test_an_honest_answer_is_worth_all() -> None:
-    assert answer(TRAINED) == 1.0
-    assert EVIDENCE.fit == 1.0
-    assert EVIDENCE.learning == pytest.approx(1.0)
+def answer(curve: Any) -> float:
+    return score(replace(EVIDENCE, answered=tuple(curve)))
+
+
+SHORT = FEWEST_STEPS - 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "worth"),
+    [
+        ({}, 1.0),
+        # Part of the epoch was trained already when this request began.
+        ({"answered": tuple(loss - LEARNT for loss in TRAINED)}, 1.0),
+        ({"claimed_samples": 32}, 1.0),
+        ({"claimed_samples": 65}, 0.0),
+        ({"answered": (*TRAINED[:-1], math.nan)}, 0.0),
+        ({"answered": (*TRAINED[:-1], math.inf)}, 0.0),
+        ({"answered": (*TRAINED[:-1], -math.inf)}, 0.0),
+        ({"answered": TRAINED[:-1]}, 0.0),
+        ({"answered": (*TRAINED, 4.0)}, 0.0),
+        ({"answered": ()}, 0.0),
+        ({"untrained": EVIDENCE.untrained[:-1]}, 0.0),
+        ({name: getattr(EVIDENCE, name)[:0] for name in CURVES}, 0.0),
+        ({name: getattr(EVIDENCE, name)[:SHORT] for name in CURVES}, 0.0),
+        ({name: getattr(EVIDENCE, name)[:FEWEST_STEPS] for name in CURVES}, 1.0),
+    ],
+)
+def test_what_an_answer_is_worth(changes: dict[str, Any], worth: float) -> None:
+    assert score(replace(EVIDENCE, **changes)) == worth
 
 
 def test_an_honest_answer_may_differ_a_little() -> None:
+    assert EVIDENCE.fit == 1.0
+    assert EVIDENCE.learning == pytest.approx(1.0)
     assert answer(noisy(TRAINED, size=0.02)) > 0.8
-    # Part of the epoch was trained already when this request began.
-    assert answer([loss - LEARNT for loss in TRAINED]) == 1.0
-
-
-def test_fewer_samples_than_given_are_no_fault() -> None:
-    assert answer(TRAINED, claimed_samples=32) == 1.0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -118,35 +138,6 @@ def test_learning_less_is_worth_less() -> None:
     half = (LEAST_LEARNING + FULL_LEARNING) / 2
     worth = [answer(learnt(UNTRAINED, share=share)) for share in (0, LEAST_LEARNING, half, 1.0)]
     assert worth == pytest.approx([0.0, 0.0, 0.5, 1.0])
-
-
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_a_number_that_is_not_finite_is_worth_nothing(wrong: float) -> None:
-    assert answer((*TRAINED[:-1], wrong)) == 0.0
-
-
-def test_a_curve_of_another_length_is_worth_nothing() -> None:
-    assert answer(TRAINED[:-1]) == 0.0
-    assert answer((*TRAINED, 4.0)) == 0.0
-    assert answer(()) == 0.0
-    assert score(replace(EVIDENCE, untrained=EVIDENCE.untrained[:-1])) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("steps", "worth"), [(0, 0.0), (FEWEST_STEPS - 1, 0.0), (FEWEST_STEPS, 1.0)]
-)
-def test_a_curve_that_is_too_short_says_nothing(steps: int, worth: float) -> None:
-    short = replace(
-        EVIDENCE,
-        answered=TRAINED[:steps],
-        trained=TRAINED[:steps],
-        untrained=EVIDENCE.untrained[:steps],
-    )
-    assert score(short) == worth
-
-
-def test_claiming_more_rows_than_given_is_worth_nothing() -> None:
-    assert answer(TRAINED, claimed_samples=65) == 0.0
 
 
 def test_explained_variance_and_learning_on_curves_worked_out_by_hand() -> None:
@@ -179,11 +170,16 @@ def test_a_score_lies_between_0_and_1(
     assert 0 <= worth <= 1
 
 
-def test_a_weight_is_score_times_tokens() -> None:
+def table_of(work: list[tuple[str, float, int]]) -> ScoreTable:
     table = ScoreTable()
-    for hotkey, value, tokens in (("a", 1.0, 100), ("b", 0.5, 100), ("c", 1.0, 50)):
+    for hotkey, value, tokens in work:
         table.add_score(hotkey, value)
         table.add_work(hotkey, tokens)
+    return table
+
+
+def test_a_weight_is_score_times_tokens() -> None:
+    table = table_of([("a", 1.0, 100), ("b", 0.5, 100), ("c", 1.0, 50)])
     assert table.weights() == pytest.approx({"a": 0.5, "b": 0.25, "c": 0.25})
 
 
@@ -218,20 +214,14 @@ def test_a_cheat_who_was_honest_once_sinks_under_a_fifth_in_six_replays() -> Non
 
 
 def test_old_work_fades() -> None:
-    table = ScoreTable(decay=0.5)
-    for hotkey in ("old", "new"):
-        table.add_score(hotkey, 1.0)
-    table.add_work("old", 100)
+    table = table_of([("old", 1.0, 100), ("new", 1.0, 0)])
     table.decay_work()
     table.add_work("new", 100)
-    assert table.weights() == pytest.approx({"old": 1 / 3, "new": 2 / 3})
+    assert table.weights() == pytest.approx({"old": 9 / 19, "new": 10 / 19})
 
 
 def test_retain_forgets_who_is_gone_and_a_newcomer_inherits_nothing() -> None:
-    table = ScoreTable()
-    for hotkey in ("stays", "goes"):
-        table.add_score(hotkey, 1.0)
-        table.add_work(hotkey, 10)
+    table = table_of([("stays", 1.0, 10), ("goes", 1.0, 10)])
     table.retain({"stays", "newcomer"})
     assert table.weights() == {"stays": 1.0}
     assert "newcomer" not in table.standings
@@ -241,14 +231,6 @@ def test_retain_forgets_who_is_gone_and_a_newcomer_inherits_nothing() -> None:
 standings = st.lists(
     st.tuples(st.sampled_from("abcde"), st.floats(0, 1), st.integers(0, 10**12)), max_size=20
 )
-
-
-def table_of(work: list[tuple[str, float, int]]) -> ScoreTable:
-    table = ScoreTable()
-    for hotkey, value, tokens in work:
-        table.add_score(hotkey, value)
-        table.add_work(hotkey, tokens)
-    return table
 
 
 @quick
@@ -290,14 +272,9 @@ def test_a_dump_is_json_and_comes_back_the_same(work: list[tuple[str, float, int
     ],
 )
 def test_a_bad_state_is_refused(row: Any) -> None:
-    with pytest.raises(ValueError, match="score"):
-        ScoreTable.restore({"a": row})
-
-
-@pytest.mark.parametrize("said", [[], "x", None, 3, [["a", {}]]])
-def test_what_is_no_table_is_refused(said: Any) -> None:
-    with pytest.raises(ValueError, match="score"):
-        ScoreTable.restore(said)
+    for saved in ({"a": row}, [row], None):
+        with pytest.raises(ValueError, match="score"):
+            ScoreTable.restore(saved)
 
 
 def test_a_fall_that_all_share_does_not_hide_that_the_rows_were_others() -> None:

@@ -25,6 +25,9 @@ DOUBTS = 3
 """Replays without a verdict before a hotkey that was never judged gets the benefit of the doubt: a
 cheat is caught by its third answer at the latest."""
 
+DECAY = 0.9
+"""Of old work, each time weights are set."""
+
 AVERAGE_OVER = 4.0
 """The weight of a new score in the average is one over this, or over the number of scores."""
 
@@ -60,7 +63,6 @@ class ScoreTable:
     """
 
     standings: dict[str, Standing] = field(default_factory=dict)
-    decay: float = 0.9
 
     def of(self, hotkey: str) -> Standing:
         return self.standings.setdefault(hotkey, Standing(score=0.0, replays=0, tokens=0.0))
@@ -84,7 +86,7 @@ class ScoreTable:
     def decay_work(self) -> None:
         """Reduce the weight of old work; called each time weights are set."""
         for standing in self.standings.values():
-            standing.tokens *= self.decay
+            standing.tokens *= DECAY
 
     def retain(self, hotkeys: Iterable[str]) -> None:
         """Delete all other hotkeys."""
