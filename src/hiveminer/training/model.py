@@ -79,7 +79,7 @@ def load_model(name: str = BUILTIN, *, revision: str = "") -> PreTrainedModel:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with _loading("model", name):
         if is_local(name):
-            model_checks.check_dtypes(name, Path(source))
+            model_checks.check_dtypes(Path(source))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -91,11 +91,11 @@ def load_model(name: str = BUILTIN, *, revision: str = "") -> PreTrainedModel:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    model: PreTrainedModel
-    model, info = loaded
-    model_checks.check_weights(name, model, info)
-    model_checks.without_noise(model)
-    model_checks.check_passes(name, model)
+        model: PreTrainedModel
+        model, info = loaded
+        model_checks.check_weights(model, info)
+        model_checks.without_noise(model)
+        model_checks.check_passes(model)
     model.train()
     return model
 
@@ -107,10 +107,8 @@ def load_config(name: str, *, revision: str = "") -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             source, revision=revision or "main", trust_remote_code=False
         )
-    if getattr(config, "quantization_config", None) is not None:
-        raise model_checks.refuse(
-            name, "it is quantized, which cannot be trained; give the full model"
-        )
+        if getattr(config, "quantization_config", None) is not None:
+            raise OperatorError("it is quantized, which cannot be trained; give the full model")
     return config
 
 
@@ -135,11 +133,11 @@ def load_tokenizer(name: str = BUILTIN, *, revision: str = "") -> PreTrainedToke
         tokenizer = AutoTokenizer.from_pretrained(
             source, revision=revision or "main", trust_remote_code=False
         )
-    model_checks.check_tokenizer(name, tokenizer)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    if tokenizer.pad_token is None:
-        raise OperatorError(f"tokenizer {name}: it has neither a padding nor an end token; add one")
+        model_checks.check_tokenizer(tokenizer)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+        if tokenizer.pad_token is None:
+            raise OperatorError("it has neither a padding nor an end token; add one")
     tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
 
@@ -302,17 +300,17 @@ def _source(name: str, what: str) -> str:
         return name
     with _loading(what, name):
         folder = Path(name).expanduser()
-        model_checks.check_folder(name, folder, what=what)
+        model_checks.check_folder(folder, what=what)
     return str(folder)
 
 
 @contextlib.contextmanager
 def _loading(what: str, name: str) -> Iterator[None]:
-    """Turn whatever a library raises into an OperatorError."""
+    """Name the model or tokenizer in a check's error, and report whatever a library raises."""
     try:
         yield
-    except OperatorError:
-        raise
+    except OperatorError as error:
+        raise OperatorError(f"{what} {name}: {error}") from error
     except Exception as error:
         reason = first_line(error)
         if "trust_remote_code" in str(error):

@@ -1,4 +1,4 @@
-"""Checks that a model can be trained with others, and refuses it by name otherwise.
+"""Checks that a model can be trained with others, and refuses it otherwise. The caller names it.
 
 Machines average weights, and replays compare losses: so all weights must come from the model's
 files, each pass must give the same loss, and no token may depend on a later one.
@@ -41,55 +41,47 @@ TOKENIZER_FILES = (
 SHOWN = 3
 
 
-def refuse(name: str, reason: str) -> OperatorError:
-    return OperatorError(f"model {name}: {reason}")
-
-
 # Before loading ----------------------------------------------------------------------------
 
 
-def check_folder(name: str, folder: Path, *, what: str) -> None:
+def check_folder(folder: Path, *, what: str) -> None:
     """Refuse a local folder without what transformers needs. what: `model` or `tokenizer`."""
     if folder.is_file():
-        raise OperatorError(f"{what} {name}: a file; give the folder that it is in")
+        raise OperatorError("a file; give the folder that it is in")
     if not folder.is_dir():
         raise OperatorError(
-            f"{what} {name}: no such folder; give 'builtin', a folder written by "
-            "save_pretrained, or a hub name"
+            "no such folder; give 'builtin', a folder written by save_pretrained, or a hub name"
         )
     if (folder / "adapter_config.json").exists():
         raise OperatorError(
-            f"{what} {name}: an adapter without its base model; merge the two "
+            "an adapter without its base model; merge the two "
             "(merge_and_unload) and save_pretrained the result"
         )
     if not (folder / "config.json").is_file():
-        raise OperatorError(f"{what} {name}: the folder holds no config.json; save_pretrained it")
+        raise OperatorError("the folder holds no config.json; save_pretrained it")
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         with path.open("rb") as stream:
             if stream.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise OperatorError(
-                    f"{what} {name}: {path.name} is a Git LFS pointer, not the file itself; run "
+                    f"{path.name} is a Git LFS pointer, not the file itself; run "
                     "git lfs pull in the folder"
                 )
     if what == "tokenizer" and not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        raise OperatorError(
-            f"tokenizer {name}: the folder holds no tokenizer; save_pretrained it there as well"
-        )
+        raise OperatorError("the folder holds no tokenizer; save_pretrained it there as well")
 
 
-def check_dtypes(name: str, folder: Path) -> None:
+def check_dtypes(folder: Path) -> None:
     """Refuse weights that are not floating-point numbers."""
     paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     for path in paths:
-        for key, kind in _dtypes(name, path).items():
+        for key, kind in _dtypes(path).items():
             if kind not in FLOATING and key.endswith((".weight", ".bias")):
-                raise refuse(
-                    name,
-                    f"{key} in {path.name} is {kind}; give the model in a floating-point format",
+                raise OperatorError(
+                    f"{key} in {path.name} is {kind}; give the model in a floating-point format"
                 )
 
 
-def _dtypes(name: str, path: Path) -> dict[str, str]:
+def _dtypes(path: Path) -> dict[str, str]:
     """The types of a file's weights, which are not read themselves."""
     if path.suffix == ".bin":
         weights = torch.load(path, map_location="meta", weights_only=True)
@@ -98,8 +90,8 @@ def _dtypes(name: str, path: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise refuse(
-            name, f"{path.name} cannot be read ({str(error)[:200]}); download it again"
+        raise OperatorError(
+            f"{path.name} cannot be read ({str(error)[:200]}); download it again"
         ) from None
 
 
@@ -129,7 +121,7 @@ def without_noise(model: nn.Module) -> None:
 # After loading -----------------------------------------------------------------------------
 
 
-def check_weights(name: str, model: nn.Module, info: Mapping[str, Any]) -> None:
+def check_weights(model: PreTrainedModel, info: Mapping[str, Any]) -> None:
     """Refuse a model whose weights are not those of its files.
 
     info: transformers' `output_loading_info`.
@@ -137,38 +129,35 @@ def check_weights(name: str, model: nn.Module, info: Mapping[str, Any]) -> None:
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
         key, there, here = mismatched[0]
-        raise refuse(
-            name,
+        raise OperatorError(
             f"{key} is {list(there)} in its weights and {list(here)} by its config.json; the two "
             f"do not belong together ({len(mismatched)} such)",
         )
     if info["missing_keys"]:
-        raise refuse(
-            name,
+        raise OperatorError(
             f"its weights lack {_listed(info['missing_keys'])}; each machine would fill these at "
             "random: give a complete causal language model",
         )
     unused = sorted(info["unexpected_keys"])
     kinds = {_kind(key) for key in model.state_dict()}
     if more := [key for key in unused if _kind(key) in kinds]:
-        raise refuse(
-            name,
+        raise OperatorError(
             f"its weights hold {_listed(more)}, for which its config.json has no place: it has "
             "more layers than config.json says",
         )
     # Those that have weights of their own, by their names without numbers.
     layers = tuple(kind.rpartition(".")[0] + "." for kind in kinds)
     if parts := [key for key in unused if _kind(key).startswith(layers)]:
-        raise refuse(
-            name,
+        raise OperatorError(
             f"its weights hold {_listed(parts)}, which the model of its config.json does not "
             "compute with; merge adapters, or give the config.json that belongs to the weights",
         )
     if unused:
-        logger.warning("model %s: weights that it does not have: %s", name, _listed(unused))
+        place = model.name_or_path
+        logger.warning("model %s: weights that it does not have: %s", place, _listed(unused))
     for key, value in model.named_parameters():
         if not bool(torch.isfinite(value).all()):
-            raise refuse(name, f"{key} holds numbers that are not finite")
+            raise OperatorError(f"{key} holds numbers that are not finite")
 
 
 def _listed(keys: Iterable[str]) -> str:
@@ -182,7 +171,7 @@ def _kind(key: str) -> str:
     return re.sub(r"\d+", "N", key)
 
 
-def check_passes(name: str, model: PreTrainedModel) -> None:
+def check_passes(model: PreTrainedModel) -> None:
     """Refuse a model that computes with noise, or whose tokens depend on later ones."""
     ids, other = _probe(model)
     try:
@@ -192,22 +181,20 @@ def check_passes(name: str, model: PreTrainedModel) -> None:
             model.train(False)
             evaluated, changed = _logits(model, ids), _logits(model, other)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        raise refuse(name, f"it cannot compute a row: {first_line(error)}") from error
+        raise OperatorError(f"it cannot compute a row: {first_line(error)}") from error
     finally:
         model.train()
     if not bool(torch.isfinite(first).all()):
-        raise refuse(name, "what it computes is not finite")
+        raise OperatorError("what it computes is not finite")
     if not all(torch.equal(first, again) for again in more):
-        raise refuse(
-            name,
+        raise OperatorError(
             "two passes over the same row differ: it computes with dropout or another noise that "
             "cannot be turned off",
         )
     if not _close(first, evaluated):
-        raise refuse(name, "it computes differently in training and in evaluation")
+        raise OperatorError("it computes differently in training and in evaluation")
     if not _close(evaluated[:-1], changed[:-1]):
-        raise refuse(
-            name,
+        raise OperatorError(
             "it is not causal: changing the last token changes what it predicts before it; give a "
             "decoder",
         )
@@ -238,10 +225,10 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return len(embeddings.weight)
 
 
-def check_tokenizer(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer without a vocabulary, as transformers creates when it finds none."""
     if not tokenizer("hello world", add_special_tokens=False).input_ids:
-        raise OperatorError(f"tokenizer {name}: it has no vocabulary; save_pretrained it there")
+        raise OperatorError("it has no vocabulary; save_pretrained it there")
 
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
