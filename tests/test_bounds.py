@@ -45,14 +45,11 @@ def test_another_shape_is_seen_even_if_it_would_broadcast(ours: torch.Tensor) ->
     assert BOUNDS.problem_with(ours.view(-1), ours) is not None
 
 
-@pytest.mark.parametrize("weight", [math.nan, math.inf, -1.0, 256.5, 1e300])
-def test_nobody_counts_for_more_than_an_epoch(weight: float) -> None:
-    assert BOUNDS.problem_with_weight(weight) is not None
-
-
-@pytest.mark.parametrize("weight", [0.0, 1e-3, 85.0, 256.0])
-def test_an_honest_weight_passes(weight: float) -> None:
-    assert BOUNDS.problem_with_weight(weight) is None
+def test_nobody_counts_for_more_than_an_epoch() -> None:
+    for weight in (math.nan, math.inf, -1.0, 256.5, 1e300):
+        assert BOUNDS.problem_with_weight(weight) is not None, weight
+    for weight in (0.0, 1e-3, 85.0, 256.0):
+        assert BOUNDS.problem_with_weight(weight) is None, weight
 
 
 def test_a_model_that_ran_away_is_told_from_one_that_learnt(ours: torch.Tensor) -> None:

@@ -51,15 +51,10 @@ MARK_HEX = (
 )
 
 
-def test_a_record_has_81_golden_bytes() -> None:
+def test_a_record_and_a_mark_are_golden_bytes() -> None:
     assert RECORD.encode().hex() == RECORD_HEX
-    assert len(RECORD.encode()) == 81
     assert decode_record(bytes.fromhex(RECORD_HEX)) == RECORD
-
-
-def test_a_mark_has_93_golden_bytes() -> None:
     assert MARK.encode().hex() == MARK_HEX
-    assert len(MARK.encode()) == 93
     assert decode_mark(bytes.fromhex(MARK_HEX)) == MARK
 
 
@@ -75,16 +70,17 @@ def test_a_run_is_named_by_the_hash_of_its_id() -> None:
     assert run_prefix("embedded-1-2-3").hex() == "41d32699651a4be1"
 
 
-def test_every_string_of_the_right_length_and_kind_means_one_thing() -> None:
+def test_bytes_of_the_right_length_and_kind_mean_one_thing_and_others_nothing() -> None:
     rng = random.Random(1)
     for _ in range(500):
+        junk = rng.randbytes(rng.choice([0, 1, 80, 82, 92, 94, 128]))
+        assert decode_record(junk) is None
+        assert decode_mark(junk) is None
         record = b"\x11" + rng.randbytes(80)
         mark = b"\x21" + rng.randbytes(92)
-        decoded_record, decoded_mark = decode_record(record), decode_mark(mark)
-        assert decoded_record is not None
-        assert decoded_mark is not None
-        assert decoded_record.encode() == record
-        assert decoded_mark.encode() == mark
+        for decoded, raw in ((decode_record(record), record), (decode_mark(mark), mark)):
+            assert decoded is not None
+            assert decoded.encode() == raw
 
 
 @pytest.mark.parametrize("raw", [None, "text", 5, b"", b"\x11", b"\x21", b"/ip4/1.2.3.4/tcp/1", []])
@@ -99,14 +95,6 @@ def test_a_changed_length_or_kind_decodes_to_none() -> None:
         assert decode_record(wrong) is None
     for wrong in (mark[:-1], mark + b"\0", b"\x22" + mark[1:], b"\x11" + mark[1:], record):
         assert decode_mark(wrong) is None
-
-
-def test_random_bytes_never_raise() -> None:
-    rng = random.Random(2)
-    for _ in range(5000):
-        raw = rng.randbytes(rng.choice([0, 1, 80, 81, 82, 92, 93, 94, 128]))
-        decode_record(raw)
-        decode_mark(raw)
 
 
 @pytest.mark.parametrize("uids", [(), (0,), (255,), (0, 255), tuple(range(256))])
@@ -127,10 +115,8 @@ def test_deadlines_of_the_real_chain() -> None:
 
 
 def test_a_round_is_decided_once_its_marks_are_final() -> None:
-    assert SCHEDULE.newest_final_round(49) == -1
-    assert SCHEDULE.newest_final_round(50) == 0
-    assert SCHEDULE.newest_final_round(99) == 0
-    assert SCHEDULE.newest_final_round(100) == 1
+    decided = [SCHEDULE.newest_final_round(block) for block in (49, 50, 99, 100)]
+    assert decided == [-1, 0, 0, 1]
 
 
 def test_both_published_schedules_work() -> None:

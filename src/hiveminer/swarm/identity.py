@@ -146,13 +146,11 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
         admitted: Collection[str] = (),
         clock: Callable[[], float] = get_dht_time,
         is_signed: Callable[[Any, str], bool] = is_signed,
-        remembered_tokens: int = REMEMBERED_TOKENS,
     ):
         super().__init__(identity.private_key)
         self.identity = identity
         self._clock = clock
         self._is_signed = is_signed
-        self._remembered_tokens = remembered_tokens
         self.admitted = frozenset(admitted)
         self._proofs: OrderedDict[bytes, Proof] = OrderedDict()
         self._by_hotkey: dict[str, Proof] = {}
@@ -290,7 +288,7 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
             if peer_id is None or not self._is_signed(token, hotkey):
                 return None
             proof = self._proofs[raw] = Proof(hotkey, run_id, peer_id, expires)
-            if len(self._proofs) > self._remembered_tokens:
+            if len(self._proofs) > REMEMBERED_TOKENS:
                 self._proofs.popitem(last=False)
         self._proofs.move_to_end(raw)
         return proof

@@ -112,7 +112,8 @@ class FailureDetector:
             ended = self._free.wait(0)
             if not ended and not self._is_running():
                 continue
-            expected = watched.update(self._others(), self._group())
+            others = set(self._tracker.reports.seconds) - {self._peer.peer_id}
+            expected = watched.update(others, self._group())
             alive = self._alive(expected)
             for peer in expected:
                 misses[peer] = 0 if peer in alive else misses[peer] + 1
@@ -145,9 +146,6 @@ class FailureDetector:
     def _is_deserted(self, others: set[str]) -> bool:
         epochs, ours = self._tracker.reports.epochs, self._tracker.local_progress.epoch
         return all(epochs.get(peer, ours) != ours for peer in others)
-
-    def _others(self) -> set[str]:
-        return set(self._tracker.reports.seconds) - {self._peer.peer_id}
 
 
 class Watched:
