@@ -35,13 +35,9 @@ from hiveminer.strategies.sparseloco.rounds import Contribution, OwnBlob, Positi
 logger = logging.getLogger(__name__)
 
 
-def position_to_json(position: Position) -> dict[str, Any]:
-    """A position as JSON."""
-    return {name: as_json(value) for name, value in vars(position).items()}
-
-
 def position_from_json(content: Mapping[str, Any]) -> Position:
-    """Raises ValueError, KeyError or TypeError for anything else."""
+    """A position that was written by `as_json`. Raises ValueError, KeyError or TypeError for
+    anything else."""
     number = content["round"]
     return Position(
         bytes.fromhex(content["hotkey"]),
@@ -139,7 +135,7 @@ def exported_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[st
 
 def write_journal(path: Path, position: Position, cuts: Mapping[bytes, OwnCut]) -> None:
     """Save a cut before its record is committed; u is then q + e of the cut."""
-    metadata = {"position": json.dumps(position_to_json(position))}
+    metadata = {"position": json.dumps(as_json(vars(position)))}
     write_atomically(path, save(cuts_to_tensors(cuts), metadata))
 
 

@@ -21,6 +21,7 @@ from hiveminer.strategies.base import RoundResult, Strategy, between_steps
 from hiveminer.strategies.sparseloco import checkpoint, update
 from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.cutting import CuttingFollower
+from hiveminer.strategies.sparseloco.log import as_json
 from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.replay import rebuild
 from hiveminer.strategies.sparseloco.replica import OwnCut, Replica
@@ -134,7 +135,7 @@ class SparselocoStrategy(Strategy):
             tensors |= {f"weights.{name}": value for name, value in weights.items()}
             tensors |= checkpoint.cuts_to_tensors(cuts)
             tensors |= checkpoint.optimizer_to_tensors(self.optimizer)
-        content = checkpoint.position_to_json(position)
+        content = as_json(vars(position))
         return tensors, {"epoch": self.epoch, "rows": 0, "counts": counts, "position": content}
 
     def load_state_dict(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
