@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import bittensor as bt
 from chain_worker import Keys, new_keys
 
-from hiveminer.chain import EmbeddedSubstrate
+from hiveminer.chain import Chain, EmbeddedSubstrate, join_embedded
 
 RAO = 10**9
 VALIDATOR_STAKE = 2000.0
@@ -114,3 +114,16 @@ def network_at(path: Path) -> Iterator[Network]:
     network.clock.seconds = time.time()
     yield network
     network.run(network.client.close())
+
+
+def on_testnet(folder: Path) -> Callable[[], Chain]:
+    """Opens an embedded chain that says it is a real one, with a wallet registered on it."""
+    keys, path = new_keys(), folder / "chain.sqlite"
+
+    def open_as(network: str) -> Chain:
+        client = bt.Client("local", substrate=EmbeddedSubstrate(path, block_seconds=0.05))
+        return Chain(network=network, netuid=1, wallet=keys, client=client)
+
+    with open_as("embedded") as chain:
+        join_embedded(chain)
+    return lambda: open_as("test")

@@ -9,12 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import bittensor as bt
 import pytest
-from chain_worker import new_keys
+from embedded_network import on_testnet
 from small_neurons import Running, SmallMiner, miner_settings
 
-from hiveminer.chain import Chain, EmbeddedSubstrate, join_embedded
 from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import OperatorError
 from hiveminer.runtime import addresses
@@ -110,37 +108,20 @@ def test_a_service_that_is_not_there_is_no_traceback() -> None:
 # In a miner's life ---------------------------------------------------------------------------
 
 
-class OnTestnet:
-    """An embedded chain that says it is a real one, and a registered wallet on it."""
-
-    def __init__(self, folder: Path):
-        self.keys = new_keys()
-        self.path = folder / "chain.sqlite"
-        with self._chain("embedded") as chain:
-            join_embedded(chain)
-
-    def _chain(self, network: str) -> Chain:
-        client = bt.Client("local", substrate=EmbeddedSubstrate(self.path, block_seconds=0.05))
-        return Chain(network=network, netuid=1, wallet=self.keys, client=client)
-
-    def open(self) -> Chain:
-        return self._chain("test")
-
-
-def on_testnet(folder: Path, **axon: Any) -> MinerSettings:
+def settings_on_testnet(folder: Path, **axon: Any) -> MinerSettings:
     return miner_settings(folder, subtensor={"network": "test"}, axon={"port": 0} | axon)
 
 
 def test_the_address_is_asked_for_once_and_put_on_the_chain(tmp_path: Path) -> None:
-    network, asked = OnTestnet(tmp_path), []
+    open_chain, asked = on_testnet(tmp_path), []
 
     def ask() -> str:
         asked.append(1)
         return "93.184.216.34"
 
-    settings = on_testnet(tmp_path)
+    settings = settings_on_testnet(tmp_path)
     with (
-        network.open() as chain,
+        open_chain() as chain,
         SmallMiner(settings, chain=chain, ask_outside=ask) as miner,
     ):
         program = Running(miner)
@@ -157,7 +138,7 @@ def test_the_address_is_asked_for_once_and_put_on_the_chain(tmp_path: Path) -> N
         return addresses.ask_outside(services=("http://127.0.0.1:1/",))
 
     with (
-        network.open() as chain,
+        open_chain() as chain,
         SmallMiner(settings, chain=chain, ask_outside=nobody) as miner,
     ):
         assert miner.public_ip == "93.184.216.34"
@@ -166,7 +147,7 @@ def test_the_address_is_asked_for_once_and_put_on_the_chain(tmp_path: Path) -> N
 def test_a_given_address_is_not_asked_for_and_is_checked_at_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    network = OnTestnet(tmp_path)
+    open_chain = on_testnet(tmp_path)
 
     def ask() -> str:
         raise AssertionError
@@ -175,11 +156,13 @@ def test_a_given_address_is_not_asked_for_and_is_checked_at_once(
         settings = miner_settings(
             tmp_path, subtensor={"network": "test"}, **{flag: {"external_ip": ip}}
         )
-        with network.open() as chain, pytest.raises(OperatorError) as raised:
+        with open_chain() as chain, pytest.raises(OperatorError) as raised:
             SmallMiner(settings, chain=chain, ask_outside=ask)
         assert str(raised.value).endswith(f"give the public address with --{flag}.external_ip")
-    with network.open() as chain:
-        SmallMiner(on_testnet(tmp_path, external_ip="10.0.0.9"), chain=chain, ask_outside=ask)
+    with open_chain() as chain:
+        SmallMiner(
+            settings_on_testnet(tmp_path, external_ip="10.0.0.9"), chain=chain, ask_outside=ask
+        )
         assert "10.0.0.9 is a private address" in caplog.text
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import bittensor as bt
 import pytest
-from chain_worker import new_keys
+from embedded_network import on_testnet
 from small_neurons import SmallMiner, miner_settings
 
 from hiveminer import cli
-from hiveminer.chain import Chain, EmbeddedSubstrate, join_embedded, named_embedded_wallet
+from hiveminer.chain import named_embedded_wallet
 from hiveminer.errors import OperatorError
 from programs import ROOT, Program
 
@@ -227,17 +227,9 @@ def test_so_it_is_in_the_scripts_that_people_copy(
 
 
 def test_a_hotkey_that_is_at_work_already(tmp_path: Path) -> None:
-    keys = new_keys()
-
-    def chain(network: str) -> Chain:
-        client = bt.Client("local", substrate=EmbeddedSubstrate(tmp_path / "chain.sqlite"))
-        return Chain(network=network, netuid=1, wallet=keys, client=client)
-
-    with chain("embedded") as joining:
-        join_embedded(joining)
-    settings = miner_settings(tmp_path)
-    with SmallMiner(settings, chain=chain("test")):
-        with chain("test") as other, pytest.raises(OperatorError) as raised:
+    open_chain, settings = on_testnet(tmp_path), miner_settings(tmp_path)
+    with SmallMiner(settings, chain=open_chain()):
+        with open_chain() as other, pytest.raises(OperatorError) as raised:
             SmallMiner(settings, chain=other)
         assert f"is in use by process {os.getpid()} on subnet 1" in str(raised.value)
         assert "choose another with --wallet.hotkey" in str(raised.value)
