@@ -178,13 +178,9 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _mean(states: list[GlobalState], *, epoch: int) -> GlobalState:
-    """The mean of the weights, and of the optimizers' moments."""
+    """The mean of the weights, with the first one's optimizer."""
     weights = {
         name: torch.stack([state.weights[name] for state in states]).mean(0)
         for name in states[0].weights
     }
-    optimizer = copy.deepcopy(states[0].optimizer)
-    for number, values in optimizer["state"].items():
-        for key in values:
-            values[key] = torch.stack([s.optimizer["state"][number][key] for s in states]).mean(0)
-    return GlobalState(epoch, weights, optimizer)
+    return GlobalState(epoch, weights, states[0].optimizer)

@@ -204,34 +204,26 @@ def by_lot(neurons: list[Neuron]) -> list[int]:
     return [lots[lot] for lot in sorted(lots)]
 
 
-def test_four_fifths_of_the_places_go_by_incentive_and_the_rest_by_lot() -> None:
-    neurons = ranked(12)
-    rules = replace(RULES, max_contributors=5)
-    decision = rounds.decide(rules, facts(validators(1) + neurons, {100: mark(set(range(12)))}))
-    lucky = by_lot(neurons[4:])[0]
-    assert counted(decision) == [0, 1, 2, 3, lucky]
-    assert {why for _, why in decision.left_out} == {"more contributors than places"}
-    assert len(decision.left_out) == 7
-
-
-def test_equal_incentives_are_settled_by_lot() -> None:
-    neurons = miners(*range(10))
-    rules = replace(RULES, max_contributors=3)
-    decision = rounds.decide(rules, facts(validators(1) + neurons, {100: mark(set(range(10)))}))
-    assert counted(decision) == sorted(by_lot(neurons)[:3])
-
-
-def test_a_single_place_goes_by_lot() -> None:
-    places = rounds.first_places(ranked(6), places=1, records_hash=b"records")
-    assert [neuron.uid for neuron in places] == by_lot(ranked(6))[:1]
-
-
-def test_places_are_given_to_those_whom_the_marks_count() -> None:
-    rules = replace(RULES, max_contributors=5)
-    found = facts(validators(1) + ranked(12), {100: mark(set(range(6, 12)))})
+@pytest.mark.parametrize(
+    ("neurons", "places", "marked", "by_incentive"),
+    [
+        (ranked(12), 5, range(12), 4),
+        (ranked(12), 5, range(6, 12), 4),
+        (ranked(6), 1, range(6), 0),
+        (miners(*range(10)), 3, range(10), 0),  # all incentives are equal
+    ],
+)
+def test_four_fifths_of_the_places_go_by_incentive_and_the_rest_by_lot(
+    neurons: list[Neuron], places: int, marked: range, by_incentive: int
+) -> None:
+    rules = replace(RULES, max_contributors=places)
+    found = facts(validators(1) + neurons, {100: mark(set(marked))})
     decision = rounds.decide(rules, found)
-    assert counted(decision)[:4] == [6, 7, 8, 9]
-    assert len(counted(decision)) == 5
+    eligible = [neuron for neuron in neurons if neuron.uid in marked]
+    lucky = by_lot(eligible[by_incentive:])[: places - by_incentive]
+    assert counted(decision) == sorted([n.uid for n in eligible[:by_incentive]] + lucky)
+    reasons = [why for uid, why in decision.left_out if uid in marked]
+    assert reasons == ["more contributors than places"] * (len(eligible) - places)
 
 
 def test_candidates_are_what_a_validator_may_mark() -> None:
@@ -333,17 +325,26 @@ def test_an_empty_round_moves_and_drops_nothing_but_the_cut() -> None:
     assert position == replace(before, round=ROUND + 1)
 
 
-def test_a_void_round_gives_the_blob_back() -> None:
-    position, action = rounds.settle(after_round(), decision(ROUND + 1, PARENT, blobs=False))
-    assert action == Action(returned=FORGOTTEN)
+@pytest.mark.parametrize(
+    ("made", "restarted", "expected"),
+    [
+        (True, False, Action(returned=FORGOTTEN)),
+        (False, False, Action()),
+        (True, True, Action(returned=FORGOTTEN, repairs=True)),
+    ],
+)
+def test_a_void_round_gives_the_blob_back_to_whom_made_its_state(
+    made: bool, restarted: bool, expected: Action
+) -> None:
+    position = after_round(made=made)
+    if restarted:
+        position = rounds.restart(position, states=[])
+    position, action = rounds.settle(position, decision(ROUND + 1, PARENT, blobs=False))
+    assert action == expected
+    if restarted:
+        position, transfer = rounds.take_state(position)
+        assert transfer == Transfer()
     assert (position.confirmed, position.newest, position.held) == (PARENT, PARENT, PARENT)
-    assert position.own_blobs == ()
-
-
-def test_a_void_round_gives_nothing_back_to_whom_never_made_its_state() -> None:
-    position, action = rounds.settle(after_round(made=False), decision(ROUND + 1, PARENT))
-    assert action == Action()
-    assert position.base == PARENT
     assert position.own_blobs == ()
 
 
@@ -381,6 +382,7 @@ def test_a_joiner_takes_the_named_state_and_applies_that_rounds_blobs() -> None:
 
 
 def test_after_a_restart_without_states_the_blob_goes_back_until_its_state_is_made_again() -> None:
+    assert rounds.restart(after_round(), states=[PARENT, NEWER, OTHER]) == after_round()
     position = rounds.restart(after_round(), states=[NEWER])
     assert position.base is None
     position, transfer = rounds.take_state(position)
@@ -388,19 +390,6 @@ def test_after_a_restart_without_states_the_blob_goes_back_until_its_state_is_ma
     position, transfer = rounds.make_newest(position, NEWER)
     assert transfer == Transfer(off=(FORGOTTEN,))
     assert position == after_round()
-
-
-def test_a_restart_that_finds_its_states_goes_on() -> None:
-    assert rounds.restart(after_round(), states=[PARENT, NEWER, OTHER]) == after_round()
-
-
-def test_a_void_round_gives_the_blob_back_after_a_restart_too() -> None:
-    position = rounds.restart(after_round(), states=[])
-    position, action = rounds.settle(position, decision(ROUND + 1, PARENT, blobs=False))
-    assert action == Action(repairs=True, returned=FORGOTTEN)
-    position, transfer = rounds.take_state(position)
-    assert transfer == Transfer()
-    assert position.base == PARENT
 
 
 def test_a_round_whose_blobs_cancel_out_is_not_void_when_its_state_is_named_again() -> None:
@@ -450,10 +439,3 @@ def test_nothing_is_made_or_taken_twice() -> None:
         rounds.make_newest(after_round(), NEWER)
     with pytest.raises(ValueError, match="no state is missing"):
         rounds.take_state(after_round())
-
-
-def test_a_round_may_confirm_the_state_without_counting_anybody() -> None:
-    position, action = rounds.settle(before_round(), decision(ROUND, PARENT, blobs=False))
-    assert action == Action()
-    assert position.base == position.newest == PARENT
-    assert position.missing_blobs == ()
