@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from talk import hotkey_of
 
 from programs import Network
 
@@ -39,10 +40,9 @@ def test_the_idle_and_the_lying_earn_under_a_fifth_of_the_honest(tmp_path: Path)
             *("--validator.rows", "40", "--validator.batch_size", "4"),
             *("--validator.sample_rate", "1", "--validator.weights_seconds", "5"),
         )
-        by_key = {
-            kind: _hotkey(program.says("serving on", seconds=90))
-            for kind, program in miners.items()
-        }
+        for program in miners.values():
+            program.says("serving on", seconds=90)
+        by_key = {kind: hotkey_of(program) for kind, program in miners.items()}
 
         def judged(lines: list[dict[str, Any]]) -> bool:
             # The honest one is paid in full for rows that tell nothing; the others have to be seen.
@@ -67,12 +67,6 @@ def test_the_idle_and_the_lying_earn_under_a_fifth_of_the_honest(tmp_path: Path)
         for kind in KINDS[1:]:
             assert earned[kind] < 0.2 * earned["honest"], told
         print(told)
-
-
-def _hotkey(words: str) -> str:
-    found = re.search(r", hotkey (\w+)", words)
-    assert found is not None, words
-    return found[1]
 
 
 def _uid(words: str) -> str:

@@ -70,14 +70,12 @@ class Feed:
         assign: Callable[[str], list[int]],
         take: Callable[[Answered], Awaitable[None]],
         metrics: Metrics,
-        clock: Callable[[], float] = time.monotonic,
     ):
         self.task = task
         self.work = work
         self.assign = assign
         self.take = take
         self.metrics = metrics
-        self._clock = clock
         self._miners: dict[str, LiveMiner] = {}
         self._complaints: dict[str, str] = {}
 
@@ -89,7 +87,7 @@ class Feed:
     @property
     def working(self) -> int:
         """How many miners have recently answered with work."""
-        since = self._clock() - WORKING_SECONDS
+        since = time.monotonic() - WORKING_SECONDS
         return sum(miner.worked_at > since for miner in list(self._miners.values()))
 
     async def find(self, dendrite: Dendrite, neurons: Iterable[MetagraphNeuron]) -> None:
@@ -124,7 +122,7 @@ class Feed:
 
     async def _probe(self, dendrite: Dendrite, endpoint: Endpoint) -> bool:
         """Whether this miner is up and in our run; logs once why not."""
-        began = self._clock()
+        began = time.monotonic()
         try:
             answer = await dendrite.call(endpoint, IsAlive(), timeout_seconds=PROBE_SECONDS)
         except MinerError as error:
@@ -132,7 +130,7 @@ class Feed:
             # A busy miner that answers slowly keeps its work.
             known = self._miners.get(endpoint.hotkey)
             return known is not None and known.endpoint == endpoint and error.status is not None
-        milliseconds = 1000 * (self._clock() - began)
+        milliseconds = 1000 * (time.monotonic() - began)
         self.metrics.log("alive", {"hotkey": endpoint.hotkey, "milliseconds": milliseconds})
         problem = self._problem_with(answer)
         self._complain(endpoint.hotkey, problem)
@@ -162,7 +160,7 @@ class Feed:
         """Send one miner request after request."""
         hotkey, pause = miner.endpoint.hotkey, 1.0
         while True:
-            began = self._clock()
+            began = time.monotonic()
             try:
                 answered = await self._ask(dendrite, miner.endpoint)
             except MinerError as error:
@@ -173,12 +171,12 @@ class Feed:
                 continue
             pause = 1.0
             if answered.answer.samples:
-                miner.worked_at = self._clock()
+                miner.worked_at = time.monotonic()
             try:
                 await self.take(answered)
             except HiveminerError as error:
                 logger.warning("an answer of %s is not counted: %s", hotkey[:8], error)
-            await asyncio.sleep(max(0.0, began + LEAST_SECONDS - self._clock()))
+            await asyncio.sleep(max(0.0, began + LEAST_SECONDS - time.monotonic()))
 
     async def _ask(self, dendrite: Dendrite, endpoint: Endpoint) -> Answered:
         request = Train(
@@ -191,8 +189,8 @@ class Feed:
             gradient_accumulation_steps=self.work.gradient_accumulation_steps,
             timeout_seconds=self.work.timeout_seconds,
         )
-        began = self._clock()
+        began = time.monotonic()
         # Its own time, that of the request before it, and some for the transfer.
         limit = REQUESTS_AT_ONCE * request.timeout_seconds + TRANSFER_SECONDS
         answer = await dendrite.call(endpoint, request, timeout_seconds=limit)
-        return Answered(endpoint.hotkey, request, answer, self._clock() - began)
+        return Answered(endpoint.hotkey, request, answer, time.monotonic() - began)
