@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bittensor import Metagraph
+
 from hiveminer.__version__ import __version__
 from hiveminer.chain import (
     Chain,
@@ -108,7 +110,7 @@ class Neuron:
     @property
     def uid(self) -> int | None:
         """Our uid in the last metagraph; None once it is lost."""
-        neuron = self.metagraph.by_hotkey(self.hotkey)
+        neuron = self._by_hotkey.get(self.hotkey)
         return neuron.uid if neuron is not None else None
 
     @property
@@ -134,7 +136,7 @@ class Neuron:
     @property
     def registered(self) -> frozenset[str]:
         """The hotkeys in the last metagraph."""
-        return frozenset(neuron.hotkey for neuron in self.metagraph)
+        return frozenset(self._by_hotkey)
 
     def identity(self, run_id: str) -> Identity:
         """Our identity among the peers of this run: the hotkey, and a key in our folder."""
@@ -160,7 +162,7 @@ class Neuron:
 
     def standing(self, hotkey: str) -> Standing:
         """A hotkey's uid, permit and stake in the last metagraph."""
-        neuron = self.metagraph.by_hotkey(hotkey)
+        neuron = self._by_hotkey.get(hotkey)
         if neuron is None:
             return STRANGER
         return Standing(
@@ -192,7 +194,7 @@ class Neuron:
 
     def read_metagraph(self) -> None:
         """Read the metagraph now, and save a copy to disk. Raises ChainError."""
-        self.metagraph = self.chain.metagraph()
+        self._know(self.chain.metagraph())
         if time.monotonic() - self._saved_at < SAVE_SECONDS:
             return
         self._saved_at = time.monotonic()
@@ -201,6 +203,11 @@ class Neuron:
             snapshot.save(self.metagraph, self._snapshot)
         except OSError as error:
             logger.warning("the metagraph could not be saved: %s", error)
+
+    def _know(self, metagraph: Metagraph) -> None:
+        self.metagraph = metagraph
+        # Looked up for each request: the metagraph's own search goes through all neurons.
+        self._by_hotkey = {neuron.hotkey: neuron for neuron in metagraph}
 
     def sync(self) -> None:
         """Read the metagraph, publish what is missing in it, and call `on_sync`. Raises
@@ -270,7 +277,7 @@ class Neuron:
             logger.warning(
                 "%s; continuing with the metagraph of block %d from the disk", error, known.block
             )
-            self.metagraph = known
+            self._know(known)
         if self.uid is None:
             raise NotYetRegistered(
                 f"hotkey {self.hotkey} is not registered on subnet {self.settings.netuid} of "
