@@ -217,7 +217,7 @@ def _run(folder: Path, uid: int, rounds: int, claimed: Claimed) -> None:
     shelf, final = CountingShelf(log), FinalBlocks(chain)
     exchange = TimedExchange(peer.dht, run=plan.rules.run, source=shelf)
     exchange.timed = timed
-    membership.watch_thread("the exchange", exchange.thread)
+    membership.children.watch_thread("the exchange", exchange.thread)
     parts = Parts(
         section=OPTIMIZER, plan=plan, hotkey=public_key(chain.hotkey), chain=final,
         membership=membership, exchange=exchange, log=log, shelf=shelf, poll_seconds=0.25,

@@ -106,7 +106,8 @@ class MemoryMembership:
 
     def join(self, *_: object) -> None: ...
 
-    sync = check = close = watch_thread = join
+    sync = close = join
+    children = SimpleNamespace(check=lambda: None, watch_thread=lambda *_: None)
 
 
 class MemoryExchange:

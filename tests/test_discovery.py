@@ -19,7 +19,7 @@ from programs import started
 # peer_start and dht_split
 
 MEET = """
-import logging, socket, sys
+import itertools, logging, socket, sys
 import psutil
 import pytest
 from hiveminer.errors import OperatorError
@@ -61,7 +61,7 @@ away = "/ip4/127.0.0.1/tcp/%d/p2p/" + address.split("/p2p/")[1]
 assert "nothing is listening there" in silent(first, address)
 why = silent(first, away % busy.getsockname()[1], timeout_seconds=3)
 assert "something other than a peer" in why or UNREACHED in why
-discovery = Discovery(first, again_seconds=0)
+discovery = Discovery(first, clock=itertools.count(0, 60).__next__)
 discovery.meet([address])
 discovery.meet([address])
 print("told once")

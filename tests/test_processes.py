@@ -24,10 +24,10 @@ import pytest
 from hivemind.p2p.p2p_daemon_bindings.control import ControlClient
 from hivemind.proto.p2pd_pb2 import PersistentConnectionResponse
 
-from hiveminer.errors import SwarmError
+from hiveminer.errors import OperatorError, SwarmError
 from hiveminer.runtime.processes import lives
 from hiveminer.swarm import processes
-from hiveminer.swarm.processes import ChildProcesses, guard_tasks, shared_memory_problem, sweep
+from hiveminer.swarm.processes import ChildProcesses, guard_tasks, require_shared_memory, sweep
 from programs import Program, descendants_gone, started, wait_for
 
 linux = pytest.mark.skipif(
@@ -365,12 +365,11 @@ def test_a_thread_that_dies_is_named() -> None:
 
 
 def test_too_little_shared_memory_is_one_line_with_what_is_needed(tmp_path: Path) -> None:
-    assert shared_memory_problem(1000, folder=tmp_path) is None
-    assert shared_memory_problem(10**18, folder=tmp_path / "none") is None
-    problem = str(shared_memory_problem(10**18, folder=tmp_path))
-    assert f"{tmp_path} has" in problem
-    assert "the model needs 4000000000001.0 MB" in problem
-    assert "\n" not in problem
+    require_shared_memory(1000, folder=tmp_path)
+    require_shared_memory(10**18, folder=tmp_path / "none")
+    words = f"{tmp_path} has .* free, and the model needs 4000000000001.0 MB"
+    with pytest.raises(OperatorError, match=words):
+        require_shared_memory(10**18, folder=tmp_path)
 
 
 LITTLE_SHARED_MEMORY = """

@@ -28,18 +28,11 @@ work has not reported yet."""
 
 
 class Discovery:
-    """Dials the known addresses of other peers every `again_seconds`, and reports problems."""
+    """Dials the known addresses of other peers every MEET_AGAIN_SECONDS, and reports problems."""
 
-    def __init__(
-        self,
-        peer: Peer,
-        *,
-        again_seconds: float = MEET_AGAIN_SECONDS,
-        clock: Callable[[], float] = time.monotonic,
-    ):
+    def __init__(self, peer: Peer, *, clock: Callable[[], float] = time.monotonic):
         self.peer = peer
         self._clock = clock
-        self._again_seconds = again_seconds
         self._known: frozenset[str] | None = None
         self._next_at = 0.0
         self._pause_seconds = SOONER_SECONDS
@@ -61,7 +54,10 @@ class Discovery:
         self._known = known
         result = self.peer.dial(sorted(known))
         self._next_at = self._clock() + self._pause(result)
-        self._report_count(result)
+        counts = len(result.answered), len(result.tried)
+        if counts != self._counts:
+            logger.info("%d of %d known peers answered", *counts)
+        self._counts = counts
         self._report_alone(result)
         self._report_split(result)
         self._met |= result.answered
@@ -90,16 +86,10 @@ class Discovery:
         """Seconds until known addresses are dialed again."""
         if not result.silent:
             self._pause_seconds = SOONER_SECONDS
-            return self._again_seconds
-        pause = min(self._again_seconds, self._pause_seconds)
+            return MEET_AGAIN_SECONDS
+        pause = min(MEET_AGAIN_SECONDS, self._pause_seconds)
         self._pause_seconds = 2 * pause
         return pause
-
-    def _report_count(self, result: DialResult) -> None:
-        counts = len(result.answered), len(result.tried)
-        if counts != self._counts:
-            logger.info("%d of %d known peers answered", *counts)
-        self._counts = counts
 
     def _report_alone(self, result: DialResult) -> None:
         """Report once, until somebody answers, that nobody does."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Collection
 
 from hiveminer.config.settings import Settings
@@ -21,7 +20,7 @@ Names = Callable[[], Collection[str]]
 
 
 class Membership:
-    """A started peer, whom it admits and dials, and the child processes it needs.
+    """A started peer, whom it admits and dials, and the `children` that it needs.
 
     registered: the hotkeys to admit now. addresses: of other peers. commit: publishes this peer's
     own. The defaults are for a peer without a chain.
@@ -40,16 +39,8 @@ class Membership:
         self._commit = commit
         self._registered = registered
         self._addresses = addresses
-        self._children = ChildProcesses()
-        self._children.watch("the DHT's process", peer.dht.pid)
-
-    def watch(self, name: str, process: int) -> None:
-        """Watch another child process."""
-        self._children.watch(name, process)
-
-    def watch_thread(self, name: str, thread: threading.Thread) -> None:
-        """Watch a thread that must not end before this membership does."""
-        self._children.watch_thread(name, thread)
+        self.children = ChildProcesses()
+        self.children.watch("the DHT's process", peer.dht.pid)
 
     def join(self) -> None:
         """Publish this peer's address, and dial the others."""
@@ -61,14 +52,10 @@ class Membership:
         self.peer.admit(self._registered())
         return self.discovery.meet(self._addresses())
 
-    def check(self) -> None:
-        """Raise SwarmError when a process or a thread has ended."""
-        self._children.check()
-
     def close(self) -> None:
         """Stop the peer and its processes."""
         self.peer.close()
-        self._children.end()
+        self.children.end()
 
 
 def announced_ip(settings: Settings, public_ip: Callable[[], str]) -> str | None:

@@ -68,8 +68,8 @@ SHARED_MARGIN_BYTES = 2**20
 """Shared memory besides the averaged tensors, for the state of Hivemind's futures."""
 
 
-def shared_memory_problem(parameters: int, *, folder: Path = SHARED_MEMORY) -> str | None:
-    """Why a model of this many parameters cannot be averaged on this machine, or None.
+def require_shared_memory(parameters: int, *, folder: Path = SHARED_MEMORY) -> None:
+    """Raise OperatorError when a model of this size cannot be averaged on this machine.
 
     The averager keeps the model in shared memory in 32 bits. When that runs out, the system kills
     the process.
@@ -78,20 +78,12 @@ def shared_memory_problem(parameters: int, *, folder: Path = SHARED_MEMORY) -> s
     try:
         free = shutil.disk_usage(folder).free
     except OSError:  # no such folder: this system has no limit of its own
-        return None
-    if free >= needed:
-        return None
-    return (
-        f"shared memory: {folder} has {free / 1e6:.1f} MB free, and the model needs "
-        f"{needed / 1e6:.1f} MB; make it larger (docker run --shm-size)"
-    )
-
-
-def require_shared_memory(parameters: int) -> None:
-    """Raise OperatorError when a model of this size cannot be averaged on this machine."""
-    problem = shared_memory_problem(parameters)
-    if problem is not None:
-        raise OperatorError(problem)
+        return
+    if free < needed:
+        raise OperatorError(
+            f"shared memory: {folder} has {free / 1e6:.1f} MB free, and the model needs "
+            f"{needed / 1e6:.1f} MB; make it larger (docker run --shm-size)"
+        )
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hiveminer.commands.checks.base import Check, Examination, failed, gigabytes, passed, warned
 from hiveminer.config.run import load_run
+from hiveminer.errors import OperatorError
 from hiveminer.protocol import IsAlive
 from hiveminer.rpc.dendrite import endpoints_of, probe
 from hiveminer.strategies.sparseloco.records import decode_mark, run_prefix
@@ -37,7 +38,7 @@ def memory(exam: Examination) -> Check:
     """Whether the device has the memory for one row at a time, and for the usual batch."""
     if exam.run is None:
         return failed("unknown without the run", "fix the run first")
-    from hiveminer.swarm.processes import shared_memory_problem
+    from hiveminer.swarm.processes import require_shared_memory
     from hiveminer.training.memory import memory_left, memory_needed
     from hiveminer.training.model import choose_device, shape_of_model
 
@@ -47,8 +48,11 @@ def memory(exam: Examination) -> Check:
     needed = memory_needed(built, sequence_length=exam.run.model.sequence_length)
     check = memory_check(needed, device, free=memory_left(device))
     exam.fits = check.verdict != "failed"
-    if exam.fits and (problem := shared_memory_problem(needed.parameters)):
-        return failed(problem, "give the container more shared memory: --shm-size")
+    try:
+        if exam.fits:
+            require_shared_memory(needed.parameters)
+    except OperatorError as error:
+        return failed(str(error), "give the container more shared memory: --shm-size")
     return check
 
 

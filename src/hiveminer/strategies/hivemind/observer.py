@@ -67,8 +67,8 @@ class HivemindObserver(Observer):
             client_mode=True,
             start=True,
         )
-        membership.watch("the averager's process", int(self._averager.pid))
-        membership.watch_thread("the progress tracker", self._tracker)
+        membership.children.watch("the averager's process", int(self._averager.pid))
+        membership.children.watch_thread("the progress tracker", self._tracker)
 
     @property
     def epoch(self) -> int:
@@ -100,7 +100,7 @@ class HivemindObserver(Observer):
             self.membership.discovery.compare(working=working, reporting=self.peers)
 
     def check(self) -> None:
-        self.membership.check()
+        self.membership.children.check()
 
     def close(self) -> None:
         if self._closed:

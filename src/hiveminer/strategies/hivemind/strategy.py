@@ -105,11 +105,11 @@ class HivemindStrategy(Strategy):
         self._zeroed_at = 0.0
         self._stepped_at = -RECENT_SECONDS
         self._closed = False
-        membership.watch("the averager's process", int(self.optimizer.state_averager.pid))
-        membership.watch_thread("the failure detector", self._detector.thread)
-        membership.watch_thread("the progress tracker", self.optimizer.tracker)
+        membership.children.watch("the averager's process", int(self.optimizer.state_averager.pid))
+        membership.children.watch_thread("the failure detector", self._detector.thread)
+        membership.children.watch_thread("the progress tracker", self.optimizer.tracker)
         for thread in self.optimizer.state_averager.threads:
-            membership.watch_thread("the state that peers download", thread)
+            membership.children.watch_thread("the state that peers download", thread)
 
     @property
     def epoch(self) -> int:
@@ -194,7 +194,7 @@ class HivemindStrategy(Strategy):
             )
 
     def check(self) -> None:
-        self.membership.check()
+        self.membership.children.check()
 
     def interrupt(self) -> None:
         for control in (self.optimizer.scheduled_state, self.optimizer.state_averager.last_control):

@@ -106,7 +106,7 @@ class Follower(ABC):
         """Connect with other peers, and start the thread."""
         self._membership.join()
         self.thread.start()
-        self._membership.watch_thread("the rounds", self.thread)
+        self._membership.children.watch_thread("the rounds", self.thread)
 
     def close(self) -> None:
         """Leave the swarm, and end the thread. Idempotent."""

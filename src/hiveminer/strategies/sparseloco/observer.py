@@ -77,7 +77,7 @@ class SparselocoObserver(Observer):
         self.membership.sync()
 
     def check(self) -> None:
-        self.membership.check()
+        self.membership.children.check()
 
     def close(self) -> None:
         self.follower.close()

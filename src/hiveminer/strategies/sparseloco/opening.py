@@ -73,7 +73,7 @@ def _parts(context: Context) -> Iterator[Parts]:
         shelf = Shelf(log)
         exchange = Exchange(peer.dht, run=plan.rules.run, source=shelf)
         unfinished.callback(exchange.close)
-        membership.watch_thread("the exchange", exchange.thread)
+        membership.children.watch_thread("the exchange", exchange.thread)
         yield Parts(
             section=task.run.optimizer,
             plan=plan,

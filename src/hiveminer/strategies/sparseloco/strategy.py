@@ -171,7 +171,7 @@ class SparselocoStrategy(Strategy):
         self.membership.sync()
 
     def check(self) -> None:
-        self.membership.check()
+        self.membership.children.check()
 
     def interrupt(self) -> None:
         """A step never waits for others."""
