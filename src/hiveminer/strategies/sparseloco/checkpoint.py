@@ -34,6 +34,8 @@ from hiveminer.strategies.sparseloco.rounds import Contribution, OwnBlob, Positi
 
 logger = logging.getLogger(__name__)
 
+JOURNAL = "cut.safetensors"
+
 
 def position_from_json(content: Mapping[str, Any]) -> Position:
     """A position that was written by `as_json`. Raises ValueError, KeyError or TypeError for
@@ -133,14 +135,15 @@ def exported_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[st
     return frozen | weights
 
 
-def write_journal(path: Path, position: Position, cuts: Mapping[bytes, OwnCut]) -> None:
+def write_journal(folder: Path, position: Position, cuts: Mapping[bytes, OwnCut]) -> None:
     """Save a cut before its record is committed; u is then q + e of the cut."""
     metadata = {"position": json.dumps(as_json(vars(position)))}
-    write_atomically(path, save(cuts_to_tensors(cuts), metadata))
+    write_atomically(folder / JOURNAL, save(cuts_to_tensors(cuts), metadata))
 
 
-def read_journal(path: Path, plan: Plan) -> tuple[Position, dict[bytes, OwnCut]] | None:
+def read_journal(folder: Path, plan: Plan) -> tuple[Position, dict[bytes, OwnCut]] | None:
     """The saved cut; None if there is none, or the file is damaged."""
+    path = folder / JOURNAL
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

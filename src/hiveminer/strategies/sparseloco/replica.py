@@ -21,7 +21,7 @@ from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.codec import Header, decode, encode
 from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.records import Record
-from hiveminer.strategies.sparseloco.rounds import Action, Decision, Position, Transfer
+from hiveminer.strategies.sparseloco.rounds import Decision, Position, Transfer
 from hiveminer.strategies.sparseloco.update import Tensors
 
 TOLERANCE = 1e-5
@@ -113,12 +113,6 @@ class Replica:
             if self.position.held is not None:
                 self.state = held[self.position.held]
 
-    @property
-    def record(self) -> Record:
-        """The record of the blob whose round is not decided yet."""
-        assert self.position.cut is not None
-        return self.cuts[self.position.cut.blob_hash].record
-
     def cut(self, number: int, local: Tensors) -> OwnCut:
         """Cut a round's blob. local: a copy of the weights since the last move.
 
@@ -141,7 +135,7 @@ class Replica:
             self.cuts[digest] = own
         return own
 
-    def settle(self, decision: Decision) -> Action:
+    def settle(self, decision: Decision) -> None:
         """Follow a decision. Call `take_state` and `make_newest` afterwards if they are due."""
         with self.lock:
             before = self.position
@@ -154,7 +148,6 @@ class Replica:
                 self.decision = decision
             self.position = position
             self._forget()
-            return action
 
     def take_state(self, state: State) -> None:
         """Switch to the confirmed state, from the log or another peer."""

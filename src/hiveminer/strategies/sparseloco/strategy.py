@@ -34,8 +34,6 @@ JOIN_SECONDS = 60.0
 """How long a start waits for the run's state. Training begins without it after that, and what is
 trained before it arrives is dropped."""
 
-JOURNAL = "cut.safetensors"
-
 
 class SparselocoStrategy(Strategy):
     """A model that trains locally and applies the updates that count.
@@ -63,7 +61,6 @@ class SparselocoStrategy(Strategy):
             start_state=start,
             weights=self._copied_weights,
             has_trained=self._has_trained,
-            save_cut=self._save_cut,
         )
         self._lock = threading.Lock()
         self._wanted: int | None = None
@@ -219,11 +216,6 @@ class SparselocoStrategy(Strategy):
             self._steps > self._cut_at or self.replica.position.counted is None
         )
 
-    def _save_cut(self) -> None:
-        checkpoint.write_journal(
-            self.log.folder / JOURNAL, self.replica.position, self.replica.cuts
-        )
-
     # Resuming ----------------------------------------------------------------------------
 
     def _resume(
@@ -243,7 +235,7 @@ class SparselocoStrategy(Strategy):
     def _resume_cut(self) -> None:
         """Resume from the last cut, if no checkpoint was taken after it: its blob may be known
         to the chain, so a second one of that round must not be made."""
-        journal = checkpoint.read_journal(self.log.folder / JOURNAL, self.plan)
+        journal = checkpoint.read_journal(self.log.folder, self.plan)
         if journal is None:
             return
         position, cuts = journal
