@@ -53,7 +53,8 @@ GUEST = (
     + """
 from hiveminer.neuron import Neuron
 from hiveminer.chain import EmbeddedSubstrate
-from hiveminer.config.settings import ValidatorSettings, parse
+from hiveminer.config.flags import parse
+from hiveminer.config.settings import ValidatorSettings
 
 neuron = Neuron(parse(sys.argv[2:], cls=ValidatorSettings, prog="guest"), role="validator")
 guest = Peer(client_only=True, identity=neuron.identity(sys.argv[1]), admitted=neuron.registered)

@@ -13,7 +13,7 @@ from tiny import save_tiny
 
 from hiveminer.cli import main
 from hiveminer.config.run import Run, load_run
-from hiveminer.config.run_file import commented_toml, to_toml
+from hiveminer.config.run_file import to_toml
 from hiveminer.errors import OperatorError
 from hiveminer.training.data import load_rows
 from hiveminer.training.model import builtin_model, weights_hash
@@ -120,10 +120,10 @@ def test_a_models_size_is_read_without_its_weights(
 def test_the_text_of_a_run_reads_back_as_the_run() -> None:
     name = 'a "quoted" \\ name\twith ü and \U0001f600.txt'
     run = Run.model_validate({"name": "x", "data": {"name": name}, "optimizer": {"eps": 1e-30}})
-    for text in (to_toml(run), commented_toml(run)):
+    for text in (to_toml(run), to_toml(run, comments=True)):
         assert Run.model_validate(tomllib.loads(text)) == run
         assert "[sparseloco]" not in text
-    assert "[sparseloco]" in commented_toml(Run.model_validate({"strategy": "sparseloco"}))
+    assert "[sparseloco]" in to_toml(Run.model_validate({"strategy": "sparseloco"}))
 
 
 def test_the_usual_learning_rate_falls_with_size() -> None:

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from hiveminer import protocol
 from hiveminer.config import flags
+from hiveminer.config.flags import parse
 from hiveminer.config.settings import (
     PROGRAMS,
     MinerSettings,
     ProgramSettings,
     ValidatorSettings,
-    parse,
 )
 from hiveminer.errors import ChainError, NotRegistered, OperatorError
 from hiveminer.runtime.program import run_program

@@ -105,7 +105,7 @@ def _interrupted(_number: int, _frame: FrameType | None) -> NoReturn:
 
 def _run(words: Sequence[str], load: Callable[[str], Any]) -> int | None:
     from hiveminer.config import settings as config
-    from hiveminer.config.flags import did_you_mean
+    from hiveminer.config.flags import did_you_mean, parse
     from hiveminer.errors import OperatorError
     from hiveminer.runtime.dependencies import explained
 
@@ -131,7 +131,7 @@ def _run(words: Sequence[str], load: Callable[[str], Any]) -> int | None:
     if command.word and rest and not rest[0].startswith("-"):
         rest = [f"--{command.word}={rest[0]}", *rest[1:]]
     tree: type[ProgramSettings] = getattr(config, command.settings)
-    settings = config.parse(rest, cls=tree, prog=f"hiveminer {name}", description=command.sentence)
+    settings = parse(rest, cls=tree, prog=f"hiveminer {name}", description=command.sentence)
     try:
         code: int | None = load(module_of(name)).main(settings, **options)
     except ImportError as error:

@@ -19,8 +19,9 @@ from transformers import BatchEncoding
 from hiveminer.__version__ import __version__
 from hiveminer.base_miner import BaseMinerNeuron
 from hiveminer.chain import Chain
+from hiveminer.config.flags import parse
 from hiveminer.config.run import Run, load_run
-from hiveminer.config.settings import MinerSettings, parse
+from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import Refused, TrainingError
 from hiveminer.protocol import IsAlive, Train
 from hiveminer.runtime import machine
@@ -55,7 +56,7 @@ NOT_REFUSALS = ("answered", "hung_up")
 class Miner(BaseMinerNeuron):
     """Trains the rows that validators send, together with the other miners of the run.
 
-    settings: as `hiveminer.config.settings.parse` returns them; by default the command line is
+    settings: as `hiveminer.config.flags.parse` returns them; by default the command line is
         parsed, and an operator's mistake ends the program with one line.
     chain, metrics: used instead of those that the settings name.
     strategy: creates the strategy, instead of the one that the run names.

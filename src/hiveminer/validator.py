@@ -23,8 +23,9 @@ from bittensor import Metagraph
 
 from hiveminer.chain import Chain
 from hiveminer.chain.weights import EMBEDDED_FILL_SECONDS, FILL_SECONDS, WeightSetter
+from hiveminer.config.flags import parse
 from hiveminer.config.run import load_run
-from hiveminer.config.settings import ValidatorSettings, parse
+from hiveminer.config.settings import ValidatorSettings
 from hiveminer.errors import HiveminerError
 from hiveminer.neuron import Neuron
 from hiveminer.rpc.dendrite import Dendrite

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hiveminer.config.run import run_from_table
-from hiveminer.config.run_file import commented_toml
+from hiveminer.config.run_file import to_toml
 from hiveminer.config.settings import RunNewSettings
 from hiveminer.errors import OperatorError
 from hiveminer.runtime.files import write_atomically
@@ -24,7 +24,7 @@ def main(settings: RunNewSettings) -> int:
     rows = load_rows(run.data)
     data = run.data.model_copy(update={"hash": rows.hash})
     model = run.model.model_copy(update={"hash": weights_hash(load_model(run.model.name))})
-    text = commented_toml(run.model_copy(update={"data": data, "model": model}))
+    text = to_toml(run.model_copy(update={"data": data, "model": model}), comments=True)
     try:
         write_atomically(settings.out, text.encode())
     except OSError as error:

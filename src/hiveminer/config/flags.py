@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import sys
 from collections import ChainMap
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar, get_origin
@@ -17,7 +19,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import CliSettingsSource
 
+from hiveminer.__version__ import __version__
 from hiveminer.config import files
+from hiveminer.config.settings import PROGRAMS, ProgramSettings
 from hiveminer.errors import OperatorError, one_line
 
 PREFIX = "HIVEMINER_"
@@ -31,33 +35,34 @@ EPILOG = (
     "over the file of --config ([axon] and under it port = 8091), the file over the default."
 )
 
-Tree = TypeVar("Tree", bound=BaseModel)
+Tree = TypeVar("Tree", bound=ProgramSettings)
 
 
-def read(
-    tree: type[Tree],
-    argv: Sequence[str],
+def parse(
+    argv: Sequence[str] | None = None,
     *,
-    env: Mapping[str, str],
+    cls: type[Tree],
     prog: str,
-    description: str,
-    version: str,
-    others: Iterable[type[BaseModel]] = (),
+    description: str = "",
+    env: Mapping[str, str] | None = None,
 ) -> Tree:
-    """Read the settings of `tree`: flags over environment over the TOML file over defaults.
+    """Read the settings of a program: flags over environment over the TOML file over defaults.
 
-    others: the settings of the other programs, whose keys are ignored in the file and the
-    environment, which may serve them all. Raises OperatorError with one line; SystemExit(0)
-    after `--help` and `--version`.
+    argv, env: this process's by default. One file and one environment may serve all programs:
+    the settings of another are ignored there. Raises OperatorError with one line that names the
+    flag, variable or key; SystemExit(0) after `--help` and `--version`.
     """
-    mine = options(tree)
-    trees: list[type[BaseModel]] = [tree, *others]
+    argv = sys.argv[1:] if argv is None else argv
+    env = os.environ if env is None else env
+    mine = options(cls)
+    trees: list[type[BaseModel]] = [cls, *PROGRAMS]
     known = {key: None for each in trees for key in options(each)}
     parser = _Parser(known, prog=prog, description=description, epilog=EPILOG)
+    version = f"hiveminer {__version__}"
     parser.add_argument("--version", action="version", version=version, help="show the version")
     # Of each source its values by key, and what it calls a key.
     sources = [
-        (_from_flags(tree, parser, _spelled_out(argv, mine)), "--{}".format),
+        (_from_flags(cls, parser, _spelled_out(argv, mine)), "--{}".format),
         (_from_environment(env, known), variable),
     ]
     if named := [(v[CONFIG], name(CONFIG)) for v, name in sources if CONFIG in v]:
@@ -65,7 +70,7 @@ def read(
         sources.append((_from_file(path, source, known), f"{path}: {{}}".format))
     values = ChainMap(*(values for values, _ in sources))
     try:
-        return tree.model_validate(_nested(values, mine))
+        return cls.model_validate(_nested(values, mine))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(map(str, first["loc"]))

@@ -15,22 +15,15 @@ HEAD = """\
 # The run: what everybody who trains together agrees on. Its hash is part of the run id.
 # Give the same file to every miner and validator: --neuron.run run.toml
 # A key that is left out has the default that is written here.
-
 """
 
 
-def to_toml(run: Run) -> str:
-    """The run as TOML, every key of it but the section of a strategy that it does not use."""
-    return _text(run, comments=False)
+def to_toml(run: Run, *, comments: bool = False) -> str:
+    """The run as TOML, every key of it but the section of a strategy that it does not use.
 
-
-def commented_toml(run: Run) -> str:
-    """The same with what each key means; for people to edit."""
-    return HEAD + _text(run, comments=True)
-
-
-def _text(run: Run, *, comments: bool) -> str:
-    lines = list(_keys(run, comments=comments))
+    comments: with what each key means, for people to edit.
+    """
+    lines = [*([HEAD] if comments else []), *_keys(run, comments=comments)]
     for name in type(run).model_fields:
         section = getattr(run, name)
         if isinstance(section, BaseModel) and (name != "sparseloco" or run.strategy == name):

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import ipaddress
 import math
-import os
 import re
-import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-from hiveminer.__version__ import __version__
-from hiveminer.config import files, flags
+from hiveminer.config import files
 from hiveminer.config.peers import checked_peer
 
 # --- kinds of values -------------------------------------------------------------------------
@@ -248,7 +244,7 @@ class WorkSettings(Group):
 
 
 class ProgramSettings(Group):
-    """The settings of one program; `parse` reads flags, environment and file."""
+    """The settings of one program; `flags.parse` reads flags, environment and file."""
 
     config: Folder | None = None
     """TOML file of settings"""
@@ -417,29 +413,3 @@ PROGRAMS: tuple[type[ProgramSettings], ...] = (
     RunNewSettings,
     RunCheckSettings,
 )
-
-Tree = TypeVar("Tree", bound=ProgramSettings)
-
-
-def parse(
-    argv: Sequence[str] | None = None,
-    *,
-    cls: type[Tree],
-    prog: str,
-    description: str = "",
-    env: Mapping[str, str] | None = None,
-) -> Tree:
-    """Read the settings of a program: flags over environment over file over defaults.
-
-    argv, env: this process's by default. Raises OperatorError with one line that names the flag,
-    variable or key; SystemExit(0) after `--help` and `--version`.
-    """
-    return flags.read(
-        cls,
-        sys.argv[1:] if argv is None else argv,
-        env=os.environ if env is None else env,
-        prog=prog,
-        description=description,
-        version=f"hiveminer {__version__}",
-        others=PROGRAMS,
-    )
