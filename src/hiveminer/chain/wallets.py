@@ -15,7 +15,7 @@ from pathlib import Path
 import bittensor as bt
 from bittensor.keyfiles import Keypair
 
-from hiveminer.config.settings import WalletSettings
+from hiveminer.config.settings import Settings
 from hiveminer.errors import OperatorError, one_line
 from hiveminer.runtime.locks import Held, hold
 
@@ -118,17 +118,17 @@ class Reader:
         self.coldkey = self.coldkeypub = self.hotkey
 
 
-def embedded_key(place: Path, wallet: WalletSettings, *, role: str = "miner") -> bt.Wallet | None:
-    """This machine's key on the embedded network at `place`, if it was created.
-
-    It is read without being claimed, so a running miner may use it.
-    """
-    name, hotkey = wallet.name, wallet.hotkey
-    if hotkey is None:
-        name, hotkey = EMBEDDED_WALLET, f"{role}-0"
-    if not (place / "wallets" / name / "hotkeys" / hotkey).is_file():
-        return None
-    return open_wallet(name, hotkey, place / "wallets")
+def own_wallet(settings: Settings, *, role: str = "miner") -> bt.Wallet | None:
+    """This machine's wallet on the network of the settings, without claiming it, so that a
+    running neuron may use it. None on the embedded network where it was not created yet."""
+    name, hotkey, path = settings.wallet.name, settings.wallet.hotkey, settings.wallet.path
+    if settings.embedded:
+        path = settings.subtensor.path / "wallets"
+        if hotkey is None:
+            name, hotkey = EMBEDDED_WALLET, f"{role}-0"
+        if not (path / name / "hotkeys" / hotkey).is_file():
+            return None
+    return open_wallet(name, hotkey or "default", path)
 
 
 def _claim(place: Path, name: str, hotkey: str) -> Claimed | str:

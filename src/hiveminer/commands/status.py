@@ -15,14 +15,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import bittensor as bt
 from rich.markup import escape
 from rich.table import Table
 
-from hiveminer.chain import Chain, open_subnet, open_wallet
-from hiveminer.chain.wallets import Reader, embedded_key
+from hiveminer.chain import Chain, open_subnet
+from hiveminer.chain.wallets import Reader, own_wallet
 from hiveminer.config.settings import MinerSettings
 from hiveminer.errors import OperatorError
 from hiveminer.neuron import subnet_folder
@@ -32,7 +31,6 @@ from hiveminer.runtime.program import rendered
 from hiveminer.training.checkpoint import SCORES_FOLDER, newest
 from hiveminer.validation.scores import ScoreTable
 
-ROLES = ("miner", "validator")
 ALIVE_SECONDS = 3.0
 TAIL_BYTES = 512 * 1024
 """How much of the end of a neuron's metrics is read."""
@@ -94,18 +92,13 @@ def gather(settings: MinerSettings, *, clock: Callable[[], float] = time.time) -
 def open_reader(settings: MinerSettings) -> Chain:
     """The chain, with the operator's own hotkey if there is one; nothing is registered."""
     file = settings.subtensor.file
-    wallet: Any
-    if settings.embedded:
-        if not file.exists():
-            raise OperatorError(
-                f"there is no embedded network at {file}; start a miner, or name another with "
-                "--subtensor.path or --subtensor.network"
-            )
-        keys = (embedded_key(settings.subtensor.path, settings.wallet, role=role) for role in ROLES)
-        wallet = next((key for key in keys if key is not None), None) or Reader()
-    else:
-        name, hotkey = settings.wallet.name, settings.wallet.hotkey or "default"
-        wallet = open_wallet(name, hotkey, settings.wallet.path)
+    if settings.embedded and not file.exists():
+        raise OperatorError(
+            f"there is no embedded network at {file}; start a miner, or name another with "
+            "--subtensor.path or --subtensor.network"
+        )
+    wallets = (own_wallet(settings, role=role) for role in ("miner", "validator"))
+    wallet = next((wallet for wallet in wallets if wallet is not None), None) or Reader()
     return open_subnet(settings, wallet)
 
 

@@ -56,7 +56,7 @@ def configure_logging(settings: Settings, name: str) -> None:
 
 def report(words: str) -> None:
     """Print a program's last line to stderr, or to the log if that is JSON."""
-    if _json_output.started:
+    if _json_output.filter is not None:
         logging.getLogger("hiveminer").critical("%s", words)
     else:
         with contextlib.suppress(OSError):  # a full disk or a closed pipe
@@ -67,9 +67,8 @@ class _JsonOutput:
     """Redirects stdout and stderr of this process through `json_filter`."""
 
     def __init__(self) -> None:
-        self.started = False
         self._stream: TextIO | None = None
-        self._filter: subprocess.Popen[bytes] | None = None
+        self.filter: subprocess.Popen[bytes] | None = None
 
     def start(self, neuron: str) -> TextIO:
         """Start, or restart with a new name; returns the stream for JSON lines."""
@@ -80,29 +79,28 @@ class _JsonOutput:
             sys.excepthook = _log_uncaught
             threading.excepthook = _log_thread
         self._flush()
-        self._filter = subprocess.Popen(
+        self.filter = subprocess.Popen(
             [sys.executable, "-I", "-S", json_filter.__file__, neuron],
             stdin=subprocess.PIPE,
             stdout=self._stream,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        assert self._filter.stdin is not None
+        assert self.filter.stdin is not None
         for descriptor in (1, 2):
-            os.dup2(self._filter.stdin.fileno(), descriptor)
-        self._filter.stdin.close()
-        self.started = True
+            os.dup2(self.filter.stdin.fileno(), descriptor)
+        self.filter.stdin.close()
         return self._stream
 
     def _stop(self, owner: int) -> None:
         """Flush the last lines."""
-        if os.getpid() != owner or self._filter is None or self._stream is None:
+        if os.getpid() != owner or self.filter is None or self._stream is None:
             return
         self._flush()
         for descriptor in (1, 2):
             os.dup2(self._stream.fileno(), descriptor)
         with contextlib.suppress(subprocess.TimeoutExpired):  # a child of ours still writes
-            self._filter.wait(FLUSH_SECONDS)
+            self.filter.wait(FLUSH_SECONDS)
 
     def _flush(self) -> None:
         for stream in (sys.stdout, sys.stderr):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from hiveminer.chain import open_subnet, open_wallet
-from hiveminer.chain.wallets import Reader, embedded_key
+from hiveminer.chain import open_subnet
+from hiveminer.chain.wallets import Reader, own_wallet
 from hiveminer.commands.checks.base import Check, Examination, failed, passed, warned
 from hiveminer.errors import HiveminerError
 from hiveminer.runtime import addresses
@@ -22,13 +22,12 @@ OLD_SECONDS = 10.0
 
 def wallet(exam: Examination) -> Check:
     settings = exam.settings
+    exam.wallet = own_wallet(settings)
+    if exam.wallet is None:
+        return passed("none yet; the miner makes a throwaway key by itself")
     if settings.embedded:
-        exam.wallet = embedded_key(settings.subtensor.path, settings.wallet)
-        if exam.wallet is None:
-            return passed("none yet; the miner makes a throwaway key by itself")
         return passed(f"throwaway key {exam.wallet.hotkey.ss58_address}")
     name, hotkey = settings.wallet.name, settings.wallet.hotkey or "default"
-    exam.wallet = open_wallet(name, hotkey, settings.wallet.path)
     folder = settings.wallet.path / name
     said = f"{name}/{hotkey}: {exam.wallet.hotkey.ss58_address}"
     file = folder / "hotkeys" / hotkey

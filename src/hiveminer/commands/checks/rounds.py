@@ -7,6 +7,9 @@ from functools import partial
 from hiveminer.chain.embedded.schema import HYPERPARAMETERS
 from hiveminer.commands.checks.base import Check, Examination, failed, passed, warned
 from hiveminer.neuron import subnet_folder
+from hiveminer.strategies.sparseloco.log import logs_below
+from hiveminer.strategies.sparseloco.replay import disagreement
+from hiveminer.strategies.sparseloco.schedule import Schedule, latency_of, schedule_problems
 
 
 def rounds(exam: Examination) -> Check:
@@ -18,8 +21,6 @@ def rounds(exam: Examination) -> Check:
         return passed(f"none: the run's strategy is {exam.run.strategy}")
     if exam.chain is None and not exam.settings.embedded:
         return failed("unknown without the chain", "fix the chain first")
-    from hiveminer.strategies.sparseloco.schedule import Schedule, latency_of, schedule_problems
-
     schedule = Schedule.of(exam.run.sparseloco)
     tempo, space = HYPERPARAMETERS["tempo"].default, None
     if exam.chain is not None:
@@ -48,9 +49,6 @@ def rounds(exam: Examination) -> Check:
 
 def _disagreement(exam: Examination) -> str:
     """How a log on this machine contradicts the chain, if it is of this run and one does."""
-    from hiveminer.strategies.sparseloco.log import logs_below
-    from hiveminer.strategies.sparseloco.replay import disagreement
-
     assert exam.run is not None
     for log in logs_below(subnet_folder(exam.settings)):
         try:

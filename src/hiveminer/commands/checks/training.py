@@ -6,7 +6,8 @@ import asyncio
 import concurrent.futures
 import socket
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+
+import torch
 
 from hiveminer.commands.checks.base import Check, Examination, failed, gigabytes, passed, warned
 from hiveminer.config.run import load_run
@@ -14,11 +15,9 @@ from hiveminer.errors import OperatorError
 from hiveminer.protocol import IsAlive
 from hiveminer.rpc.dendrite import endpoints_of, probe
 from hiveminer.strategies.sparseloco.records import decode_mark, run_prefix
-
-if TYPE_CHECKING:
-    import torch
-
-    from hiveminer.training.memory import MemoryNeeded
+from hiveminer.training.memory import MemoryNeeded, memory_left, memory_needed
+from hiveminer.training.model import REPORTED_SHARE, choose_device, shape_of_model
+from hiveminer.training.task import load_task
 
 PEER_SECONDS = 3.0
 MAX_PEERS = 64
@@ -39,8 +38,6 @@ def memory(exam: Examination) -> Check:
     if exam.run is None:
         return failed("unknown without the run", "fix the run first")
     from hiveminer.swarm.processes import require_shared_memory
-    from hiveminer.training.memory import memory_left, memory_needed
-    from hiveminer.training.model import choose_device, shape_of_model
 
     named = exam.run.model
     built = shape_of_model(named.name, revision=named.revision)
@@ -76,9 +73,6 @@ def task(exam: Examination) -> Check:
         return failed("unknown without the run", "fix the run first")
     if not exam.fits:
         return failed("unknown without the memory to load it", "fix the memory first")
-    from hiveminer.training.model import REPORTED_SHARE
-    from hiveminer.training.task import load_task
-
     task = load_task(exam.run)
     exam.run_id = task.run_id
     compared = "as in the run" if exam.run.data.hash else "the run names none"
