@@ -228,13 +228,14 @@ class Neuron:
     def check_address(self, flag: str, ip: str) -> None:
         """Raise OperatorError for an unreachable address, warn of a doubtful one. The embedded
         network accepts any."""
-        problem = None if self.chain.embedded else addresses.check(ip)
-        if problem is None:
+        if self.chain.embedded:
             return
-        words = f"{problem.words}; give the public address with {flag}"
-        if problem.kind == "refused":
-            raise OperatorError(words)
-        logger.warning("%s", words)
+        try:
+            doubt = addresses.check(ip)
+        except ValueError as error:
+            raise OperatorError(f"{error}; give the public address with {flag}") from None
+        if doubt:
+            logger.warning("%s; give the public address with %s", doubt, flag)
 
     def go_on(self) -> None:
         """Called between the steps of a start: raises KeyboardInterrupt after a signal."""

@@ -11,8 +11,6 @@ import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Literal
 
 import httpx
 
@@ -28,35 +26,25 @@ SERVICE_SECONDS = 5.0
 MAX_ANSWER_BYTES = 256
 
 
-@dataclass(frozen=True)
-class Finding:
-    """What is wrong with an address: a `refused` one cannot be used, a `doubtful` one can."""
+def check(ip: str) -> str:
+    """Why this address may be hard to reach over the internet; "" if nothing speaks against it.
 
-    kind: Literal["refused", "doubtful"]
-    words: str
-
-
-def check(ip: str) -> Finding | None:
-    """What is wrong with this address for being called over the internet, if anything."""
-    try:
-        address = ipaddress.ip_address(ip)
-    except ValueError:
-        return Finding("refused", f"{ip[:64]!r} is not an IP address")
+    Raises ValueError with the reason if it cannot be published at all.
+    """
+    address = ipaddress.ip_address(ip)
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        return Finding(
-            "refused", f"{ip} is an IPv4-mapped IPv6 address: write {address.ipv4_mapped}"
-        )
+        raise ValueError(f"{ip} is an IPv4-mapped IPv6 address: write {address.ipv4_mapped}")
     if address.is_unspecified:
-        return Finding("refused", f"{ip} means every address of this machine; it cannot be called")
+        raise ValueError(f"{ip} means every address of this machine; it cannot be called")
     if address.is_loopback:
-        return Finding("refused", f"{ip} is a loopback address: the chain refuses it as an axon's")
+        raise ValueError(f"{ip} is a loopback address: the chain refuses it as an axon's")
     if address.is_multicast or address.is_link_local or ip == "255.255.255.255":
-        return Finding("refused", f"{ip} is not a single host's address")
+        raise ValueError(f"{ip} is not a single host's address")
     if not address.is_global:
-        return Finding("doubtful", f"{ip} is a private address: the internet cannot reach it")
+        return f"{ip} is a private address: the internet cannot reach it"
     if address.version == 6:
-        return Finding("doubtful", f"{ip} is IPv6: neurons without IPv6 cannot reach it")
-    return None
+        return f"{ip} is IPv6: neurons without IPv6 cannot reach it"
+    return ""
 
 
 def ask_outside(

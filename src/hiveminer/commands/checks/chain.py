@@ -111,10 +111,13 @@ def address(exam: Examination) -> Check:
         exam.ip, said = given, "as given"
     dht_ip = settings.dht.external_ip or exam.ip
     for flag, ip in (("--axon.external_ip", exam.ip), ("--dht.external_ip", dht_ip)):
-        problem = addresses.check(ip)
-        if problem is not None:
-            verdict = failed if problem.kind == "refused" else warned
-            return verdict(problem.words, f"give the public address with {flag}")
+        cure = f"give the public address with {flag}"
+        try:
+            doubt = addresses.check(ip)
+        except ValueError as error:
+            return failed(str(error), cure)
+        if doubt:
+            return warned(doubt, cure)
     return passed(f"{exam.ip}, {said}")
 
 
