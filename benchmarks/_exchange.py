@@ -204,7 +204,8 @@ def _run(folder: Path, uid: int, rounds: int, claimed: Claimed) -> None:
     )  # fmt: skip
     join_embedded(chain, stake_tao=5000.0 if uid == 0 else 0.0)
     hotkey = claimed.wallet.hotkey
-    peer = Peer(identity=Identity(hotkey, run_id=RUN_ID, key_path=None), admitted=[chain.hotkey])
+    identity = Identity(hotkey, run_id=RUN_ID, key_path=folder / f"{uid}.key")
+    peer = Peer(identity=identity, admitted=[chain.hotkey])
     say(peer={"address": peer.address, "hotkey": chain.hotkey})
     others: dict[str, list[str]] = json.loads(sys.stdin.readline())
     membership = Membership(

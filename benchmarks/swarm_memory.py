@@ -12,21 +12,24 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import torch
+from bittensor.keyfiles import Keypair
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.machine import RESULTS, describe, write
 from hiveminer.config.run import Run
 from hiveminer.strategies.hivemind.strategy import HivemindStrategy
-from hiveminer.swarm import Peer
+from hiveminer.swarm import Identity, Peer
 from hiveminer.swarm.membership import Membership
 
 WIDTHS = (768, 1024)
 TRAINING = 12
+RUN_ID = "memory-a-b-c"
 
 
 def shared_out() -> int:
@@ -35,14 +38,16 @@ def shared_out() -> int:
     return sum(each.memory_full_info().pss for each in [me, *me.children(recursive=True)])
 
 
-def one(width: int) -> None:
+def one(width: int, *, folder: Path) -> None:
     torch.set_num_threads(1)
-    membership = Membership(Peer())
+    hotkey = Keypair.create_from_uri("//Alice")
+    identity = Identity(hotkey, run_id=RUN_ID, key_path=folder / "peer.key")
+    membership = Membership(Peer(identity=identity))
     config = GPT2Config(vocab_size=258, n_positions=512, n_embd=width, n_layer=6, n_head=4)
     model = GPT2LMHeadModel(config)
     parameters = sum(value.numel() for value in model.parameters())
     before = shared_out()
-    swarm = HivemindStrategy(model, membership=membership, run=Run(), run_id="memory-a-b-c")
+    swarm = HivemindStrategy(model, membership=membership, run=Run(), run_id=RUN_ID)
     row = torch.randint(0, 255, (1, 32))
     for _ in range(2):
         torch.autograd.backward(model(input_ids=row, labels=row).loss)
@@ -58,7 +63,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "swarm_memory.json")
     options = parser.parse_args(argv)
     if options.width:
-        one(options.width)
+        with tempfile.TemporaryDirectory() as folder:
+            one(options.width, folder=Path(folder))
         return 0
     sizes = []
     for width in WIDTHS:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from bittensor.keyfiles import Keypair
@@ -15,6 +17,7 @@ from hiveminer.swarm.identity import Authorizer
 
 RUN = "embedded-11aa-22bb-33cc"
 OTHER_RUN = "embedded-99ff-22bb-33cc"
+KEYS = tempfile.TemporaryDirectory(prefix="hiveminer-keys-")
 
 
 @functools.cache
@@ -25,10 +28,12 @@ def hotkey(name: str) -> Any:
 @functools.cache
 def who(name: str, *, run_id: str = RUN, key: int = 0) -> Identity:
     """This hotkey's identity, with the `key`-th of its RSA keys."""
-    return Identity(hotkey(name), run_id=run_id, key_path=None)
+    path = Path(KEYS.name) / f"{name} {run_id} {key}.key"
+    return Identity(hotkey(name), run_id=run_id, key_path=path)
 
 
-EVERYBODY = tuple(str(hotkey(name).ss58_address) for name in ("Alice", "Bob", "Charlie"))
+NAMES = ("Alice", "Bob", "Charlie")
+EVERYBODY = tuple(str(hotkey(name).ss58_address) for name in NAMES)
 ALICE, BOB, CHARLIE = EVERYBODY
 
 

@@ -30,10 +30,10 @@ from programs import free_port, wait_for
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 with pytest.raises(OperatorError, match="does not start on 192.0.2.1 port 0: .* has no such addr"):
-    Peer(ip="192.0.2.1")
+    Peer(identity=who("Alice"), ip="192.0.2.1")
 busy = socket.create_server(("127.0.0.1", 0))
 with pytest.raises(PortTaken, match="choose another with --dht.port"):
-    Peer(port=busy.getsockname()[1])
+    Peer(identity=who("Alice"), port=busy.getsockname()[1])
 
 class Dying(peers._Node):
     def run(self):
@@ -41,7 +41,7 @@ class Dying(peers._Node):
 
 peers._Node, node = Dying, peers._Node
 with pytest.raises(OperatorError, match="its process ended with 7; the system may have killed it"):
-    Peer()
+    Peer(identity=who("Alice"))
 peers._Node = node
 
 def peer(name, **options):

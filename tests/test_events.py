@@ -142,13 +142,14 @@ from hiveminer.runtime.logs import configure_logging
 from hiveminer.config.settings import MinerSettings
 from hiveminer.swarm import Peer
 from hiveminer.swarm.processes import log_to_root
+from identities import who
 
 async def speak(_dht, node):
     logging.getLogger("hivemind.dht.node").warning("from the fork")
 
 configure_logging(MinerSettings(), "miner-7")
 log_to_root()
-peer = Peer()
+peer = Peer(identity=who("Alice"))
 peer.dht.run_coroutine(speak)
 peer.close()
 print("closed", flush=True)

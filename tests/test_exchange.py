@@ -15,27 +15,26 @@ SCRIPT = """
 import asyncio, contextlib, hashlib, itertools, json, logging, os, sys, threading, time
 from functools import partial
 import torch
-from bittensor.keyfiles import Keypair
 from hivemind import DHT
 from hivemind.p2p import P2P, PeerID
 from hivemind.utils.timed_storage import get_dht_time
 
 sys.path.insert(0, sys.argv[1])
+from identities import hotkey, who
 from tiny import tiny_model
 from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.exchange import Exchange
 from hiveminer.strategies.sparseloco.pieces import piece_bytes, read_manifest
 from hiveminer.strategies.sparseloco.rounds import Contribution
 from hiveminer.strategies.sparseloco.streams import REQUEST
-from hiveminer.swarm import Identity, Peer
+from hiveminer.swarm import Peer
 from hiveminer.swarm.announced import AnnouncedAddresses
 
 torch.set_num_threads(1)
 logging.basicConfig(level=logging.INFO)
 RUN, RUN_ID = b"12345678", "exchange-a-b-c"
 names = ("alice", "bob", "liar", "broken", "fetcher", "stranger")
-keys = {name: Keypair.create_from_uri(f"//{name}") for name in names}
-hotkeys = [keys[name].ss58_address for name in names if name != "stranger"]
+hotkeys = [hotkey(name).ss58_address for name in names if name != "stranger"]
 
 
 class Files:
@@ -58,10 +57,7 @@ def contribution(uid, blob):
     return Contribution(uid, bytes([uid]) * 32, len(blob), sha(blob))
 
 
-peers = {
-    name: Peer(identity=Identity(key, run_id=RUN_ID, key_path=None), admitted=hotkeys)
-    for name, key in keys.items()
-}
+peers = {name: Peer(identity=who(name, run_id=RUN_ID), admitted=hotkeys) for name in names}
 sources = {name: Files() for name in names}
 exchanges = {
     name: Exchange(peers[name].dht, run=RUN, source=sources[name])

@@ -47,14 +47,6 @@ def test_a_key_that_hivemind_wrote_goes_on_working(tmp_path: Path, was: int) -> 
     assert str(PeerID.from_identity(path.read_bytes())) == one.peer_id
 
 
-def test_a_key_that_is_not_kept_is_on_the_disk_for_the_daemon_only() -> None:
-    one = Identity(hotkey("Alice"), run_id=RUN, key_path=None)
-    with one.key_file() as path:
-        assert mode(path) == 0o600
-        assert str(PeerID.from_identity(path.read_bytes())) == one.peer_id
-    assert not path.parent.exists()
-
-
 def wrapped(key: Any, *, form: Any = serialization.PrivateFormat.TraditionalOpenSSL) -> bytes:
     der = key.private_bytes(serialization.Encoding.DER, form, serialization.NoEncryption())
     message = crypto_pb2.PrivateKey(key_type=crypto_pb2.RSA, data=der)
@@ -106,7 +98,7 @@ def test_a_place_where_no_key_can_be_is_told_in_one_line(tmp_path: Path) -> None
             Identity(hotkey("Alice"), run_id=RUN, key_path=path)
 
 
-def test_a_hotkey_of_another_kind_is_the_operators_mistake() -> None:
+def test_a_hotkey_of_another_kind_is_the_operators_mistake(tmp_path: Path) -> None:
     key = Keypair.create_from_uri("//Alice", crypto_type=bittensor.CRYPTO_ED25519)
     with pytest.raises(OperatorError, match="not sr25519"):
-        Identity(key, run_id=RUN, key_path=None)
+        Identity(key, run_id=RUN, key_path=tmp_path / "peer.key")

@@ -127,34 +127,39 @@ async def knock(_, node, peer_id):
     return await node.protocol.call_ping(PeerID.from_base58(peer_id)) is not None
 
 def intrude(first, second, *, succeeds):
-    meets(first, second)
-    surely(lambda: store(first.dht, "shared"))
-    assert surely(lambda: get(second.dht, "shared")) == "shared"
+    "A stock node, and what it tries on these two."
+    surely(lambda: store(first, "shared"))
+    assert surely(lambda: get(second, "shared")) == "shared"
     stranger = hivemind.DHT(
-        initial_peers=[first.address, second.address],
+        initial_peers=[*first.get_visible_maddrs(), *second.get_visible_maddrs()],
         start=True,
         ensure_bootstrap_success=False,
     )
+    knocks = (functools.partial(knock, peer_id=str(one.peer_id)) for one in (first, second))
     attempts = [
-        *(functools.partial(stranger.run_coroutine, functools.partial(knock, peer_id=one.peer_id))
-          for one in (first, second)),
+        *(functools.partial(stranger.run_coroutine, each) for each in knocks),
         lambda: store(stranger, "strange"),
         lambda: get(stranger, "shared") == "shared",
-        lambda: get(first.dht, "strange") == "strange",
-        lambda: get(second.dht, "strange") == "strange",
+        lambda: get(first, "strange") == "strange",
+        lambda: get(second, "strange") == "strange",
     ]
     for attempt in attempts:
         if succeeds:
             surely(attempt)
         else:
             assert not any(attempt() for _ in range(3))
-    assert first.hotkey_of(str(stranger.peer_id)) == ("" if succeeds else None)
-    stranger.shutdown()
-    for one in (first, second):
-        one.close()
+    return stranger
 
-intrude(peer("Alice"), peer("Bob"), succeeds=False)
-intrude(Peer(), Peer(), succeeds=True)
+alice, bob = peer("Alice"), peer("Bob")
+meets(alice, bob)
+stranger = intrude(alice.dht, bob.dht, succeeds=False)
+assert alice.hotkey_of(str(stranger.peer_id)) is None
+stock = hivemind.DHT(start=True)
+other = hivemind.DHT(start=True, initial_peers=stock.get_visible_maddrs())
+for each in (intrude(stock, other, succeeds=True), stock, other, stranger):
+    each.shutdown()
+for one in (alice, bob):
+    one.close()
 print("closed")
 """
 )

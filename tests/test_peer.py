@@ -15,13 +15,16 @@ ID = "QmcarEgZaGuB2HrUo7yJMwWP1fKCR1YBZrmgnQXoDCzyjY"
 MEET = """
 import sys
 from hiveminer.swarm import Peer, addresses_in
+from identities import EVERYBODY, NAMES, who
 from programs import free_port
 
 def counts(result):
     return len(result.answered), len(result.tried)
 
 NOBODY = "/ip4/127.0.0.1/tcp/1/p2p/" + sys.argv[1]
-first, second, third = (Peer(port=free_port(), quic=True) for _ in range(3))
+first, second, third = (
+    Peer(identity=who(name), admitted=EVERYBODY, port=free_port(), quic=True) for name in NAMES
+)
 assert len(second.commitment.encode()) <= 128
 tcp, quic = addresses_in(second.commitment)
 assert tcp == second.address

@@ -40,9 +40,10 @@ from pathlib import Path
 import torch
 from hiveminer.swarm import Peer
 from hiveminer.swarm.processes import ChildProcesses
+from identities import who
 
 torch.set_num_threads(1)
-peer = Peer()
+peer = Peer(identity=who("Alice"))
 children = ChildProcesses()
 children.watch("the DHT's process", peer.dht.pid)
 print("started", peer.dht.pid, flush=True)
@@ -62,6 +63,7 @@ from hiveminer.strategies.hivemind.averager import SwarmAverager
 from hiveminer.strategies.hivemind.bounds import Bounds
 from hiveminer.swarm import Peer
 from hiveminer.swarm.processes import ChildProcesses
+from identities import who
 from programs import wait_for
 
 def deafen(p2p):
@@ -75,7 +77,7 @@ class Averager(SwarmAverager):
 async def deafen_dht(_dht, node):
     deafen(node.p2p)
 
-peer = Peer()
+peer = Peer(identity=who("Alice"))
 averager = Averager(
     run_id="run-a-b-c", bounds=Bounds.of(Run()), dht=peer.dht, params=[torch.ones(2)],
     optimizer=lambda groups: torch.optim.SGD(groups, 1.0), client_mode=True, start=True,
@@ -93,6 +95,7 @@ for name, pid, act in (
 SLOW_FORK = """
 import os, time
 from hiveminer.swarm import peer
+from identities import who
 
 class Slow(peer._Node):
     def run(self):
@@ -104,7 +107,7 @@ class Slow(peer._Node):
         super().run()
 
 peer._Node = Slow
-peer.Peer()
+peer.Peer(identity=who("Alice"))
 """
 
 # A tracker that ends while it waits for the DHT.
@@ -112,12 +115,13 @@ WAITING_TRACKER = """
 import asyncio, gc, os, signal
 from hiveminer.swarm import Peer
 from hiveminer.strategies.hivemind.tracker import SampleTracker
+from identities import who
 from programs import wait_for
 
 def waiting():
     return [each for each in gc.get_objects() if isinstance(each, asyncio.Task)]
 
-peer = Peer()
+peer = Peer(identity=who("Alice"))
 tracker = SampleTracker(
     dht=peer.dht, prefix="run", target_batch_size=8, start=True,
     default_refresh_period=0.1, min_refresh_period=0.1, max_refresh_period=0.1,

@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import pytest
-from bittensor.keyfiles import Keypair
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
@@ -15,6 +14,7 @@ from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord
 from hivemind.p2p import PeerID
 from hivemind.utils.crypto import RSAPrivateKey
+from identities import EVERYBODY, RUN, who
 
 from hiveminer.strategies.hivemind.records import (
     Shapes,
@@ -23,20 +23,17 @@ from hiveminer.strategies.hivemind.records import (
     group_key,
     progress_key,
 )
-from hiveminer.swarm import Identity
 from hiveminer.swarm.identity import Authorizer
 from hiveminer.swarm.records import SignedRecords, keep_valid
 
-RUN = "embedded-11aa-22bb-33cc"
 pack = DHTProtocol.serializer.dumps
 
 
 class Node:
     """A peer's validator; `write` gives an entry as its DHT would sign it."""
 
-    def __init__(self, name: str, *, run_id: str = RUN):
-        key = Keypair.create_from_uri(f"//{name}")
-        self.identity = Identity(key, run_id=run_id, key_path=None)
+    def __init__(self, name: str, **options: Any):
+        self.identity = who(name, **options)
         self.peer_id = PeerID.from_base58(self.identity.peer_id).to_bytes()
         self.records = SignedRecords(Authorizer(self.identity, admitted=EVERYBODY))
 
@@ -48,21 +45,18 @@ class Node:
         return changed(record, value=self.records.sign_value(record))
 
 
-EVERYBODY = [Keypair.create_from_uri(f"//{name}").ss58_address for name in ("A", "B")]
-
-
 def changed(record: DHTRecord, **changes: Any) -> DHTRecord:
     return DHTRecord(**{**vars(record), **changes})
 
 
 @pytest.fixture(scope="module")
 def a() -> Node:
-    return Node("A")
+    return Node("Alice")
 
 
 @pytest.fixture(scope="module")
 def b() -> Node:
-    return Node("B")
+    return Node("Bob")
 
 
 def test_an_entry_under_the_writers_own_peer_id_is_believed(a: Node, b: Node) -> None:
@@ -108,10 +102,10 @@ def test_an_entry_with_one_part_changed_is_not_believed(a: Node, b: Node) -> Non
 
 
 def test_a_stranger_and_an_invented_peer_write_nothing(a: Node) -> None:
-    stranger, other_run = Node("Eve"), Node("B", run_id="another-run")
+    stranger, other_run = Node("Eve"), Node("Bob", run_id="another-run")
     assert not a.records.validate(stranger.write())
     assert not a.records.validate(other_run.write())
-    inventor = Node("B")
+    inventor = Node("Bob", key=1)
     inventor.records._own_token()  # of its hotkey, for its own key
     inventor.identity.private_key = RSAPrivateKey()
     assert not a.records.validate(inventor.write())

@@ -7,13 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from bittensor.keyfiles import Keypair
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.p2p import PeerID
 from hivemind.utils.timed_storage import ValueWithExpiration
+from identities import who
 
 from hiveminer.strategies.hivemind.tracker import Reports, swarm_epoch
-from hiveminer.swarm import Identity
 
 
 def peer(number: int) -> PeerID:
@@ -170,7 +169,7 @@ def test_what_is_no_report_does_not_count(value: object) -> None:
 
 
 def test_a_report_counts_for_the_peer_that_signed_it() -> None:
-    identity = Identity(Keypair.create_from_uri("//A"), run_id="a-b-c", key_path=None)
+    identity = who("Alice")
     owner = RSASignatureValidator(identity.private_key).local_public_key
     ours = report(peer_id=PeerID.from_base58(identity.peer_id).to_bytes(), epoch=0)
     assert Reports(signed=True).read({owner: ours}) == {owner: ours}

@@ -34,6 +34,7 @@ from hiveminer.config.run import Run
 from hiveminer.strategies.hivemind.strategy import HivemindStrategy
 from hiveminer.swarm import Peer
 from hiveminer.swarm.membership import Membership
+from identities import who
 
 torch.set_num_threads(1)
 TARGET = 1000
@@ -47,7 +48,7 @@ class Machine:
     """A peer from its start to its end."""
 
     def __init__(self):
-        self.model, member = builtin_model(), Membership(Peer())
+        self.model, member = builtin_model(), Membership(Peer(identity=who("Alice")))
         self.swarm = HivemindStrategy(self.model, membership=member, run=run, run_id="r-1-2-3")
         self.kept = Checkpoints(Path(sys.argv[1]))
 

@@ -99,7 +99,7 @@ def attack():
         invented = b"\\x12\\x20" + secrets.token_bytes(32)
         write(group_key(PREFIX), True, subkey=invented)
         write(donors_key(PREFIX), 1e300, subkey=invented)
-    signer = RSASignatureValidator(rival.private_key)
+    signer = RSASignatureValidator(rival.identity.private_key)
     report = dict(
         peer_id=rival.dht.peer_id.to_bytes(), epoch=10**9, samples_accumulated=10**9,
         samples_per_second=1e9, time=float("nan"), client_mode=False,

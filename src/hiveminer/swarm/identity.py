@@ -10,15 +10,13 @@ hotkey. It costs about 1 ms per message each way.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
 import math
 import re
-import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +26,11 @@ from bittensor.keyfiles import Keypair
 from hivemind.p2p import PeerID
 from hivemind.proto.auth_pb2 import AccessToken
 from hivemind.utils.auth import AuthRole, AuthRPCWrapper, TokenAuthorizerBase
-from hivemind.utils.crypto import RSAPrivateKey
 from hivemind.utils.timed_storage import get_dht_time
 
 from hiveminer.errors import OperatorError, SwarmError
 from hiveminer.runtime.events import tell
-from hiveminer.swarm.keys import MAX_PUBLIC_KEY, load_or_make, peer_id_of_key, write
+from hiveminer.swarm.keys import MAX_PUBLIC_KEY, load_or_make, peer_id_of_key
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +67,11 @@ class Identity:
     """A hotkey, the RSA key that it vouches for, and its run.
 
     hotkey_keypair: the neuron's sr25519 hotkey; a `Keypair`, or anything that signs like one.
-    key_path: the RSA key's file, in Hivemind's format; created if missing. None for a temporary
-        key. Raises OperatorError when the file is invalid or cannot be read or created.
+    key_path: the RSA key's file, in Hivemind's format; created if missing. Raises OperatorError
+        when the file is invalid or cannot be read or created.
     """
 
-    def __init__(self, hotkey_keypair: Any, *, run_id: str, key_path: Path | None):
+    def __init__(self, hotkey_keypair: Any, *, run_id: str, key_path: Path):
         if getattr(hotkey_keypair, "crypto_type", CRYPTO_SR25519) != CRYPTO_SR25519:
             raise OperatorError(
                 "the hotkey is not sr25519: make one with `btcli wallet new-hotkey`"
@@ -83,7 +80,7 @@ class Identity:
         self.hotkey = str(hotkey_keypair.ss58_address)
         self.run_id = run_id
         self.key_path = key_path
-        self.private_key = RSAPrivateKey() if key_path is None else load_or_make(key_path)
+        self.private_key = load_or_make(key_path)
         self.public_key: bytes = self.private_key.get_public_key().to_bytes()
         self.peer_id = str(peer_id_of_key(self.public_key))
 
@@ -96,17 +93,6 @@ class Identity:
         )
         token.signature = self._keypair.sign(_statement(token))
         return token
-
-    @contextlib.contextmanager
-    def key_file(self) -> Iterator[Path]:
-        """The key as a file, for the libp2p daemon's start."""
-        if self.key_path is not None:
-            yield self.key_path
-            return
-        with tempfile.TemporaryDirectory(prefix="hiveminer-") as folder:
-            path = Path(folder) / "peer.key"
-            write(self.private_key, path)
-            yield path
 
 
 @dataclass(frozen=True)
@@ -393,18 +379,16 @@ async def proved_peers(_dht: Any, node: Any) -> dict[str, str]:
 
 async def known_hotkey(_dht: Any, node: Any, *, peer_id: str) -> str | None:
     """Runs in the DHT's process: as `identify`, but nobody is asked."""
-    authorizer: Authorizer | None = node.protocol.authorizer
-    return "" if authorizer is None else authorizer.hotkey_of(peer_id)
+    authorizer: Authorizer = node.protocol.authorizer
+    return authorizer.hotkey_of(peer_id)
 
 
 async def identify(_dht: Any, node: Any, *, peer_id: str, timeout_seconds: float) -> str | None:
     """Runs in the DHT's process: the admitted hotkey that this peer id has proved, or None.
 
-    An unknown peer is pinged, and its signed answer proves it. "" if the DHT has no authorizer.
+    An unknown peer is pinged, and its signed answer proves it.
     """
-    authorizer: Authorizer | None = node.protocol.authorizer
-    if authorizer is None:
-        return ""
+    authorizer: Authorizer = node.protocol.authorizer
     return await authorizer.identify(
         peer_id, ask=node.protocol.call_ping, timeout_seconds=timeout_seconds
     )

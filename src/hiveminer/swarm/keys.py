@@ -53,7 +53,8 @@ def load_or_make(path: Path) -> Any:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             key = RSAPrivateKey()
-            write(key, path)
+            message = crypto_pb2.PrivateKey(key_type=crypto_pb2.RSA, data=key.to_bytes())
+            write_atomically(path, message.SerializeToString(), mode=0o600)
             return key
         with path.open("rb") as stream:
             # hivemind made it 400, and a copy from elsewhere may be open to all.
@@ -87,9 +88,3 @@ def parse(data: bytes) -> Any:
         return key if same and peer_id_of_key(key.get_public_key().to_bytes()) else None
     except Exception:  # noqa: BLE001 - the parsers raise whatever they meet
         return None
-
-
-def write(key: Any, path: Path) -> None:
-    """Write a key so that the file is complete or not there, and readable by this user only."""
-    message = crypto_pb2.PrivateKey(key_type=crypto_pb2.RSA, data=key.to_bytes())
-    write_atomically(path, message.SerializeToString(), mode=0o600)

@@ -128,8 +128,8 @@ class Peer:
 
     ip, port: where it listens for other peers (TCP; port 0 for any).
     announce_ip: the address to announce, if it is not `ip`.
-    identity: the hotkey that vouches for this peer. With it, only peers of admitted hotkeys in
-        the same run are accepted; without, everybody is.
+    identity: the hotkey that vouches for this peer, and its run: only peers of admitted hotkeys
+        in the same run are accepted.
     admitted: the hotkeys to admit at first; `admit` changes them.
     client_only: dial out without listening (a validator needs no open port).
     quic: also listen on the UDP port of the same number, for QUIC.
@@ -140,11 +140,11 @@ class Peer:
     def __init__(
         self,
         *,
+        identity: Identity,
         ip: str = "127.0.0.1",
         port: int = 0,
         announce_ip: str | None = None,
         announce_port: int | None = None,
-        identity: Identity | None = None,
         admitted: Collection[str] = (),
         client_only: bool = False,
         quic: bool = False,
@@ -157,7 +157,11 @@ class Peer:
         self._claim = _claim_port(port)
         self.client_only = client_only
         self.quic = quic and port != 0 and not client_only
+        authorizer = Authorizer(identity)  # nobody is admitted before the handlers are guarded
         options: dict[str, Any] = {
+            "identity_path": str(identity.key_path),
+            "authorizer": authorizer,
+            "record_validators": [SignedRecords(authorizer)],
             "startup_timeout": START_SECONDS,
             # Asking a router to forward ports is the operator's decision, not ours.
             "nat_port_map": False,
@@ -173,7 +177,7 @@ class Peer:
         self.identity = identity
         self._admitted: frozenset[str] = frozenset()
         try:
-            self.dht = self._start(options)
+            self.dht = _Node(start=True, **options)
         except (P2PDaemonError, RuntimeError, ValueError, OSError) as error:
             self._release_port()
             raise self._failure(ip, port, first_line(error)) from error
@@ -185,15 +189,6 @@ class Peer:
         except BaseException:
             self.close()
             raise
-
-    def _start(self, options: dict[str, Any]) -> _Node:
-        if self.identity is not None:
-            # Nobody is admitted before the handlers are guarded.
-            options["authorizer"] = authorizer = Authorizer(self.identity)
-            options["record_validators"] = [SignedRecords(authorizer)]
-            with self.identity.key_file() as path:
-                return _Node(start=True, identity_path=str(path), **options)
-        return _Node(start=True, **options)
 
     def _failure(self, ip: str, port: int, reason: str) -> OperatorError:
         cause = f"the swarm's peer does not start on {ip} port {port}: {reason}"
@@ -212,8 +207,6 @@ class Peer:
         Only the changes are sent to the DHT's process, removals first; what it does not confirm
         in time is sent again by the next call.
         """
-        if self.identity is None:
-            return
         wanted = frozenset(hotkeys)
         try:
             for part in _parts({name: name for name in self._admitted - wanted}):
@@ -227,7 +220,7 @@ class Peer:
 
     def hotkey_of(self, peer_id: str, *, timeout_seconds: float = 5.0) -> str | None:
         """The admitted hotkey that a peer id has proved; an unknown peer is asked. None when it
-        proved none in time; "" without an identity, when nobody is checked."""
+        proved none in time."""
         what = partial(identify, peer_id=peer_id, timeout_seconds=timeout_seconds)
         try:
             found: str | None = self._ask(what, timeout_seconds=timeout_seconds + 5)
@@ -235,11 +228,6 @@ class Peer:
             logger.warning("a peer could not be identified: %s", first_line(error))
             return None
         return found
-
-    @property
-    def private_key(self) -> Any:
-        """The RSA key that signs this peer's DHT records; None without an identity."""
-        return self.identity.private_key if self.identity is not None else None
 
     def _places(self, ip: str, port: int) -> list[str]:
         host = f"/ip{ipaddress.ip_address(ip).version}/{ip}"
@@ -395,9 +383,8 @@ def why_silent(error: BaseException) -> str:
 async def _guard(dht: Any, node: Any) -> None:
     """Runs in the DHT's process at its start, before anybody is admitted."""
     guard_tasks(node.p2p)
-    if node.protocol.authorizer is not None:
-        await protect_records(dht, node)
-        await guard(dht, node)
+    await protect_records(dht, node)
+    await guard(dht, node)
 
 
 async def _dial(

@@ -53,7 +53,7 @@ class HivemindObserver(Observer):
             min_refresh_period=0.2,
             max_refresh_period=1.0,
             default_refresh_period=1.0,
-            private_key=peer.private_key,
+            private_key=peer.identity.private_key,
             start=True,
         )
         self._averager = SwarmAverager(

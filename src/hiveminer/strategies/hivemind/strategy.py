@@ -84,7 +84,7 @@ class HivemindStrategy(Strategy):
                 "max_refresh_period": 1.0,
                 "default_refresh_period": 1.0,
                 "metadata_expiration": REPORT_SECONDS,
-                "private_key": peer.private_key,
+                "private_key": peer.identity.private_key,
             },
         )
         size = self.optimizer.state_averager.state_bytes
