@@ -57,9 +57,6 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path) -> None:
             other.metagraph()
         with pytest.raises(OperatorError, match="no subnet 7"):
             join_embedded(other)
-    for network in ("finneyy", "archive", "http://x", "ws://", "", "ws://h:99999"):
-        with pytest.raises(OperatorError, match=r"--subtensor\.network.*finney, test, local"):
-            open_chain(network=network, netuid=1, wallet=new_keys())
 
 
 def test_commitments_that_are_not_plain_bytes_are_left_out(chain: Chain) -> None:

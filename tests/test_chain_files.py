@@ -163,8 +163,6 @@ def test_wallets_are_made_in_silence_and_kept(
             assert c.wallet.hotkey_str == "miner-1"
     with named_embedded_wallet(tmp_path, "embedded", "miner-0") as again:
         assert again.wallet.hotkey.ss58_address == hotkey
-        again.release()
-        again.release()
     with named_embedded_wallet(tmp_path, "mine", "default") as named:
         assert named.wallet.coldkeypub.ss58_address != again.wallet.coldkeypub.ss58_address
     assert capfd.readouterr() == ("", "")

@@ -105,7 +105,8 @@ class Run:
 
 def _sink(tmp_path: Path, module: Any, mode: str = "online") -> Wandb:
     settings = WandbSettings.model_validate({"mode": mode, "project": "p"})
-    return Wandb(settings, folder=tmp_path, name="miner-0", config={"netuid": 1}, wandb=module)
+    lines = JsonLines(tmp_path / "m.jsonl")
+    return Wandb(settings, lines, folder=tmp_path, name="miner-0", config={}, wandb=module)
 
 
 def test_wandb_gets_the_numbers_of_an_event(tmp_path: Path) -> None:
@@ -125,7 +126,7 @@ def test_wandb_without_a_key_stays_offline(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = Run(key=None)
-    _sink(tmp_path, run)
+    _sink(tmp_path, run).close()
     assert run.started["mode"] == "offline"
     assert "wandb has no API key" in caplog.text
 

@@ -335,5 +335,5 @@ def _open_wallet(
         claim = named_embedded_wallet(path, wallet.name, wallet.hotkey)
     else:
         claim = embedded_wallet(path, prefix=role)
-    parts.callback(claim.release)
+    parts.enter_context(claim)
     return claim.wallet, claim.wallet.hotkey_str

@@ -12,7 +12,6 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import bittensor as bt
 from bittensor.settings import DEFAULT_ERA_PERIOD
@@ -28,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 EMBEDDED = "embedded"
 """The value of `--subtensor.network` that means the network in a file."""
-
-REAL_NETWORKS = ("finney", "test", "local")
 
 MAX_RAW_BYTES = 128
 MAX_COMMITMENT_BYTES = 512
@@ -349,7 +346,7 @@ def open_chain(
 
     "embedded" is the network in the file `path`, which is created, with blocks of
     `block_seconds`, if it does not exist; finney, test, local and ws:// or wss:// addresses
-    are the real SDK's. Raises `OperatorError` for any other value, and as `Chain` does.
+    are the real SDK's. Raises as `Chain` does.
     """
     if network == EMBEDDED:
         assert path is not None, "the embedded network needs a file"
@@ -357,7 +354,6 @@ def open_chain(
         # The label has no meaning here, but must not be a public network's.
         client = bt.Client("local", substrate=substrate)
     else:
-        _check_network(network)
         client = bt.Client(network)
     return Chain(network=network, netuid=netuid, wallet=wallet, client=client, **options)
 
@@ -372,21 +368,6 @@ def open_subnet(settings: Settings, wallet: Wallet, **options: Any) -> Chain:
         block_seconds=settings.subtensor.block_seconds,
         **options,
     )
-
-
-def _check_network(network: str) -> None:
-    if network in REAL_NETWORKS:
-        return
-    try:
-        url = urlsplit(network)
-        good = url.scheme in ("ws", "wss") and bool(url.hostname) and url.port != 0
-    except ValueError:
-        good = False
-    if not good:
-        raise OperatorError(
-            f"--subtensor.network: {network[:80]!r} is not a network; use {EMBEDDED}, "
-            f"{', '.join(REAL_NETWORKS)}, or a ws:// or wss:// address"
-        )
 
 
 def join_embedded(chain: Chain, *, stake_tao: float = 0.0) -> int:

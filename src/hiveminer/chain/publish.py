@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from bittensor import Metagraph
 
@@ -18,22 +17,12 @@ RETRY_SECONDS, EMBEDDED_RETRY_SECONDS = 60.0, 2.0
 """Seconds before an entry that is still missing is published again."""
 
 
-@dataclass
-class _Entry:
-    """next_at is a monotonic time."""
-
-    what: str
-    is_there: Callable[[Metagraph], bool]
-    put: Callable[[], None]
-    next_at: float = 0.0
-
-
 class Publisher:
     """Keeps entries on chain through outages, rate limits and reorganizations."""
 
     def __init__(self, chain: Chain):
-        self.chain = chain
-        self._entries: list[_Entry] = []
+        self._pause_seconds = EMBEDDED_RETRY_SECONDS if chain.embedded else RETRY_SECONDS
+        self._entries: list[Callable[[Metagraph], None]] = []
 
     def add(
         self,
@@ -47,21 +36,22 @@ class Publisher:
 
         Raises OperatorError for one that the chain would never accept.
         """
-        entry = _Entry(what, is_there, put)
-        self._publish(entry, metagraph)
-        self._entries.append(entry)
+        next_at = 0.0
+
+        def publish(graph: Metagraph) -> None:
+            nonlocal next_at
+            if is_there(graph) or time.monotonic() < next_at:
+                return
+            next_at = time.monotonic() + self._pause_seconds
+            try:
+                put()
+            except ChainError as error:
+                logger.warning("our %s is not on the chain yet: %s", what, error)
+
+        publish(metagraph)
+        self._entries.append(publish)
 
     def sync(self, metagraph: Metagraph) -> None:
         """Publish the entries that are missing in this metagraph."""
-        for entry in self._entries:
-            self._publish(entry, metagraph)
-
-    def _publish(self, entry: _Entry, metagraph: Metagraph) -> None:
-        if entry.is_there(metagraph) or time.monotonic() < entry.next_at:
-            return
-        pause = EMBEDDED_RETRY_SECONDS if self.chain.embedded else RETRY_SECONDS
-        entry.next_at = time.monotonic() + pause
-        try:
-            entry.put()
-        except ChainError as error:
-            logger.warning("our %s is not on the chain yet: %s", entry.what, error)
+        for publish in self._entries:
+            publish(metagraph)

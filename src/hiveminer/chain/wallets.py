@@ -26,21 +26,17 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 
 class Claimed:
-    """A wallet whose hotkey only this process may use until `release`."""
+    """A wallet whose hotkey only this process may use; the context's end releases it."""
 
     def __init__(self, wallet: bt.Wallet, held: Held):
         self.wallet = wallet
         self._held = held
 
-    def release(self) -> None:
-        """Let other processes use the key. Idempotent."""
-        self._held.release()
-
     def __enter__(self) -> Claimed:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.release()
+        self._held.release()
 
 
 def embedded_wallet(place: Path, *, prefix: str) -> Claimed:

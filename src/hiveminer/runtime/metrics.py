@@ -94,7 +94,7 @@ def _finite(value: Any) -> Any:
 
 
 class Wandb:
-    """Weights & Biases: an event's numbers as `kind/field`.
+    """Weights & Biases, beside `lines`: an event's numbers as `kind/field`.
 
     `online` without an API key becomes `offline`: the run is stored in `folder`, for `wandb
     sync`. After an error, which is reported once, nothing more is sent.
@@ -103,12 +103,14 @@ class Wandb:
     def __init__(
         self,
         settings: WandbSettings,
+        lines: JsonLines,
         *,
         folder: Path,
         name: str,
         config: Mapping[str, Any],
         wandb: ModuleType | None = None,
     ):
+        self._lines = lines
         self._run: Any = None
         try:
             if wandb is None:
@@ -133,6 +135,7 @@ class Wandb:
             self._give_up(error)
 
     def log(self, kind: str, fields: Mapping[str, Any]) -> None:
+        self._lines.log(kind, fields)
         numbers = {
             f"{kind}/{name}": value
             for name, value in fields.items()
@@ -147,6 +150,7 @@ class Wandb:
             self._give_up(error)
 
     def close(self) -> None:
+        self._lines.close()
         run, self._run = self._run, None
         if run is None:
             return
@@ -168,21 +172,6 @@ class Wandb:
         logger.warning("wandb gets no more numbers: %s", one_line(error))
 
 
-class Tee:
-    """Several sinks at once."""
-
-    def __init__(self, *sinks: Metrics):
-        self._sinks = sinks
-
-    def log(self, kind: str, fields: Mapping[str, Any]) -> None:
-        for sink in self._sinks:
-            sink.log(kind, fields)
-
-    def close(self) -> None:
-        for sink in self._sinks:
-            sink.close()
-
-
 def open_metrics(
     path: Path, wandb: WandbSettings, *, name: str, config: Mapping[str, Any]
 ) -> Metrics:
@@ -193,7 +182,7 @@ def open_metrics(
     lines = JsonLines(path)
     if wandb.mode == "disabled":
         return lines
-    return Tee(lines, Wandb(wandb, folder=path.parent, name=name, config=config))
+    return Wandb(wandb, lines, folder=path.parent, name=name, config=config)
 
 
 def progress_bar(*, title: str, total: float, unit: str, shown: bool) -> tqdm[Any]:

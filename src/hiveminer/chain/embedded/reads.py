@@ -41,14 +41,6 @@ def _account(db: sqlite3.Connection, params: list[Any], block: int) -> dict[str,
     return {"nonce": state.nonce(db, params[0]), "data": data}
 
 
-def _last_updates(db: sqlite3.Connection, params: list[Any], block: int) -> list[int]:
-    return [neuron.last_update for neuron in state.neurons(db, params[0])]
-
-
-def _axon(neuron: state.Neuron) -> dict[str, int]:
-    return {"ip": int(neuron.ip), "port": neuron.port, "ip_type": neuron.ip_type}
-
-
 def _commitments(db: sqlite3.Connection, params: list[Any], block: int) -> list[tuple[Any, Any]]:
     rows = db.execute(
         "SELECT hotkey, block, variant, data FROM commitments WHERE netuid = ?", (params[0],)
@@ -69,7 +61,9 @@ ITEMS: Readers = {
     ("Commitments", "MaxSpace"): lambda db, params, block: MAX_COMMITMENT_SPACE,
     ("SubtensorModule", "SubnetEpochConsensus"): lambda db, params, block: "Yuma",
     ("SubtensorModule", "Uids"): lambda db, params, block: state.uid_of(db, params[0], params[1]),
-    ("SubtensorModule", "LastUpdate"): _last_updates,
+    ("SubtensorModule", "LastUpdate"): lambda db, params, block: [
+        neuron.last_update for neuron in state.neurons(db, params[0])
+    ],
     ("SubtensorModule", "Weights"): lambda db, params, block: dict(_weights(db, params, block)).get(
         params[1], []
     ),
@@ -120,7 +114,7 @@ def _metagraph(db: sqlite3.Connection, params: list[Any], block: int) -> dict[st
         "max_uids": settings["max_allowed_uids"],
         "hotkeys": [n.hotkey for n in found],
         "coldkeys": [n.coldkey for n in found],
-        "axons": [_axon(n) for n in found],
+        "axons": [{"ip": int(n.ip), "port": n.port, "ip_type": n.ip_type} for n in found],
         "active": [block - n.last_update <= settings["activity_cutoff"] for n in found],
         "validator_permit": permits(found, settings),
         "last_update": [n.last_update for n in found],
