@@ -37,7 +37,7 @@ from hiveminer.protocol import Train
 from hiveminer.strategies.base import Context
 from hiveminer.training.data import Rows
 from hiveminer.validation.feed import Answered
-from hiveminer.validation.judge import Judge, Sample, credited
+from hiveminer.validation.judge import Judge, credited
 from hiveminer.validator import Validator
 from programs import ROOT, wait_for
 
@@ -206,7 +206,7 @@ def test_a_row_that_cannot_be_read_costs_its_answer_and_never_the_validator(
         judge = Judge(validator.replayer, task=task, stopped=lambda: False)
         answer.losses, answer.epoch_steps = [3.0] * 8, 8
         with pytest.raises(TrainingError):
-            judge.judge(Sample("5F", request, answer), validator.states[0])
+            judge.judge(answered, validator.states[0])
 
 
 def test_the_examples_random_place_is_anywhere(tmp_path: Path) -> None:

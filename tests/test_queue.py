@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -30,62 +31,54 @@ class Held:
             self.done.append(key)
             return f"did {key}"
 
-        return self.queue.submit(
-            job,
-            caller=caller or key,
-            key=key,
-            priority=priority,
-        )
+        return self.queue.submit(job, caller=caller or key, key=key, priority=priority)
 
     def release(self) -> None:
         self._gate.set()
 
 
 @pytest.fixture
-def held() -> Iterator[Held]:
-    held = Held(capacity=6, share=3)
+def options() -> dict[str, int]:
+    return {"capacity": 6, "share": 3}
+
+
+@pytest.fixture
+def held(options: dict[str, int]) -> Iterator[Held]:
+    held = Held(**options)
     yield held
     held.release()
     held.queue.stop(5)
 
 
-def test_the_highest_priority_is_first_and_equals_in_order(held: Held) -> None:
+@pytest.fixture
+def queue(held: Held) -> WorkQueue:
+    """A queue whose worker waits for jobs."""
+    held.release()
+    return held.queue
+
+
+@pytest.mark.parametrize(
+    ("asked", "order"),
+    [
+        ({"low": 1, "a": 5, "high": 9, "b": 5, "none": 0}, "high a b low none"),
+        ({"one1": 1, "one2": 3, "one3": 2}, "one2 one3 one1"),
+        # Callers take turns.
+        (
+            {"rich1": 4, "rich2": 4, "rich3": 4, "poor1": 1, "poor2": 1, "middle": 2},
+            "rich1 middle poor1 rich2 poor2 rich3",
+        ),
+        ({"odd": math.nan, "low": 0.5, "most": math.inf}, "most low odd"),
+    ],
+)
+def test_who_is_served_when(held: Held, asked: dict[str, float], order: str) -> None:
+    """asked: priorities by key, which is the caller's name and a number."""
     futures = [
-        held.submit(key, priority=priority)
-        for key, priority in [("low", 1), ("a", 5), ("high", 9), ("b", 5), ("none", 0)]
+        held.submit(key, caller=key.rstrip("123"), priority=priority)
+        for key, priority in asked.items()
     ]
     held.release()
-    assert {future.result(60) for future in futures} >= {"did low", "did high"}
-    assert held.done == ["high", "a", "b", "low", "none"]
-
-
-def test_one_caller_is_served_by_its_own_priorities(held: Held) -> None:
-    futures = [held.submit(f"p{p}", caller="one", priority=p) for p in (1, 3, 2)]
-    held.release()
-    for future in futures:
-        future.result(60)
-    assert held.done == ["p3", "p2", "p1"]
-
-
-def test_callers_take_turns_the_highest_priority_first() -> None:
-    held = Held(capacity=32, share=16)
-    futures = [held.submit(f"rich {i}", caller="rich", priority=4.0) for i in range(3)]
-    futures += [held.submit(f"poor {i}", caller="poor", priority=1.0) for i in range(2)]
-    futures += [held.submit("middle", caller="middle", priority=2.0)]
-    held.release()
-    for future in futures:
-        future.result(60)
-    assert held.done == ["rich 0", "middle", "poor 0", "rich 1", "poor 1", "rich 2"]
-    held.queue.stop(5)
-
-
-def test_a_priority_that_is_no_number_comes_last(held: Held) -> None:
-    futures = [held.submit(key, priority=p) for key, p in [("odd", float("nan")), ("low", 0.5)]]
-    futures.append(held.submit("most", priority=float("inf")))
-    held.release()
-    for future in futures:
-        future.result(60)
-    assert held.done == ["most", "low", "odd"]
+    assert [future.result(60) for future in futures] == [f"did {key}" for key in asked]
+    assert held.done == order.split()
 
 
 def refused(held: Held, key: str, **how: Any) -> Refused:
@@ -123,8 +116,8 @@ def test_a_full_queue_gives_a_place_of_the_caller_that_holds_most(held: Held) ->
     assert held.done == ["a0", "c2", "b0", "d0", "a1", "c0"]
 
 
-def test_the_least_stake_gives_way_when_all_hold_one_place() -> None:
-    held = Held(capacity=3)
+@pytest.mark.parametrize("options", [{"capacity": 3}])
+def test_the_least_stake_gives_way_when_all_hold_one_place(held: Held) -> None:
     futures = [held.submit(f"p{p}", priority=p) for p in (2, 1, 3)]
     refused(held, "p0", priority=0.5)
     held.submit("p4", priority=4)
@@ -133,7 +126,6 @@ def test_the_least_stake_gives_way_when_all_hold_one_place() -> None:
     held.release()
     futures[0].result(60)
     assert held.done == ["p4", "p3", "p2"]
-    held.queue.stop(5)
 
 
 def test_a_key_with_other_content_is_refused(held: Held) -> None:
@@ -162,9 +154,8 @@ def test_the_same_key_runs_once_while_it_waits_and_afterwards(held: Held) -> Non
     assert held.done == ["x", "x"]
 
 
-def test_only_the_last_answers_of_a_caller_are_remembered() -> None:
-    queue = WorkQueue(remember=2)
-    queue.start()
+@pytest.mark.parametrize("options", [{"remember": 2}])
+def test_only_the_last_answers_of_a_caller_are_remembered(queue: WorkQueue) -> None:
     runs: list[str] = []
 
     def run(key: str) -> None:
@@ -173,12 +164,9 @@ def test_only_the_last_answers_of_a_caller_are_remembered() -> None:
     for key in ("1", "2", "3", "3", "2", "1"):
         run(key)
     assert runs == ["1", "2", "3", "1"]
-    queue.stop(5)
 
 
-def test_an_error_is_remembered_and_a_refusal_is_not() -> None:
-    queue = WorkQueue()
-    queue.start()
+def test_an_error_is_remembered_and_a_refusal_is_not(queue: WorkQueue) -> None:
     runs: list[str] = []
 
     def run(error: Exception) -> BaseException | None:
@@ -191,7 +179,6 @@ def test_an_error_is_remembered_and_a_refusal_is_not() -> None:
     for error in (TrainingError("no"), TrainingError("no"), Refused(409, "x"), Refused(409, "x")):
         assert type(run(error)) is type(error)
     assert runs == ["no", "x", "x"]
-    queue.stop(5)
 
 
 def test_who_leaves_frees_the_place_unless_another_waits_for_it(held: Held) -> None:

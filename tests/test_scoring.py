@@ -24,7 +24,8 @@ from hiveminer.validation.curves import (
     ramp,
     score,
 )
-from hiveminer.validation.judge import EVASIONS, Judge, Sample
+from hiveminer.validation.feed import Answered
+from hiveminer.validation.judge import EVASIONS, Judge
 from hiveminer.validation.scores import ScoreTable
 
 # As the built-in model shows them after its first few hundred rows: groups of rows differ
@@ -376,7 +377,8 @@ def test_a_request_that_is_too_short_to_be_judged_costs_nothing() -> None:
             request_id="r", run_id="r", data_hash="d", dataset_indices=list(range(rows)),
             batch_size=2, gradient_accumulation_steps=2, losses=[3.0] * 5, epoch_steps=5,
         )  # fmt: skip
-        found = [judge.judge(Sample("5F", answer, answer), nothing) for _ in range(EVASIONS)]
+        answered = Answered("5F", answer, answer, seconds=1.0)
+        found = [judge.judge(answered, nothing) for _ in range(EVASIONS)]
         told = [each.tells for each in found if each is not None]
         assert told == ([True] if judged else [False] * EVASIONS)
 

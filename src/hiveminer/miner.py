@@ -112,19 +112,13 @@ class Miner(BaseMinerNeuron):
     def accept(self, synapse: Train) -> None:
         """Raise Refused for a request of another run, or beyond the run's limits."""
         limits = self.run_file.limits
-        if not self.run_file.accepts_version(synapse.version or __version__):
-            raise Refused(
-                409,
-                f"version {synapse.version} is older than {self.run_file.oldest_version}, the "
-                "oldest of this run",
-            )
-        difference = self.run_id.difference(synapse.run_id)
+        difference = self.task.difference(
+            version=synapse.version or __version__,
+            run_id=synapse.run_id,
+            data_hash=synapse.data_hash,
+        )
         if difference is not None:
             raise Refused(409, difference)
-        if synapse.data_hash != self.dataset.hash:
-            raise Refused(
-                409, f"data hash differs: {synapse.data_hash} there, {self.dataset.hash} here"
-            )
         if len(synapse.dataset_indices) > limits.rows:
             raise Refused(422, f"dataset_indices: more than this run's {limits.rows} rows")
         if synapse.batch_size > limits.batch_size:

@@ -44,7 +44,6 @@ from hiveminer.validation.curves import Evidence
 from hiveminer.validation.feed import Answered, Feed
 from hiveminer.validation.judge import (
     Judge,
-    Sample,
     Samples,
     States,
     credited,
@@ -248,7 +247,7 @@ class Validator:
         if self.observer.shares() is not None:
             return  # the rounds say what is earned
         unproved = self.table.of(hotkey).replays == 0
-        self.samples.offer(Sample(hotkey, answered.request, answer), unproved=unproved)
+        self.samples.offer(answered, unproved=unproved)
 
     async def _follow(self) -> None:
         """Download the global state when an epoch begins, and evaluate it."""

@@ -46,7 +46,7 @@ from hiveminer.rpc.request import (
     Send,
     UnverifiedBodies,
 )
-from hiveminer.rpc.route import Route, wait_until_signed_time
+from hiveminer.rpc.route import Route
 from hiveminer.rpc.signatures import own_hotkey, sign_answer, verify_signed
 
 START_SECONDS = 10.0
@@ -193,12 +193,8 @@ class Axon:
             deadline_seconds=self._body_seconds,
             bodies=self._bodies,
         )
-        caller = self._verify(request, body)
-        synapse = route.parse(body, request.terminal)
-        if route.queue is None:
-            return await route.answer_at_once(synapse)
-        await wait_until_signed_time(caller.nonce_ns)
-        return await route.answer_from_worker(route.queue, synapse, request)
+        self._verify(request, body)
+        return await route.answer(route.parse(body, request.terminal), request)
 
     def _route(self, request: Request) -> Route:
         route = self._routes.get(request.path)
@@ -208,7 +204,7 @@ class Axon:
             raise Refused(405, "synapses are called with POST", kind="method")
         return route
 
-    def _verify(self, request: Request, body: bytes) -> http_auth.Caller:
+    def _verify(self, request: Request, body: bytes) -> None:
         """Authenticate the caller; nothing else does. Raises `Refused`."""
         try:
             caller = verify_signed(
@@ -229,4 +225,3 @@ class Axon:
             rank = Rank.VALIDATOR
             self.silence.heard()
         self._gate.prove(request.connection, caller.hotkey_ss58, rank)
-        return caller

@@ -58,16 +58,15 @@ class Route:
         self.check(synapse)
         return synapse
 
-    async def answer_at_once(self, synapse: Synapse) -> bytes:
-        """Run `forward` here, on the event loop."""
-        answer = self.forward(synapse)
-        return self._dump(await answer if inspect.isawaitable(answer) else answer)
-
-    async def answer_from_worker(
-        self, queue: WorkQueue, synapse: Synapse, request: Request
-    ) -> bytes:
-        """Run `forward` in the queue's worker. Raises `Refused`, or `Disconnected` when the caller
-        hangs up before the end."""
+    async def answer(self, synapse: Synapse, request: Request) -> bytes:
+        """Run `forward`. Raises `Refused`, or `Disconnected` when the caller hangs up before the
+        queue's worker has ended it."""
+        queue = self.queue
+        if queue is None:
+            answer = self.forward(synapse)
+            return self._dump(await answer if inspect.isawaitable(answer) else answer)
+        # Never before the nonce's time, so that a restarted process can reject replays.
+        await asyncio.sleep(max(0.0, (int(request.nonce) - time.time_ns()) / 1e9))
         content = f"{request.path} {synapse.model_dump_json()}"
         future = queue.submit(
             functools.partial(self._work, synapse),
@@ -101,10 +100,3 @@ class Route:
         body = answer.model_dump_json().encode()
         assert len(body) <= self.synapse.max_response_bytes, "the answer is larger than its cap"
         return body
-
-
-async def wait_until_signed_time(nonce_ns: int) -> None:
-    """Never start before the nonce's time, so that a restarted process can reject replays."""
-    ahead = (nonce_ns - time.time_ns()) / 1e9
-    if ahead > 0:
-        await asyncio.sleep(ahead)

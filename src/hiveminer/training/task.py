@@ -37,6 +37,18 @@ class Task:
         length = self.run.model.sequence_length
         return models.encode(self.tokenizer, examples, max_length=length)
 
+    def difference(self, *, version: str, run_id: str, data_hash: str) -> str | None:
+        """Why a neuron with these cannot train with us; None if it can."""
+        if not self.run.accepts_version(version):
+            return (
+                f"version {version or 'unknown'} is older than {self.run.oldest_version}, "
+                "the oldest of this run"
+            )
+        difference = self.run_id.difference(run_id)
+        if difference is None and data_hash != self.dataset.hash:
+            return f"data hash differs: {data_hash} there, {self.dataset.hash} here"
+        return difference
+
     def tensors(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """`encode` as a trainer wants it."""
         encoded = self.encode(texts)

@@ -33,18 +33,44 @@ PROBE_SECONDS = 5.0
 TRANSFER_SECONDS = 30.0
 MAX_PAUSE_SECONDS = 60.0
 
+MAX_REPLAYED_STEPS = 10
+"""Optimizer steps of one answer to replay; more would add little."""
+
 WORKING_SECONDS = 60.0
 """A miner that answered with work within this time counts as working."""
 
 
 @dataclass(frozen=True)
 class Answered:
-    """A request, and what a miner answered."""
+    """A request, and what a miner answered. seconds: until the answer."""
 
     hotkey: str
     request: Train
     answer: Train
     seconds: float
+
+    @property
+    def epoch(self) -> int:
+        return self.answer.epoch or 0
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """The beginning of the answered curve, as far as it started from the epoch's state."""
+        return tuple(self.answer.losses[: min(self.answer.epoch_steps, MAX_REPLAYED_STEPS)])
+
+    @property
+    def given_steps(self) -> int:
+        """Optimizer steps in the request."""
+        return -(-len(self.request.dataset_indices) // self._step_rows)
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows of that part."""
+        return self.request.dataset_indices[: self._step_rows * len(self.losses)]
+
+    @property
+    def _step_rows(self) -> int:
+        return self.request.batch_size * self.request.gradient_accumulation_steps
 
 
 @dataclass
@@ -132,22 +158,13 @@ class Feed:
             return known is not None and known.endpoint == endpoint and error.status is not None
         milliseconds = 1000 * (time.monotonic() - began)
         self.metrics.log("alive", {"hotkey": endpoint.hotkey, "milliseconds": milliseconds})
-        problem = self._problem_with(answer)
+        problem: str | None = "it takes no work"
+        if answer.completion:
+            problem = self.task.difference(
+                version=answer.version, run_id=answer.run_id, data_hash=answer.data_hash
+            )
         self._complain(endpoint.hotkey, problem)
         return problem is None
-
-    def _problem_with(self, answer: IsAlive) -> str | None:
-        run, data_hash = self.task.run, self.task.dataset.hash
-        if not answer.completion:
-            return "it takes no work"
-        if not run.accepts_version(answer.version):
-            return (
-                f"its version {answer.version or 'unknown'} is older than {run.oldest_version}, "
-                "the oldest of this run"
-            )
-        if answer.data_hash != data_hash:
-            return f"its data differs: hash {answer.data_hash} there, {data_hash} here"
-        return self.task.run_id.difference(answer.run_id)
 
     def _complain(self, hotkey: str, problem: str | None) -> None:
         if problem is None:

@@ -6,12 +6,11 @@ import logging
 import random
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from hiveminer.config.settings import WorkSettings
 from hiveminer.errors import HiveminerError, TrainingError
-from hiveminer.protocol import Train
 from hiveminer.strategies.base import GlobalState
 from hiveminer.training.task import Task
 from hiveminer.validation.curves import FEWEST_STEPS, Evidence
@@ -22,9 +21,6 @@ logger = logging.getLogger(__name__)
 
 KEPT_STATES = 3
 """Epochs whose state is kept."""
-
-MAX_REPLAYED_STEPS = 10
-"""Optimizer steps of one answer to replay; more would add little."""
 
 MAX_SAMPLES = 16
 """Answers that wait to be replayed; the oldest is dropped."""
@@ -37,38 +33,6 @@ USUAL_REPLAYS = 6
 
 EVASIONS = 3
 """This many answers in a row that are too short to replay are judged as one worth nothing."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An answer to replay."""
-
-    hotkey: str
-    request: Train
-    answer: Train
-
-    @property
-    def epoch(self) -> int:
-        return self.answer.epoch or 0
-
-    @property
-    def losses(self) -> tuple[float, ...]:
-        """The beginning of the answered curve, as far as it started from the epoch's state."""
-        return tuple(self.answer.losses[: min(self.answer.epoch_steps, MAX_REPLAYED_STEPS)])
-
-    @property
-    def given_steps(self) -> int:
-        """Optimizer steps in the request."""
-        return -(-len(self.request.dataset_indices) // self._step_rows)
-
-    @property
-    def rows(self) -> list[int]:
-        """The rows of that part."""
-        return self.request.dataset_indices[: self._step_rows * len(self.losses)]
-
-    @property
-    def _step_rows(self) -> int:
-        return self.request.batch_size * self.request.gradient_accumulation_steps
 
 
 class States:
@@ -132,14 +96,14 @@ class Samples:
     def __init__(self, *, rate: float, chance: random.Random):
         self._rate = rate
         self._chance = chance
-        self._waiting: list[Sample] = []
+        self._waiting: list[Answered] = []
         self._last_epoch: dict[str, int] = {}
 
     @property
     def epochs(self) -> Collection[int]:
         return {sample.epoch for sample in self._waiting}
 
-    def offer(self, sample: Sample, *, unproved: bool) -> None:
+    def offer(self, sample: Answered, *, unproved: bool) -> None:
         """Queue an answer by chance, or because nothing is known of its miner yet."""
         if self._last_epoch.get(sample.hotkey) == sample.epoch:
             return
@@ -150,7 +114,7 @@ class Samples:
             self._waiting.append(sample)
             del self._waiting[:-MAX_SAMPLES]
 
-    def next(self, states: States, *, replays: Callable[[str], int]) -> Sample | None:
+    def next(self, states: States, *, replays: Callable[[str], int]) -> Answered | None:
         """The answer to replay now: of an epoch whose state is known, and the miner with the
         fewest replays. Drops answers whose state will not arrive any more."""
         known = states.epochs
@@ -175,7 +139,7 @@ class Judge:
             lambda: deque(maxlen=USUAL_REPLAYS)
         )
 
-    def judge(self, sample: Sample, state: GlobalState) -> Evidence | None:
+    def judge(self, sample: Answered, state: GlobalState) -> Evidence | None:
         """The evidence on one answer; None without any, or when stopped. Raises TrainingError."""
         if len(sample.losses) < FEWEST_STEPS:
             known = sample.given_steps < FEWEST_STEPS or self._evades(sample.hotkey)
@@ -220,7 +184,7 @@ def warn_of_short_requests(work: WorkSettings, *, rows: int) -> None:
         )  # fmt: skip
 
 
-def evidence(sample: Sample, curves: Curves) -> Evidence:
+def evidence(sample: Answered, curves: Curves) -> Evidence:
     """An answer beside its replay."""
     return Evidence(
         hotkey=sample.hotkey,
