@@ -65,12 +65,8 @@ class Admission(PeerAdmission):
 
     def take_back(self, peers: Iterable[str]) -> None:
         """These peers are here: they have joined a group."""
-        for peer in self._gone.keys() & set(peers):
-            self._gone[peer].clear()
-
-    def gone_of(self, peers: Iterable[str]) -> set[str]:
-        """Those of these peers that are gone."""
-        return {peer for peer in self._gone.keys() & set(peers) if self._gone[peer].is_set()}
+        for peer in peers:
+            self.gone(peer).clear()
 
 
 def epoch_in(gather: bytes) -> int | None:

@@ -24,26 +24,28 @@ from typing import Any
 import torch
 from hivemind.averaging.averager import _background_thread_fetch_current_state
 from hivemind.averaging.control import StepControl
-from hivemind.compression import CompressionBase, Float16Compression, NoCompression
+from hivemind.compression import Float16Compression
 from hivemind.optim.state_averager import TrainingStateAverager
 from hivemind.utils.serializer import MSGPackSerializer
 from torch import Tensor
 
-from hiveminer.config.run import SwarmSection
 from hiveminer.runtime.events import tell
 from hiveminer.strategies.hivemind.bounds import Bounds
 from hiveminer.strategies.hivemind.failure_detector import Group
 from hiveminer.strategies.hivemind.records import averager_prefix
-from hiveminer.strategies.hivemind.round_server import DONOR, SHUNNED, RoundServer
+from hiveminer.strategies.hivemind.round_server import (
+    CHUNK_SECONDS,
+    DONOR,
+    IDLE_WEIGHT,
+    SHUNNED,
+    RoundServer,
+)
 from hiveminer.strategies.hivemind.sketch import sketch_of
 from hiveminer.strategies.hivemind.state_transfer import tame_moments
 from hiveminer.swarm.peer import START_SECONDS
 from hiveminer.swarm.processes import before_fork
 
 logger = logging.getLogger(__name__)
-
-IDLE_WEIGHT = 1e-3
-"""An idle peer's weight in rows; not zero, since a group of idle peers would divide by it."""
 
 TURN_SECONDS = 30.0
 """How long a download in the middle of a round waits for its end."""
@@ -53,23 +55,7 @@ LONGEST_STEP_SECONDS = 15.0
 MAX_NEWS_BYTES = 2**20
 
 
-class _WeightedAverager(RoundServer):
-    """Sits between `TrainingStateAverager` and its base in the method resolution order, as its
-    own bases do."""
-
-    rows_weight: float = IDLE_WEIGHT
-    last_control: StepControl | None = None
-
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Begin a round, weighted by the rows that this peer trained in the epoch."""
-        kwargs["weight"] = self.rows_weight
-        control = super().step(*args, **kwargs)
-        if isinstance(control, StepControl):
-            self.last_control = control
-        return control
-
-
-class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[misc]
+class SwarmAverager(TrainingStateAverager, RoundServer):  # type: ignore[misc]
     """The stock state averager, with the differences that the module's docstring lists.
 
     bounds: of what a peer may send.
@@ -94,7 +80,7 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
         self._donor = ""
         self._step_seconds = multiprocessing.Value("d", 0.0)
         before = set(threading.enumerate())
-        super().__init__(prefix=averager_prefix(run_id), **kwargs)
+        super().__init__(prefix=averager_prefix(run_id), next_chunk_timeout=CHUNK_SECONDS, **kwargs)
         self.threads = [
             thread
             for thread in set(threading.enumerate()) - before
@@ -150,7 +136,8 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
         if self._members_of(self.last_control) == self._alone:
             return
         with self.get_tensors() as averaged:
-            problem = self.bounds.problem_with_all(averaged, list(self._local_tensors()))
+            problems = map(self.bounds.problem_with, averaged, self._local_tensors())
+            problem = next(filter(None, problems), None)
         if problem is not None:
             tell(logger, "poison", f"epoch {self.local_epoch}: the average is refused: {problem}")
             return
@@ -263,7 +250,3 @@ class SwarmAverager(TrainingStateAverager, _WeightedAverager):  # type: ignore[m
         with self.get_tensors() as averaged:
             numbers = sketch_of(averaged[: len(self.main_parameters)])
         self._outer_pipe.send(("_set_vouch", [int(self.local_epoch), numbers], {}))
-
-
-def compression(section: SwarmSection) -> CompressionBase:
-    return Float16Compression() if section.compression == "float16" else NoCompression()

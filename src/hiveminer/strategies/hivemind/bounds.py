@@ -67,21 +67,12 @@ class Bounds:
             return None
         return f"it claims {weight:.6g} rows, and an epoch has {self.most_rows:.0f}"
 
-    def problem_with_all(self, theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> str | None:
-        """The first problem of a whole model's tensors, or None."""
-        for their, our in zip(theirs, ours, strict=True):
-            problem = self.problem_with(their, our)
-            if problem is not None:
-                return problem
-        return None
-
     def ran_away(self, now: Sequence[Tensor], start: Sequence[Tensor]) -> bool:
         """Whether weights are not finite, or further away than an epoch can move them."""
-        for tensor, before in zip(now, start, strict=True):
-            norm = _norm(tensor)
-            if not norm <= RUNAWAY * max(_norm(before), self._moved(before)):
-                return True
-        return False
+        return not all(
+            _norm(tensor) <= RUNAWAY * max(_norm(before), self._moved(before))
+            for tensor, before in zip(now, start, strict=True)
+        )
 
     def _moved(self, tensor: Tensor) -> float:
         """The norm that a tensor of zeros can reach in an epoch."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -104,28 +103,31 @@ class FailureDetector:
 
     def _watch(self) -> None:
         """Check until the round ends, and once more if somebody has missed a check by then."""
-        misses: Counter[str] = Counter()
-        watched = Watched()
+        misses: dict[str, int] = {}  # of the peers that are watched
+        left_out: set[str] = set()
+        group = Group()
         while not self._free.wait(CHECK_SECONDS) or any(misses.values()):
             if self._closed.is_set():
                 return
             ended = self._free.wait(0)
             if not ended and not self._is_running():
                 continue
-            others = set(self._tracker.reports.seconds) - {self._peer.peer_id}
-            expected = watched.update(others, self._group())
-            alive = self._alive(expected)
-            for peer in expected:
-                misses[peer] = 0 if peer in alive else misses[peer] + 1
-            lost = {peer for peer in expected if misses[peer] >= MISSES}
+            reporting = set(self._tracker.reports.seconds) - {self._peer.peer_id}
+            before, group = group, self._group()
+            # A peer that was left out is watched again once it reports anew, or is a member of
+            # another round: the averager takes back whoever joins a group.
+            left_out = left_out - reporting if group.id == before.id else set()
+            watched = misses.keys() | reporting | (group.members - left_out)
+            alive = self._alive(watched)
+            misses = {peer: 0 if peer in alive else misses.get(peer, 0) + 1 for peer in watched}
+            lost = {peer for peer in watched if misses[peer] >= MISSES}
             if lost:
-                self._leave_out(lost, expected - lost)
-                watched.leave_out(lost)
-            for peer in misses.keys() - watched.peers:
-                del misses[peer]
+                misses = {peer: misses[peer] for peer in watched - lost}
+                left_out |= lost
+                self._leave_out(lost, left=len(misses))
             if ended:
                 return
-            if self._is_deserted(watched.peers):
+            if self._is_deserted(misses.keys()):
                 self._on_deserted()
 
     def _alive(self, expected: set[str]) -> set[str]:
@@ -135,41 +137,14 @@ class FailureDetector:
         reporting = reading.result()
         return answering if reporting is None else answering & reporting
 
-    def _leave_out(self, lost: set[str], left: set[str]) -> None:
+    def _leave_out(self, lost: set[str], *, left: int) -> None:
         for peer in sorted(lost):
             self._tracker.leave_out(peer)
-            rest = f"{len(left) + 1} peers are left" if left else "no other peer is left"
+            rest = f"{left + 1} peers are left" if left else "no other peer is left"
             cause = f"peer {peer} no longer answers or reports"
             tell(logger, "no_group", f"{cause}: it is left out, {rest}")
         self._on_lost(lost)
 
-    def _is_deserted(self, others: set[str]) -> bool:
+    def _is_deserted(self, others: Collection[str]) -> bool:
         epochs, ours = self._tracker.reports.epochs, self._tracker.local_progress.epoch
         return all(epochs.get(peer, ours) != ours for peer in others)
-
-
-class Watched:
-    """The peers to check: all that have reported since the watch began, and the members of the
-    running round, whether they still report or not.
-
-    A peer that was left out is checked again once it reports anew, or is a member of another
-    round: the averager takes back whoever joins a group.
-    """
-
-    def __init__(self) -> None:
-        self.peers: set[str] = set()
-        self._left_out: set[str] = set()
-        self._group = Group()
-
-    def update(self, reporting: set[str], group: Group) -> set[str]:
-        """Peers that report now, and the running round; all peers to check."""
-        if group.id != self._group.id:
-            self._group = group
-            self._left_out.clear()
-        self._left_out -= reporting
-        self.peers |= reporting | (group.members - self._left_out)
-        return set(self.peers)
-
-    def leave_out(self, lost: set[str]) -> None:
-        self.peers -= lost
-        self._left_out |= lost

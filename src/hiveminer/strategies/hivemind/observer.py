@@ -5,17 +5,16 @@ An observer is only a client of the DHT: it stores nothing, joins no group, and 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from hiveminer.config.run import Run
 from hiveminer.strategies.base import Context, GlobalState, Observer, local_step
 from hiveminer.strategies.hivemind.averager import SwarmAverager
 from hiveminer.strategies.hivemind.bounds import Bounds
 from hiveminer.strategies.hivemind.records import Shapes
-from hiveminer.strategies.hivemind.round_server import CHUNK_SECONDS
 from hiveminer.strategies.hivemind.tracker import SampleTracker
 from hiveminer.swarm import Peer
 from hiveminer.swarm.membership import Membership
@@ -49,10 +48,6 @@ class HivemindObserver(Observer):
             dht=peer.dht,
             prefix=run_id,
             target_batch_size=run.swarm.epoch_samples,
-            client_mode=True,
-            min_refresh_period=0.2,
-            max_refresh_period=1.0,
-            default_refresh_period=1.0,
             private_key=peer.identity.private_key,
             start=True,
         )
@@ -63,8 +58,6 @@ class HivemindObserver(Observer):
             optimizer=lambda groups: build_optimizer(groups, run.optimizer),
             scheduler=lambda optimizer: build_scheduler(optimizer, run.optimizer),
             bounds=Bounds.of(run),
-            next_chunk_timeout=CHUNK_SECONDS,
-            client_mode=True,
             start=True,
         )
         membership.children.watch("the averager's process", int(self._averager.pid))
@@ -116,7 +109,7 @@ class HivemindObserver(Observer):
         return GlobalState(
             epoch=int(self._averager.local_epoch),
             weights=weights,
-            optimizer=_clone(self._averager.optimizer.state_dict()),
+            optimizer=copy.deepcopy(self._averager.optimizer.state_dict()),
             donor=donor,
         )
 
@@ -144,13 +137,3 @@ def open_hivemind_observer(context: Context) -> Observer:
     except BaseException:
         membership.close()
         raise
-
-
-def _clone(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: _clone(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_clone(item) for item in value]
-    return value

@@ -30,10 +30,6 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
                 run_id=self.run_id,
                 min_matchmaking_time=self.matchmaking_time,
                 allreduce_timeout=self.allreduce_timeout,
-                shutdown_timeout=self.shutdown_timeout,
-                next_chunk_timeout=self.next_chunk_timeout,
-                client_mode=self.client_mode,
-                status_loglevel=self.status_loglevel,
                 start=True,
                 **kwargs,
             )
@@ -46,8 +42,6 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
             dht=self.dht,
             prefix=self.run_id,
             target_batch_size=target_batch_size,
-            client_mode=self.client_mode,
-            status_loglevel=self.status_loglevel,
             start=True,
             **kwargs,
         )

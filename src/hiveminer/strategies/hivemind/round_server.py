@@ -49,21 +49,35 @@ STALL_SECONDS = 10.0
 
 CHECK_SECONDS = 0.25
 
+IDLE_WEIGHT = 1e-3
+"""An idle peer's weight in rows; not zero, since a group of idle peers would divide by it."""
+
 SHUNNED, GROUP, DONOR = "shunned", "group", "donor"
 """Reports of the averager's process to the program."""
 
 
 class RoundServer(StateDownload):
-    """The part of the averager that runs in its own process. `SwarmAverager` sets `bounds`,
+    """Between `TrainingStateAverager` and its base in the method resolution order: begins rounds in
+    the program's process, and takes part in them in its own. `SwarmAverager` sets `bounds`,
     `run_id`, `_step_seconds` and `_news_there` before the fork."""
 
     bounds: Bounds
     run_id: str
     _step_seconds: Any
     _news_there: Any
+    rows_weight: float = IDLE_WEIGHT
+    last_control: StepControl | None = None
 
     _here: ClassVar[RoundServer | None] = None
     """The instance that runs in this process."""
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Begin a round, weighted by the rows that this peer trained in the epoch."""
+        kwargs["weight"] = self.rows_weight
+        control = super().step(*args, **kwargs)
+        if isinstance(control, StepControl):
+            self.last_control = control
+        return control
 
     def run(self) -> None:
         detach_from_parent(self._parent_pid)
@@ -226,7 +240,7 @@ class RoundServer(StateDownload):
             self._report(GROUP, b"")
         runner = self._running_groups[group_info.group_id].result()
         if runner.tensor_part_container.failed_size:
-            gathered.whole = bool(self._admission.gone_of(members))
+            gathered.whole = any(self._admission.gone(peer).is_set() for peer in members)
         return gathered
 
     async def _leave_out_silent(self, group_id: bytes) -> None:

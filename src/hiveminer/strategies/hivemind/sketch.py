@@ -76,10 +76,10 @@ def contradiction(epoch: int, seen: Sequence[float], vouches: Sequence[Vouch]) -
     has to agree, and not be outvoted; the donor's own word counts for one. Peers that are behind,
     such as those that join too, cannot know this state: they count once two of them agree.
     """
-    same = [numbers for other, numbers in vouches if other == epoch]
-    others = [numbers for numbers in same if not agree(seen, numbers)]
+    same = [vouch for vouch in vouches if vouch[0] == epoch]
+    others = [vouch for vouch in same if not agree(seen, vouch[1])]
     # Peers whose round failed hold their own weights each: only who agrees is a majority.
-    against = max((sum(agree(one, two) for two in others) for one in others), default=0)
+    against = _together(others)
     if against > len(same) - len(others) + 1:
         return f"{against} of {len(same)} peers hold other weights in epoch {epoch}"
     if len(same) > len(others):
@@ -88,15 +88,16 @@ def contradiction(epoch: int, seen: Sequence[float], vouches: Sequence[Vouch]) -
     if informed:
         return f"it is of epoch {epoch}, and none of {informed} peers vouches for it"
     # Whoever has just started holds the run's published start, in epoch 0.
-    behind = [vouch for vouch in vouches if vouch[0] > 0]
-    together = max((_agreeing(vouch, behind) for vouch in behind), default=0)
+    together = _together([vouch for vouch in vouches if vouch[0] > 0])
     if together > 1:
         return f"it is of epoch {epoch}, and {together} peers hold another state together"
     return None
 
 
-def _agreeing(vouch: Vouch, vouches: Sequence[Vouch]) -> int:
-    return sum(other == vouch[0] and agree(numbers, vouch[1]) for other, numbers in vouches)
+def _together(vouches: Sequence[Vouch]) -> int:
+    """How many of these at most are of one state."""
+    agreeing = [sum(a == b and agree(one, two) for b, two in vouches) for a, one in vouches]
+    return max(agreeing, default=0)
 
 
 def read_vouch(said: object) -> Vouch | None:

@@ -145,5 +145,4 @@ def _report(optimizer: SwarmOptimizer, *, epoch: int, rows: int) -> None:
         if tracker.global_progress.epoch == epoch:
             tracker.global_progress.samples_accumulated += rows
         tracker.report_local_progress(epoch, rows)
-    if not optimizer.client_mode:
-        optimizer.state_averager.state_sharing_priority = epoch
+    optimizer.state_averager.state_sharing_priority = epoch

@@ -15,18 +15,16 @@ from typing import Any
 
 import torch
 from hivemind.averaging.control import AveragingStage
+from hivemind.compression import Float16Compression, NoCompression
 from torch import Tensor, nn
 
 from hiveminer.config.run import Run
 from hiveminer.runtime.events import tell
 from hiveminer.strategies.base import Context, RoundResult, Strategy, between_steps
 from hiveminer.strategies.hivemind import state
-from hiveminer.strategies.hivemind.averager import compression
 from hiveminer.strategies.hivemind.bounds import Bounds
 from hiveminer.strategies.hivemind.failure_detector import PING_SECONDS, FailureDetector
 from hiveminer.strategies.hivemind.optimizer import SwarmOptimizer
-from hiveminer.strategies.hivemind.round_server import CHUNK_SECONDS
-from hiveminer.strategies.hivemind.tracker import REPORT_SECONDS
 from hiveminer.swarm.admission import SHUN_SECONDS
 from hiveminer.swarm.membership import Membership, announced_ip, start_peer
 from hiveminer.swarm.processes import require_shared_memory
@@ -73,19 +71,14 @@ class HivemindStrategy(Strategy):
             delay_state_averaging=False,
             matchmaking_time=section.matchmaking_seconds,
             averaging_timeout=section.averaging_timeout_seconds,
-            next_chunk_timeout=CHUNK_SECONDS,
-            state_averaging_compression=compression(section),
+            state_averaging_compression=(
+                Float16Compression() if section.compression == "float16" else NoCompression()
+            ),
             averager_opts={
                 "request_timeout": min(1.5, section.matchmaking_seconds / 2),
                 "bounds": Bounds.of(run),
             },
-            tracker_opts={
-                "min_refresh_period": 0.2,
-                "max_refresh_period": 1.0,
-                "default_refresh_period": 1.0,
-                "metadata_expiration": REPORT_SECONDS,
-                "private_key": peer.identity.private_key,
-            },
+            tracker_opts={"private_key": peer.identity.private_key},
         )
         size = self.optimizer.state_averager.state_bytes
         self.optimizer.load_state_timeout = LOAD_SECONDS + size / LOAD_BYTES
@@ -252,7 +245,7 @@ class HivemindStrategy(Strategy):
         """Update the size of a complete group: all live peers of our epoch that are not shunned.
         Called before each step, and by the failure detector's thread during one."""
         for peer in self.optimizer.state_averager.shunned():
-            self.optimizer.tracker.leave_out(peer, shun_seconds=SHUN_SECONDS)
+            self.optimizer.tracker.leave_out(peer, seconds=SHUN_SECONDS)
         target = max(2, 1 + len(self.optimizer.tracker.companions))
         if target != self._target:
             self.optimizer.state_averager.set_target_group_size(target)

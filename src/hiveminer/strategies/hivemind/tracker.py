@@ -69,24 +69,16 @@ class Reports:
         self._lock = threading.Lock()
 
     @property
-    def gone(self) -> set[str]:
-        """Peers that are left out until their next report."""
-        return set(self._gone)
-
-    @property
     def others(self) -> dict[str, int]:
         """The epochs of all peers but ours."""
         return {peer: epoch for peer, epoch in self.epochs.items() if peer != self._own}
 
-    def leave_out(self, peer: str) -> None:
-        """Do not count this peer until its next report."""
+    def leave_out(self, peer: str, *, seconds: float = 0.0) -> None:
+        """Do not count this peer for this long, whatever it reports, nor until its next report."""
+        if seconds:
+            self._shunned_until[peer] = self._clock() + seconds
         self.epochs.pop(peer, None)
         self._gone[peer] = self.seconds.pop(peer, 0.0)
-
-    def shun(self, peer: str, *, seconds: float) -> None:
-        """Do not count this peer for this long, whatever it reports."""
-        self._shunned_until[peer] = self._clock() + seconds
-        self.leave_out(peer)
 
     def note_download(self, *, epoch: int, loaded: bool) -> set[str]:
         """Called after asking for a state later than this epoch. If none was loaded, peers that
@@ -98,7 +90,7 @@ class Reports:
         ahead = {peer for peer, theirs in self.others.items() if theirs > epoch + 1}
         for peer in ahead:
             times = self._times_ahead[peer] = self._times_ahead.get(peer, -1) + 1
-            self.shun(peer, seconds=min(AHEAD_SECONDS * 2**times, MAX_AHEAD_SECONDS))
+            self.leave_out(peer, seconds=min(AHEAD_SECONDS * 2**times, MAX_AHEAD_SECONDS))
         return ahead
 
     def read(self, entries: Mapping[Any, Any], *, own_epoch: int = 0) -> dict[Any, Any]:
@@ -166,7 +158,10 @@ class SampleTracker(ProgressTracker):  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any):
         signed = kwargs.get("private_key") is not None
         self.reports = Reports(own=str(kwargs["dht"].peer_id), signed=signed)
-        super().__init__(*args, **kwargs)
+        periods = {
+            "min_refresh_period": 0.2, "max_refresh_period": 1.0, "default_refresh_period": 1.0,
+        }  # fmt: skip
+        super().__init__(*args, metadata_expiration=REPORT_SECONDS, **periods | kwargs)
 
     def run(self) -> None:
         """As in the base class, and cancel the tasks that it leaves behind."""
@@ -198,12 +193,9 @@ class SampleTracker(ProgressTracker):  # type: ignore[misc]
         ours, others = self.local_progress.epoch, self.reports.others
         return bool(others) and all(epoch > ours for epoch in others.values())
 
-    def leave_out(self, peer: str, *, shun_seconds: float = 0.0) -> None:
-        """Do not count this peer until its next report, and not for `shun_seconds`."""
-        if shun_seconds:
-            self.reports.shun(peer, seconds=shun_seconds)
-        else:
-            self.reports.leave_out(peer)
+    def leave_out(self, peer: str, *, seconds: float = 0.0) -> None:
+        """See `Reports.leave_out`."""
+        self.reports.leave_out(peer, seconds=seconds)
         # Until the reports are read again, which does not happen in a round.
         progress = self.global_progress
         progress.num_peers = max(1, progress.num_peers - 1)
