@@ -83,8 +83,6 @@ def epoch_in(gather: bytes) -> int | None:
         epoch = MSGPackSerializer.loads(user_data)
     except Exception:  # noqa: BLE001 - the parser raises whatever it meets
         return None
-    if bandwidth is not None:
-        sound = isinstance(bandwidth, int | float) and math.isfinite(bandwidth) and bandwidth >= 0
-        if not sound:
-            return None
-    return epoch if isinstance(epoch, int) else None
+    if not isinstance(bandwidth, int | float | None) or not isinstance(epoch, int):
+        return None
+    return epoch if bandwidth is None or 0 <= bandwidth < math.inf else None

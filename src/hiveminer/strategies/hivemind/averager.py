@@ -89,12 +89,11 @@ class SwarmAverager(TrainingStateAverager, RoundServer):  # type: ignore[misc]
         self._outer_pipe.send(("_guard_tasks", [], {}))
         self.vouch()
 
-    def run_in_background(self, await_ready: bool = True, timeout: float | None = None) -> None:
+    def run_in_background(self, **_: Any) -> None:
         """As in the base class, but SIGINT is ignored in the new process only."""
         before_fork()
         self.start()
-        if await_ready:
-            self.wait_until_ready(timeout if timeout is not None else START_SECONDS)
+        self.wait_until_ready(START_SECONDS)
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """As in the base class, with checks of what is sent and applied at the end of an epoch."""

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from hiveminer.runtime.events import tell
@@ -40,6 +41,7 @@ class Group(NamedTuple):
     members: frozenset[str] = frozenset()
 
 
+@dataclass(kw_only=True)
 class FailureDetector:
     """Checks the peers during rounds, in a background thread.
 
@@ -48,22 +50,14 @@ class FailureDetector:
     on_deserted: called when nobody will join the round.
     """
 
-    def __init__(
-        self,
-        *,
-        peer: Peer,
-        tracker: SampleTracker,
-        is_running: Callable[[], bool],
-        group: Callable[[], Group],
-        on_lost: Callable[[set[str]], None],
-        on_deserted: Callable[[], None],
-    ):
-        self._peer = peer
-        self._tracker = tracker
-        self._is_running = is_running
-        self._group = group
-        self._on_lost = on_lost
-        self._on_deserted = on_deserted
+    peer: Peer
+    tracker: SampleTracker
+    is_running: Callable[[], bool]
+    group: Callable[[], Group]
+    on_lost: Callable[[set[str]], None]
+    on_deserted: Callable[[], None]
+
+    def __post_init__(self) -> None:
         self._busy = threading.Event()
         self._free = threading.Event()
         self._closed = threading.Event()
@@ -110,10 +104,10 @@ class FailureDetector:
             if self._closed.is_set():
                 return
             ended = self._free.wait(0)
-            if not ended and not self._is_running():
+            if not ended and not self.is_running():
                 continue
-            reporting = set(self._tracker.reports.seconds) - {self._peer.peer_id}
-            before, group = group, self._group()
+            reporting = set(self.tracker.reports.seconds) - {self.peer.peer_id}
+            before, group = group, self.group()
             # A peer that was left out is watched again once it reports anew, or is a member of
             # another round: the averager takes back whoever joins a group.
             left_out = left_out - reporting if group.id == before.id else set()
@@ -128,23 +122,23 @@ class FailureDetector:
             if ended:
                 return
             if self._is_deserted(misses.keys()):
-                self._on_deserted()
+                self.on_deserted()
 
     def _alive(self, expected: set[str]) -> set[str]:
         """Those of these peers that answer a ping and report to the DHT."""
-        reading = self._executor.submit(self._tracker.refresh, timeout_seconds=PING_SECONDS)
-        answering = self._peer.answering(expected, timeout_seconds=PING_SECONDS)
+        reading = self._executor.submit(self.tracker.refresh, timeout_seconds=PING_SECONDS)
+        answering = self.peer.answering(expected, timeout_seconds=PING_SECONDS)
         reporting = reading.result()
         return answering if reporting is None else answering & reporting
 
     def _leave_out(self, lost: set[str], *, left: int) -> None:
         for peer in sorted(lost):
-            self._tracker.leave_out(peer)
+            self.tracker.leave_out(peer)
             rest = f"{left + 1} peers are left" if left else "no other peer is left"
             cause = f"peer {peer} no longer answers or reports"
             tell(logger, "no_group", f"{cause}: it is left out, {rest}")
-        self._on_lost(lost)
+        self.on_lost(lost)
 
     def _is_deserted(self, others: Collection[str]) -> bool:
-        epochs, ours = self._tracker.reports.epochs, self._tracker.local_progress.epoch
+        epochs, ours = self.tracker.reports.epochs, self.tracker.local_progress.epoch
         return all(epochs.get(peer, ours) != ours for peer in others)

@@ -14,7 +14,6 @@ from hivemind.dht.protocol import DHTProtocol
 from hivemind.dht.routing import DHTID
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import PeerID
-from hivemind.utils.timed_storage import ValueWithExpiration
 
 from hiveminer.swarm.keys import peer_id_of_key
 from hiveminer.swarm.records import OWNER
@@ -81,21 +80,16 @@ def signer_of(subkey: object) -> str | None:
     return peer_id_of_key(key[1]) if key is not None else None
 
 
-def donors_in(record: ValueWithExpiration | None) -> set[PeerID]:
+def donors_in(entries: Mapping[Any, Any]) -> set[PeerID]:
     """The peers that serve their state."""
-    entries = _entries_in(record).items()
-    return {PeerID(n) for n, entry in entries if _is_peer_id(n) and _is_number(entry.value)}
+    found = entries.items()
+    return {PeerID(name) for name, entry in found if _is_peer_id(name) and _is_number(entry.value)}
 
 
-def reporters_in(record: ValueWithExpiration | None) -> set[PeerID]:
+def reporters_in(entries: Mapping[Any, Any]) -> set[PeerID]:
     """The peers that report."""
-    reports = [read_report(entry.value) for entry in _entries_in(record).values()]
+    reports = [read_report(entry.value) for entry in entries.values()]
     return {PeerID.from_base58(report.peer) for report in reports if report is not None}
-
-
-def _entries_in(record: ValueWithExpiration | None) -> Mapping[Any, Any]:
-    entries = record.value if record is not None else None
-    return entries if isinstance(entries, Mapping) else {}
 
 
 class Shapes(RecordValidatorBase):  # type: ignore[misc]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -188,8 +189,16 @@ class RoundServer(StateDownload):
     ) -> AsyncIterator[averaging_pb2.AveragingData]:
         """The parts that a peer sends, up to the first that must not be averaged."""
         own: Sequence[Tensor] = ()
-        number = 0
-        while (message := await self._next_part(stream, sender, number, len(own))) is not None:
+        for number in itertools.count():
+            try:
+                message = await asyncio.wait_for(anext(stream, None), STALL_SECONDS)
+            except TimeoutError:
+                problem = f"it sent nothing for {STALL_SECONDS:.0f} s"
+                if 0 < number < len(own):  # before the first, it may be no member of any group
+                    self._admission.note_silence(sender, problem)
+                raise AllreduceException(problem) from None
+            if message is None:
+                return
             if number == 0:
                 own = await self._own_parts(message.group_id)
             if number < len(own):
@@ -203,22 +212,6 @@ class RoundServer(StateDownload):
                         return
                     raise AllreduceException(problem)
             yield message
-            number += 1
-
-    async def _next_part(
-        self,
-        stream: AsyncIterator[averaging_pb2.AveragingData],
-        sender: PeerID,
-        number: int,
-        of: int,
-    ) -> averaging_pb2.AveragingData | None:
-        try:
-            return await asyncio.wait_for(anext(stream, None), STALL_SECONDS)
-        except TimeoutError:
-            problem = f"it sent nothing for {STALL_SECONDS:.0f} s"
-            if 0 < number < of:  # before the first, it may be no member of any group
-                self._admission.note_silence(sender, problem)
-            raise AllreduceException(problem) from None
 
     async def _step(self, *, step: StepControl, future_for_init: Any) -> None:
         """As in the base class; also ends the search for a group."""

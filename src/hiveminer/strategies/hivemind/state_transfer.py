@@ -12,7 +12,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -213,13 +213,14 @@ class StateInspector:
         vouches = await asyncio.gather(*map(self._vouch_of, asked))
         return {str(peer): vouch for peer, vouch in zip(asked, vouches, strict=True) if vouch}
 
-    async def _read(self, key: str) -> Any:
+    async def _read(self, key: str) -> Mapping[Any, Any]:
         try:
             future = self.dht.get(key, latest=True, return_future=True)
-            return await asyncio.wait_for(future, VOUCH_SECONDS)
+            entries = (await asyncio.wait_for(future, VOUCH_SECONDS)).value
         except Exception as error:  # noqa: BLE001 - then nobody is in it
             logger.debug("%s could not be read: %r", key, error)
-            return None
+            return {}
+        return entries if isinstance(entries, Mapping) else {}
 
     async def _vouch_of(self, peer: PeerID) -> Vouch | None:
         try:
