@@ -174,7 +174,7 @@ class SwarmAverager(TrainingStateAverager, RoundServer):  # type: ignore[misc]
             self._turning.release()
         return metadata, start + tensors[len(start) :], infos
 
-    def load_state_from_peers(self, **kwargs: Any) -> None:  # type: ignore[override]
+    def load_state_from_peers(self, **kwargs: Any) -> None:
         super().load_state_from_peers(**kwargs)
         if self.loaded:
             tame_moments(self.optimizer)

@@ -193,10 +193,10 @@ class RoundServer(StateDownload):
             try:
                 message = await asyncio.wait_for(anext(stream, None), STALL_SECONDS)
             except TimeoutError:
-                problem = f"it sent nothing for {STALL_SECONDS:.0f} s"
+                silence = f"it sent nothing for {STALL_SECONDS:.0f} s"
                 if 0 < number < len(own):  # before the first, it may be no member of any group
-                    self._admission.note_silence(sender, problem)
-                raise AllreduceException(problem) from None
+                    self._admission.note_silence(sender, silence)
+                raise AllreduceException(silence) from None
             if message is None:
                 return
             if number == 0:
@@ -260,14 +260,10 @@ class RoundServer(StateDownload):
         parts: Sequence[Tensor] = runner.parts_for_local_averaging
         return parts
 
-    async def _load_state_from_peers(
-        self,
-        future: Any,
-        timeout: float | None = None,  # noqa: ASYNC109 - the stock one's
-    ) -> None:
+    async def _load_state_from_peers(self, **kwargs: Any) -> None:
         """As in the base class; each donor's state is compared with what the others vouch for."""
         await self._inspector.prepare()
-        await super()._load_state_from_peers(future, timeout)
+        await super()._load_state_from_peers(**kwargs)
 
 
 async def end_search(matchmaking: Any, step: Any) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import math
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -79,9 +78,7 @@ class StateDownload(DecentralizedAverager):  # type: ignore[misc]
         moments = dump_optimizer_state(self.optimizer)[1]
         return [*self.main_parameters, *self.extra_tensors, *moments]
 
-    def load_state_from_peers(
-        self, wait: bool = True, timeout: float | None = None
-    ) -> tuple[Any, Any] | None:
+    def load_state_from_peers(self, *, timeout: float) -> tuple[Any, Any] | None:
         """As in the base class, but with a deadline, and refused unless it is sound."""
         self.loaded_epoch = None
         try:
@@ -104,19 +101,15 @@ class StateDownload(DecentralizedAverager):  # type: ignore[misc]
         own = dump_optimizer_state(self.optimizer)[0]
         return {"epoch": self.loaded_epoch, "optimizer_metadata": own}, tensors
 
-    def _wait_for(self, future: Any, timeout: float | None) -> Any:
+    def _wait_for(self, future: Any, timeout: float) -> Any:
         """The future's result; fails early when the averager's process has ended."""
-        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
-        while True:
-            try:
-                return future.result(timeout=min(0.5, max(0.0, deadline - time.monotonic())))
-            except TimeoutError:
-                if future.done():  # just now, or with an error of this kind
-                    return future.result(timeout=0)
-                if time.monotonic() >= deadline:
-                    raise
-                if not self.is_alive():
-                    raise ConnectionError("the averager's process has ended") from None
+        deadline = time.monotonic() + timeout
+        while not future.done() and (left := deadline - time.monotonic()) > 0:
+            if not self.is_alive():
+                raise ConnectionError("the averager's process has ended")
+            with contextlib.suppress(TimeoutError):
+                future.result(timeout=min(0.5, left))
+        return future.result(timeout=0)
 
 
 @dataclass(kw_only=True)
