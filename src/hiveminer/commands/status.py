@@ -196,17 +196,6 @@ def _last_lines(path: Path) -> list[bytes]:
 # For people and machines -------------------------------------------------------------------
 
 
-def as_table(rows: list[Row], *, title: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for column in ("uid", "hotkey", "axon", "alive"):
-        table.add_column(column, no_wrap=True, min_width=len(column))
-    for column in ("peer", "epoch", "stake", "score", "weight", "immunity", "last call", "refused"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*_cells(row))
-    return table
-
-
 def _cells(row: Row) -> list[str]:
     alive = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[row.alive]
     uid = f"[bold]{row.uid}*[/]" if row.ours else str(row.uid)
@@ -234,6 +223,13 @@ def main(settings: MinerSettings, *, as_json_text: bool = False) -> int:
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return 0
     title = f"subnet {settings.netuid} of {settings.subtensor.network}: {len(rows)} neurons"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for column in ("uid", "hotkey", "axon", "alive"):
+        table.add_column(column, no_wrap=True, min_width=len(column))
+    for column in ("peer", "epoch", "stake", "score", "weight", "immunity", "last call", "refused"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*_cells(row))
     legend = "* on this machine; v: validator permit; weight: share of the incentive"
-    print(rendered(as_table(rows, title=title), legend, width=200))
+    print(rendered(table, legend, width=200))
     return 0

@@ -76,8 +76,9 @@ class Signals:
 
     def _watch(self, read: int) -> None:
         try:
-            first = _next(read, None)
-            if first is None or first == CLOSED:
+            while (first := _next(read, None)) is None:
+                pass
+            if first == CLOSED:
                 return
             logger.info("stopping (%s); once more to end at once", signal.Signals(first).name)
             self.stopping.set()
@@ -97,17 +98,13 @@ class Signals:
 
 
 def _next(read: int, timeout_seconds: float | None) -> int | None:
-    """The next signal in the pipe; CLOSED at its end, None after the timeout."""
-    deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
-    while True:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if not select.select([read], [], [], left)[0]:
-            return None
-        said = os.read(read, 1)
-        if not said:
-            return CLOSED
-        if said[0] in NUMBERS:
-            return said[0]
+    """The next signal in the pipe; CLOSED at its end, None after the timeout or for a signal that
+    is not ours."""
+    if not select.select([read], [], [], timeout_seconds)[0]:
+        return None
+    said = os.read(read, 1)
+    number = said[0] if said else CLOSED
+    return number if number in (*NUMBERS, CLOSED) else None
 
 
 def end_at_once(code: int) -> None:
