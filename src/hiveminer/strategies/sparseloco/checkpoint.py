@@ -26,36 +26,15 @@ from torch import Tensor, nn
 from hiveminer.runtime.files import write_atomically
 from hiveminer.strategies.sparseloco import update
 from hiveminer.strategies.sparseloco.codec import BlobError, decode
-from hiveminer.strategies.sparseloco.log import as_json
+from hiveminer.strategies.sparseloco.log import as_json, from_json
 from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.records import Record
 from hiveminer.strategies.sparseloco.replica import OwnCut
-from hiveminer.strategies.sparseloco.rounds import Contribution, OwnBlob, Position
+from hiveminer.strategies.sparseloco.rounds import Position
 
 logger = logging.getLogger(__name__)
 
 JOURNAL = "cut.safetensors"
-
-
-def position_from_json(content: Mapping[str, Any]) -> Position:
-    """A position that was written by `as_json`. Raises ValueError, KeyError or TypeError for
-    anything else."""
-    number = content["round"]
-    return Position(
-        bytes.fromhex(content["hotkey"]),
-        None if number is None else int(number),
-        _bytes(content["confirmed"]),
-        tuple(
-            Contribution(int(uid), bytes.fromhex(hotkey), int(size), bytes.fromhex(digest))
-            for uid, hotkey, size, digest in content["contributions"]
-        ),
-        _bytes(content["newest"]),
-        _bytes(content["held"]),
-        _own_from_json(content["cut"]),
-        _own_from_json(content["counted"]),
-        bool(content["taken"]),
-        tuple(own for each in content["owed"] if (own := _own_from_json(each))),
-    )
 
 
 def cuts_to_tensors(cuts: Mapping[bytes, OwnCut]) -> dict[str, Tensor]:
@@ -147,21 +126,10 @@ def read_journal(folder: Path, plan: Plan) -> tuple[Position, dict[bytes, OwnCut
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            position = position_from_json(json.loads(file.metadata()["position"]))
+            position = from_json(Position, json.loads(file.metadata()["position"]))
         return position, cuts_from_tensors(tensors, plan)
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         logger.warning("%s cannot be used: %s", path, error)
         return None
-
-
-def _bytes(value: str | None) -> bytes | None:
-    return None if value is None else bytes.fromhex(value)
-
-
-def _own_from_json(content: list[Any] | None) -> OwnBlob | None:
-    if content is None:
-        return None
-    number, digest, forgotten = content
-    return OwnBlob(int(number), bytes.fromhex(digest), bool(forgotten))

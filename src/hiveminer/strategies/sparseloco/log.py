@@ -14,6 +14,7 @@ its hash counts as missing. Each JSON file holds the SHA-256 of its own content.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -22,7 +23,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, astuple, dataclass, is_dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -36,7 +37,7 @@ from hiveminer.strategies.sparseloco.pieces import (
 )
 from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.records import decode_record, run_prefix
-from hiveminer.strategies.sparseloco.rounds import Block, Facts, Neuron, Rules
+from hiveminer.strategies.sparseloco.rounds import Facts, Rules
 from hiveminer.strategies.sparseloco.schedule import Schedule
 from hiveminer.strategies.sparseloco.tensor import Compression
 
@@ -50,6 +51,8 @@ LOG_FOLDER = "rounds"
 
 _UNREADABLE = (OSError, KeyError, TypeError, AttributeError, ValueError, RecursionError)
 _HASH = re.compile(r"[0-9a-f]{64}")
+_BLOCKS = ("first_block", "records_block", "marks_block")
+_kinds = functools.cache(get_type_hints)
 
 EVERY_ROUNDS = 8
 """The parent state of every eighth round is kept on disk."""
@@ -260,29 +263,36 @@ def as_json(value: Any) -> Any:
     return value
 
 
+def from_json(form: Any, content: Any) -> Any:
+    """A value of type `form`, of which `as_json` made `content`; a dataclass also from a mapping
+    of its fields. Raises TypeError, ValueError or KeyError for anything else."""
+    if form is bytes:
+        return bytes.fromhex(content)
+    if type(content) is form:
+        return content
+    inner = get_args(form)
+    if type(None) in inner:
+        return None if content is None else from_json(inner[0], content)
+    if get_origin(form) is tuple:
+        return tuple(from_json(inner[0], each) for each in content)
+    if get_origin(form) is Mapping:
+        return {from_json(inner[0], key): from_json(inner[1], content[key]) for key in content}
+    kinds = _kinds(form)
+    if not kinds:  # not a dataclass
+        raise TypeError(f"{content!r} is not of type {form.__name__}")
+    values = [content[name] for name in kinds] if isinstance(content, dict) else content
+    return form(*(from_json(*each) for each in zip(kinds.values(), values, strict=True)))
+
+
 def _facts_to_json(facts: Facts) -> dict[str, Any]:
-    return {
-        "round": facts.round,
-        "blocks": as_json((facts.first_block, facts.records_block, facts.marks_block)),
-        "neurons": as_json(facts.neurons),
-        "records": as_json(facts.records),
-        "marks": as_json(facts.marks),
-    }
+    content = as_json(vars(facts))
+    content["blocks"] = [content.pop(name) for name in _BLOCKS]
+    return content  # type: ignore[no-any-return]
 
 
 def _facts_from_json(content: Mapping[str, Any]) -> Facts:
-    first, records, marks = (
-        Block(int(number), bytes.fromhex(digest)) for number, digest in content["blocks"]
-    )
-    neurons = tuple(
-        Neuron(int(uid), bytes.fromhex(hotkey), bool(permit), int(stake), int(incentive))
-        for uid, hotkey, permit, stake, incentive in content["neurons"]
-    )
-    commitments = (
-        {bytes.fromhex(hotkey): bytes.fromhex(data) for hotkey, data in content[kind].items()}
-        for kind in ("records", "marks")
-    )
-    return Facts(int(content["round"]), first, records, marks, neurons, *commitments)
+    blocks = dict(zip(_BLOCKS, content["blocks"], strict=True))
+    return from_json(Facts, {**content, **blocks})  # type: ignore[no-any-return]
 
 
 def _plan_to_json(plan: Plan) -> dict[str, Any]:

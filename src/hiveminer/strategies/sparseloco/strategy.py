@@ -21,7 +21,7 @@ from hiveminer.strategies.base import RoundResult, Strategy, between_steps
 from hiveminer.strategies.sparseloco import checkpoint, update
 from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.cutting import CuttingFollower
-from hiveminer.strategies.sparseloco.log import as_json
+from hiveminer.strategies.sparseloco.log import as_json, from_json
 from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.replay import rebuild
 from hiveminer.strategies.sparseloco.replica import OwnCut, Replica
@@ -136,7 +136,7 @@ class SparselocoStrategy(Strategy):
         return tensors, {"epoch": self.epoch, "rows": 0, "counts": counts, "position": content}
 
     def load_state_dict(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        position = checkpoint.position_from_json(metadata["position"])
+        position: Position = from_json(Position, metadata["position"])
         if position.hotkey != self.replica.position.hotkey:
             raise ValueError("it belongs to another hotkey")
         learned = {name: tensors[f"u.{name}"] for name in self.plan.shapes}
