@@ -231,7 +231,9 @@ def test_a_miner_that_has_lost_its_log_returns_with_the_next_round(tmp_path: Pat
     assert counted(peers)[-1] == (0, 1, 2)
 
 
-def test_weights_that_are_not_finite_are_not_cut(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_are_not_cut(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     peers = Peers(tmp_path)
     peers.round(2)
     peers.miners[1].replica.apply_move(parameters(peers, 1))
@@ -241,6 +243,9 @@ def test_weights_that_are_not_finite_are_not_cut(tmp_path: Path) -> None:
     peers.round()
     uids = counted(peers)
     assert uids[-2:] == [(0, 2), (0, 1, 2)]
+    missed = [text for text in caplog.messages if " was missed: " in text]
+    assert len(missed) == 1
+    assert "not finite" in missed[0]
 
 
 def assert_published_once(commits: list[bytes]) -> None:
