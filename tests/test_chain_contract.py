@@ -37,23 +37,18 @@ class Network:
         self.coldkey = coldkey
         self.opened: list[Chain] = []
 
-    @property
-    def embedded(self) -> bool:
-        return self.network == "embedded"
-
-    def open(self, keys: Keys | None = None, *, netuid: int = NETUID) -> Chain:
+    def open(self, *, netuid: int = NETUID) -> Chain:
+        """A door for a new hotkey."""
+        hotkey = Keypair.create_from_seed(secrets.token_bytes(32))
         chain = open_chain(
             network=self.network,
             netuid=netuid,
-            wallet=keys or self.keys(),
+            wallet=Keys(hotkey, self.coldkey),
             path=self.path,
             block_seconds=0.05,
         )
         self.opened.append(chain)
         return chain
-
-    def keys(self) -> Keys:
-        return Keys(Keypair.create_from_seed(secrets.token_bytes(32)), self.coldkey)
 
     def join(self, *, staked: bool = False) -> Chain:
         """A door for a hotkey that is registered."""
@@ -182,7 +177,7 @@ def test_weights_of_a_validator_are_set_and_limited(network: Network) -> None:
     settings = validator.hyperparameters()
     limit, tempo = int(settings["weights_rate_limit"]), int(settings["tempo"])
     # A real chain gives permits out at the end of a tempo.
-    wait_blocks(validator, max(limit, 0 if network.embedded else tempo) + 2)
+    wait_blocks(validator, max(limit, 0 if validator.embedded else tempo) + 2)
     before, target = validator.metagraph().by_hotkey(validator.hotkey), miner.uid()
     assert before is not None
     assert target is not None

@@ -15,11 +15,9 @@ from typing import Any
 import pytest
 from in_process import Hub, InProcessStrategy
 from small_neurons import (
-    Recorded,
     SmallMiner,
     miner_alone,
     miner_settings,
-    small_validator,
     told,
 )
 
@@ -31,8 +29,6 @@ from hiveminer.runtime.events import EVENTS, tell
 from hiveminer.runtime.logs import JsonFormatter, configure_logging
 from hiveminer.runtime.watchdog import watch
 from hiveminer.swarm.processes import log_to_root
-from hiveminer.validation import curves
-from hiveminer.validation.curves import Evidence
 from programs import ROOT, Network, started, wait_for
 
 
@@ -315,77 +311,6 @@ def test_rows_that_were_thrown_away_are_told(
     (words,) = told(caplog, "catch_up")
     assert "8 rows of request request1 were discarded" in words
     assert "do not count for the answer" in words
-
-
-# score
-
-TRAINED = (5.0, 4.6, 4.8, 4.1, 4.3, 3.9, 4.0, 3.6)
-UNTRAINED = (5.0, 4.9, 5.3, 4.8, 5.2, 5.0, 5.3, 5.1)
-
-
-def evidence(answered: tuple[float, ...], **changes: Any) -> Evidence:
-    fields: dict[str, Any] = {
-        "hotkey": "5" * 48,
-        "request_id": "r",
-        "epoch": 1,
-        "answered": answered,
-        "trained": TRAINED,
-        "untrained": UNTRAINED,
-        "claimed_samples": 8,
-        "given_samples": 8,
-        "tokens": 100,
-    }
-    return Evidence(**fields | changes)
-
-
-@pytest.mark.parametrize(
-    ("found", "words"),
-    [
-        (evidence(UNTRAINED), ["learning"]),
-        (evidence(tuple(reversed(TRAINED))), ["fit"]),
-        (evidence(TRAINED, claimed_samples=9), ["9 rows are claimed and 8 were given"]),
-        (evidence(TRAINED[:7]), ["7 losses were answered where a replay has 8"]),
-        (evidence((*TRAINED[:7], float("nan"))), ["is not finite"]),
-        (evidence((), trained=(), untrained=()), ["fewer than 6 of its losses"]),
-    ],
-)
-def test_a_low_score_has_its_reason(found: Evidence, words: list[str]) -> None:
-    assert curves.score(found) < 1
-    reasons = curves.shortfalls(found)
-    assert all(any(word in reason for reason in reasons) for word in words), reasons
-
-
-def test_reasons_and_score_agree() -> None:
-    """Whatever share of the way from untrained to trained, with noise or without."""
-    for learnt in (0.0, 0.1, 0.2, 0.3, 0.5, 1.0):
-        for noise in (0.0, 0.05, 0.2):
-            answered = tuple(
-                u + learnt * (t - u) + noise * (-1) ** n
-                for n, (t, u) in enumerate(zip(TRAINED, UNTRAINED, strict=True))
-            )
-            found = evidence(answered)
-            assert (curves.score(found) < 1) == bool(curves.shortfalls(found))
-
-
-def test_a_validator_says_why_it_scored_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    metrics = Recorded()
-    with small_validator(tmp_path, metrics=metrics) as validator:
-        caplog.set_level(logging.INFO)
-        validator._record(evidence(UNTRAINED))
-        (words,) = told(caplog, "score")
-        assert words.startswith("55555555 scores 0.00 of 1 with this answer: ")
-        assert "steps were skipped or discarded" in words
-        caplog.clear()
-        validator._record(evidence(TRAINED))
-        assert not told(caplog, "score")
-        flat = (3.0,) * 8
-        validator._record(evidence(UNTRAINED, trained=flat, untrained=flat))
-        assert not told(caplog, "score")
-    assert [line["score"] for line in metrics.of("evidence")] == [0.0, 1.0, 1.0]
-    assert [line["average"] for line in metrics.of("evidence")] == [0.0, 0.5, 0.5]
-    assert [line["judged"] for line in metrics.of("evidence")] == [True, True, False]
 
 
 # A real miner and a real validator

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_neurons import Recorded, small_validator, told
 
 from hiveminer.protocol import Train
 from hiveminer.validation.curves import (
@@ -23,6 +26,7 @@ from hiveminer.validation.curves import (
     learning,
     ramp,
     score,
+    shortfalls,
 )
 from hiveminer.validation.feed import Answered
 from hiveminer.validation.judge import EVASIONS, Judge
@@ -85,27 +89,50 @@ SHORT = FEWEST_STEPS - 1
 
 
 @pytest.mark.parametrize(
-    ("changes", "worth"),
+    ("changes", "why"),
     [
-        ({}, 1.0),
+        ({}, None),
         # Part of the epoch was trained already when this request began.
-        ({"answered": tuple(loss - LEARNT for loss in TRAINED)}, 1.0),
-        ({"claimed_samples": 32}, 1.0),
-        ({"claimed_samples": 65}, 0.0),
-        ({"answered": (*TRAINED[:-1], math.nan)}, 0.0),
-        ({"answered": (*TRAINED[:-1], math.inf)}, 0.0),
-        ({"answered": (*TRAINED[:-1], -math.inf)}, 0.0),
-        ({"answered": TRAINED[:-1]}, 0.0),
-        ({"answered": (*TRAINED, 4.0)}, 0.0),
-        ({"answered": ()}, 0.0),
-        ({"untrained": EVIDENCE.untrained[:-1]}, 0.0),
-        ({name: getattr(EVIDENCE, name)[:0] for name in CURVES}, 0.0),
-        ({name: getattr(EVIDENCE, name)[:SHORT] for name in CURVES}, 0.0),
-        ({name: getattr(EVIDENCE, name)[:FEWEST_STEPS] for name in CURVES}, 1.0),
+        ({"answered": tuple(loss - LEARNT for loss in TRAINED)}, None),
+        ({"claimed_samples": 32}, None),
+        ({"claimed_samples": 65}, "65 rows are claimed and 64 were given"),
+        ({"answered": EVIDENCE.untrained}, "learning 0.00"),
+        ({"answered": tuple(reversed(TRAINED))}, "fit 0.51 of 0.9"),
+        ({"answered": (*TRAINED[:-1], math.nan)}, "is not finite"),
+        ({"answered": (*TRAINED[:-1], math.inf)}, "is not finite"),
+        ({"answered": (*TRAINED[:-1], -math.inf)}, "is not finite"),
+        ({"answered": TRAINED[:-1]}, "9 losses were answered where a replay has 10"),
+        ({"answered": (*TRAINED, 4.0)}, "11 losses were answered where a replay has 10"),
+        ({"answered": ()}, "0 losses were answered"),
+        ({"untrained": EVIDENCE.untrained[:-1]}, "losses were answered"),
+        ({name: getattr(EVIDENCE, name)[:0] for name in CURVES}, "fewer than 6 of its losses"),
+        ({name: getattr(EVIDENCE, name)[:SHORT] for name in CURVES}, "fewer than 6"),
+        ({name: getattr(EVIDENCE, name)[:FEWEST_STEPS] for name in CURVES}, None),
     ],
 )
-def test_what_an_answer_is_worth(changes: dict[str, Any], worth: float) -> None:
-    assert score(replace(EVIDENCE, **changes)) == worth
+def test_what_an_answer_is_worth_and_why(changes: dict[str, Any], why: str | None) -> None:
+    found = replace(EVIDENCE, **changes)
+    assert score(found) == (1.0 if why is None else 0.0)
+    assert shortfalls(found) == [] if why is None else why in shortfalls(found)[0]
+
+
+def test_a_validator_says_why_it_scored_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    metrics = Recorded()
+    with small_validator(tmp_path, metrics=metrics) as validator:
+        caplog.set_level(logging.INFO)
+        validator._record(replace(EVIDENCE, answered=EVIDENCE.untrained))
+        (words,) = told(caplog, "score")
+        assert words.startswith("5F scores 0.00 of 1 with this answer: ")
+        assert "steps were skipped or discarded" in words
+        caplog.clear()
+        validator._record(EVIDENCE)
+        flat = (3.0,) * STEPS
+        validator._record(replace(EVIDENCE, trained=flat, untrained=flat))
+        assert not told(caplog, "score")
+    lines = [(each["score"], each["average"], each["judged"]) for each in metrics.of("evidence")]
+    assert lines == [(0.0, 0.0, True), (1.0, 0.5, True), (1.0, 0.5, False)]
 
 
 def test_an_honest_answer_may_differ_a_little() -> None:
@@ -154,21 +181,20 @@ def test_explained_variance_and_learning_on_curves_worked_out_by_hand() -> None:
 
 @quick
 @given(points=curves, claimed=st.integers(0, 100), given_samples=st.integers(0, 100))
-def test_a_score_lies_between_0_and_1(
+def test_a_score_lies_between_0_and_1_and_has_its_reason(
     points: list[tuple[float, float, float]], claimed: int, given_samples: int
 ) -> None:
     answered, trained, untrained = (tuple(curve) for curve in zip(*points, strict=True))
-    worth = score(
-        replace(
-            EVIDENCE,
-            answered=answered,
-            trained=trained,
-            untrained=untrained,
-            claimed_samples=claimed,
-            given_samples=given_samples,
-        )
+    found = replace(
+        EVIDENCE,
+        answered=answered,
+        trained=trained,
+        untrained=untrained,
+        claimed_samples=claimed,
+        given_samples=given_samples,
     )
-    assert 0 <= worth <= 1
+    assert 0 <= score(found) <= 1
+    assert score(found) == 1 or shortfalls(found)
 
 
 def table_of(work: list[tuple[str, float, int]]) -> ScoreTable:
