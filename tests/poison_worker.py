@@ -24,6 +24,8 @@ from hivemind.proto import averaging_pb2
 from hiveminer.strategies.hivemind.averager import SwarmAverager
 from hiveminer.strategies.hivemind.tracker import SampleTracker
 
+POISON = {"nan": math.nan, "inf": math.inf, "loud": 1000.0}
+
 
 def poison_what_is_sent(factor: float) -> None:
     load = SwarmAverager._load_local_tensors_into_averager_
@@ -93,17 +95,19 @@ def report(*, epochs: int = 0, rows: int = 0) -> None:
     SampleTracker.ready_to_update_epoch = property(lambda self: False)
 
 
-HOW = {
-    "nan": functools.partial(poison_what_is_sent, math.nan),
-    "inf": functools.partial(poison_what_is_sent, math.inf),
-    "loud": functools.partial(poison_what_is_sent, 1000.0),
-    "answers": poison_what_is_averaged,
-    "liar": lie_about_the_state,
-    "silent": say_nothing_in_rounds,
-    "ahead": functools.partial(report, epochs=2),
-    "rows": functools.partial(report, rows=10_000),
-}
-
 if __name__ == "__main__":
-    HOW[sys.argv.pop(1)]()
+    how = sys.argv.pop(1)
+    if how in POISON:
+        poison_what_is_sent(POISON[how])
+    elif how == "silent":
+        say_nothing_in_rounds()
+    elif how == "ahead":
+        report(epochs=2)
+    elif how == "rows":
+        report(rows=10_000)
+    elif how == "answers":
+        poison_what_is_averaged()
+    else:
+        assert how == "liar", how
+        lie_about_the_state()
     swarm_worker.main()

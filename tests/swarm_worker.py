@@ -1,9 +1,11 @@
 """One peer of a small swarm as a process, which can be made to fail at a chosen moment.
 
-`python swarm_worker.py NAME FOLDER [--rows N] [--limit S] [--fault WHERE HOW]`
+`python swarm_worker.py KIND NAME FOLDER [--rows N] [--group N] [--limit S] [--fault WHERE HOW]`
 
-It trains a tiny model, and finds the others by FOLDER/*.address. What happens is printed, one JSON
-object a line; the weights after each round and each download are written to
+It trains a tiny model, and finds the others by FOLDER/*.address. KIND `ours` is `Peer` and
+`HivemindStrategy`; `stock` is `hivemind.Optimizer` with the same matchmaking time and group
+size, so that only a fault makes it wait, and its own default for the rest. What happens
+is printed, one JSON object a line; the weights after each round and each download are written to
 FOLDER/NAME.EPOCH.round.npy and FOLDER/NAME.EPOCH.load.npy.
 
 SIGUSR1 arms the fault. It then comes in the averager's process, in the next round:
@@ -29,6 +31,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import hivemind
 import numpy as np
 import psutil
 import torch
@@ -42,6 +45,7 @@ from hiveminer.strategies.base import RoundResult
 from hiveminer.strategies.hivemind.strategy import HivemindStrategy
 from hiveminer.swarm import Discovery, Identity, Peer
 from hiveminer.swarm.membership import Membership
+from hiveminer.training.optimizer import build_optimizer
 
 ROWS = 4
 MATCHMAKING_SECONDS = 5.0
@@ -142,7 +146,7 @@ class Worker:
         return [path.read_text() for path in sorted(self.folder.glob("[!.]*.address"))]
 
 
-def strategy_of(worker: Worker, options: argparse.Namespace) -> HivemindStrategy:
+def ours(worker: Worker, options: argparse.Namespace) -> HivemindStrategy:
     section = {
         "epoch_samples": options.rows,
         "matchmaking_seconds": MATCHMAKING_SECONDS,
@@ -190,34 +194,92 @@ def strategy_of(worker: Worker, options: argparse.Namespace) -> HivemindStrategy
     return swarm
 
 
+class Stock(hivemind.Optimizer):
+    """The stock optimizer, with what a strategy has besides."""
+
+    @property
+    def epoch(self) -> int:
+        return int(self.local_epoch)
+
+    def catch_up(self) -> None:
+        """It does so within its steps."""
+
+    def interrupt(self) -> None:
+        os._exit(0)  # its own shutdown waits for rounds that nobody will end
+
+    def close(self) -> None:
+        """Never reached."""
+
+
+def stock(worker: Worker, options: argparse.Namespace) -> Stock:
+    dht = hivemind.DHT(initial_peers=worker.addresses() or None, start=True, startup_timeout=30)
+    worker.publish(str(dht.get_visible_maddrs()[0]))
+    optimizer = Stock(
+        dht=dht,
+        run_id=RUN_ID,
+        target_batch_size=options.rows,
+        optimizer=build_optimizer(worker.model.parameters(), Run().optimizer),
+        use_local_updates=True,
+        matchmaking_time=MATCHMAKING_SECONDS,
+        averager_opts={"target_group_size": options.group, "request_timeout": 1.5},
+        tracker_opts={"default_refresh_period": 1.0, "max_refresh_period": 1.0},
+    )
+    watch_rounds(optimizer)
+    return optimizer
+
+
+def watch_rounds(optimizer: Stock) -> None:
+    """Say of each round how large its group was."""
+    averager, base = optimizer.state_averager, DecentralizedAverager
+    begin, apply = base.step, averager._apply_averaging_results_
+    controls: list[Any] = []
+
+    def begun(self_: Any, *args: Any, **kwargs: Any) -> Any:
+        control = begin(self_, *args, **kwargs)
+        controls.append(control)
+        return control
+
+    def applied() -> None:
+        apply()
+        done = [control for control in controls if control.done()]
+        controls[:] = [control for control in controls if not control.done()]
+        fine = [c for c in done if not c.cancelled() and c.exception() is None]
+        size = max((len(control.result() or ()) for control in fine), default=1)
+        tell("round", epoch=optimizer.epoch, size=size or 1)
+
+    base.step, averager._apply_averaging_results_ = begun, applied
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
+    parser.add_argument("kind", choices=("ours", "stock"))
     parser.add_argument("name")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--rows", type=int, default=64, help="of an epoch, of all peers")
-    parser.add_argument("--limit", type=float, default=30.0, help="seconds of a round")
+    parser.add_argument("--group", type=int, default=2, help="the stock's target group size")
+    parser.add_argument("--limit", type=float, default=30.0, help="seconds of a round of ours")
     parser.add_argument("--fault", nargs=2, metavar=("WHERE", "HOW"))
     options = parser.parse_args()
     if options.fault:
         Fault(*options.fault)
     worker = Worker(options)
-    swarm = strategy_of(worker, options)
+    optimizer = ours(worker, options) if options.kind == "ours" else stock(worker, options)
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda _number, _frame: stopping.set())
-    swarm.catch_up()
-    tell("ready", epoch=swarm.epoch)
+    optimizer.catch_up()
+    tell("ready", epoch=optimizer.epoch)
     steps = 0
     while not stopping.wait(PACE_SECONDS):
         if steps % LOOK_STEPS == 0:
-            swarm.catch_up()
+            optimizer.catch_up()
         steps += 1
-        swarm.zero_grad()
+        optimizer.zero_grad()
         worker.gradients()
-        epoch, began = swarm.epoch, time.time()
-        kept = swarm.step(batch_size=ROWS)
+        epoch, began = optimizer.epoch, time.time()
+        kept = optimizer.step(batch_size=ROWS)
         tell("step", epoch=epoch, kept=kept, seconds=round(time.time() - began, 3))
-    swarm.interrupt()
-    swarm.close()
+    optimizer.interrupt()
+    optimizer.close()
 
 
 if __name__ == "__main__":

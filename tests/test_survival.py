@@ -1,4 +1,8 @@
-"""A peer dies, and the others go on: real processes, and a fault at a chosen moment."""
+"""A peer dies, and the others go on: real processes, and a fault at a chosen moment.
+
+Each scenario also runs around the stock `hivemind.Optimizer` (slow), to show that the fault
+is one: there the survivors wait far longer.
+"""
 
 from __future__ import annotations
 
@@ -67,14 +71,15 @@ class Worker(Program):
 class Workers:
     """A small swarm of processes in a folder. None outlives the context."""
 
-    def __init__(self, folder: Path, *, size: int, peer_rows: int = 30):
-        self.folder = folder
+    def __init__(self, folder: Path, *, kind: str = "ours", size: int, peer_rows: int = 30):
+        self.folder, self.kind, self.size = folder, kind, size
         self.rows = peer_rows * size  # of an epoch
         self.all: dict[str, Worker] = {}
 
     def start(self, name: str, *more: str, script: Sequence[str] = (str(WORKER),)) -> Worker:
         """Start one, with more words for swarm_worker.py."""
-        words = [*script, name, str(self.folder), "--rows", str(self.rows), *more]
+        words = [*script, self.kind, name, str(self.folder), "--rows", str(self.rows)]
+        words += ["--group", str(self.size), *more]
         worker = self.all[name] = Worker(name, words, folder=self.folder / name)
         return worker
 
@@ -148,6 +153,29 @@ def test_a_death_costs_the_others_little_and_once(
                 assert max(stalls, default=0.0) <= MOST_SECONDS, f"{stalls}\n{swarm.told()}"
             for worker in workers:  # and they go on together
                 assert swarm.averaged(worker.name, len(left), since=when), swarm.told()
+
+
+@slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("how", ["kill", "stop"])
+@pytest.mark.parametrize("where", ["matchmaking", "allreduce"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_same_death_freezes_the_stock_optimizer(
+    size: int, where: str, how: str, tmp_path: Path
+) -> None:
+    names = "abc"[:size]
+    with Workers(tmp_path, kind="stock", size=size) as swarm:
+        swarm.start_all(names, faults={names[-1]: (where, how)})
+        when = swarm.strike(names[-1])
+        left = [swarm.all[name] for name in names[:-1]]
+
+        def frozen() -> bool:
+            return any(
+                max(stalls, default=0.0) > MOST_SECONDS or len(stalls) > 1
+                for stalls in (each.stalls(since=when) for each in left)
+            )
+
+        swarm.wait(frozen, 150)
 
 
 @slow
