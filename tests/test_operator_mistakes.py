@@ -67,6 +67,19 @@ def good_hotkey(here: Path, _: pytest.MonkeyPatch) -> None:
 REAL = "--subtensor.network test --wallet.name w --wallet.hotkey h --wallet.path {here}/wallets"
 RUN = "miner --neuron.run {here}/run.toml"
 
+RUN_FILES = {
+    "[model]\nsequence_length = 1": [
+        "run.toml: model.sequence_length",
+        "greater than or equal to 2",
+    ],
+    'oldest_version = "99.0.0"': ["wants 99.0.0 or newer: upgrade hiveminer"],
+    f'[data]\nhash = "{"0" * 64}"': ["the run wants", "get the run's own data"],
+    '[data]\nname = "./no.txt"': ["data no.txt", "no such file or folder"],
+    '[model]\nname = "./no"': ["model ./no", "save_pretrained"],
+    "[model]\nsequence_length = 4096": ["model.sequence_length is 4096", "lower it in run.toml"],
+}
+"""Run files that a miner refuses, and what it says."""
+
 MISTAKES = [
     # Words
     Mistake("unknown command", "minre", ["'minre' is not a command", "did you mean miner?"]),
@@ -86,42 +99,9 @@ MISTAKES = [
     ),
     # Run, model and data
     Mistake("no run.toml", RUN, ["run.toml: no such file", "--neuron.run wants"]),
-    Mistake("run.toml that is no TOML", RUN, ["not TOML"], prepare=write("run.toml", "=")),
-    Mistake(
-        "wrong value in run.toml",
-        RUN,
-        ["run.toml: model.sequence_length", "greater than or equal to 2"],
-        prepare=write("run.toml", "[model]\nsequence_length = 1"),
-    ),
-    Mistake(
-        "older than the run wants",
-        RUN,
-        ["wants 99.0.0 or newer"],
-        prepare=write("run.toml", 'oldest_version = "99.0.0"'),
-    ),
-    Mistake(
-        "other data than the run's",
-        RUN,
-        ["the run wants", "get the run's own data"],
-        prepare=write("run.toml", f'[data]\nhash = "{"0" * 64}"'),
-    ),
-    Mistake(
-        "data that is not there",
-        RUN,
-        ["data no.txt", "no such file or folder"],
-        prepare=write("run.toml", '[data]\nname = "./no.txt"'),
-    ),
-    Mistake(
-        "model that is not there",
-        RUN,
-        ["model ./no", "save_pretrained"],
-        prepare=write("run.toml", '[model]\nname = "./no"'),
-    ),
-    Mistake(
-        "rows longer than the model's",
-        RUN,
-        ["model.sequence_length is 4096", "lower it in run.toml"],
-        prepare=write("run.toml", "[model]\nsequence_length = 4096"),
+    *(
+        Mistake(toml, RUN, says, prepare=write("run.toml", toml))
+        for toml, says in RUN_FILES.items()
     ),
     # Keys and folders
     Mistake(

