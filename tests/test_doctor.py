@@ -243,18 +243,6 @@ def test_the_pythons_are_those_of_pyproject() -> None:
     assert project["requires-python"] == f">={low},<{high}"
 
 
-def test_a_package_outside_its_range_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "site" / "hiveminer-9.9.9.dist-info"
-    folder.mkdir(parents=True)
-    (folder / "METADATA").write_text(
-        "Metadata-Version: 2.4\nName: hiveminer\nVersion: 9.9.9\nRequires-Dist: torch>=98\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    check = machine.packages(Examination(miner_settings(tmp_path)))
-    assert check.verdict == "failed"
-    assert "pip install 'torch>=98'" in check.found
-
-
 def test_a_temporary_folder_that_a_start_would_refuse_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

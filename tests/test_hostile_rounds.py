@@ -111,7 +111,6 @@ def play(
     record: Callable[[Attack], bytes] | None = None,
     mark: Callable[[Attack], bytes] | None = None,
     who: int = HOSTILE,
-    judge: int = JUDGE,
     late: bool = False,
 ) -> Decision:
     """One round with a record or a mark of the attacker's; what the honest peers made of it."""
@@ -128,7 +127,7 @@ def play(
     while network.head < schedule.marks_block(number) - 1:
         peers.block(training=False)
     if mark:
-        network.pending[key(judge)] = mark(attack)
+        network.pending[key(JUDGE)] = mark(attack)
     peers.block(5, training=False)
     network.pending.pop(key(who), None)
     rules, log = peers.validator.replica.plan.rules, peers.validator.follower.log
@@ -211,7 +210,7 @@ RECORDS: dict[str, Callable[[Attack], bytes]] = {
     "one byte too few": lambda a: a.record(a.blob())[:-1],
     "one byte too many": lambda a: a.record(a.blob()) + b"\0",
     "another version": lambda a: with_byte(a.record(a.blob()), 0, 0x12),
-    "a mark from who has no permit": lambda a: a.mark(uids=frozenset({HOSTILE})),
+    "a mark from who has no permit": lambda a: a.mark(state=bytes(32)),
     "a record in the place of a mark": lambda a: with_byte(a.record(a.blob()), 0, 0x21),
     "no bytes": lambda _: b"",
     "text": lambda _: b"/ip4/127.0.0.1/tcp/1/p2p/12D3KooW",
@@ -249,11 +248,6 @@ def test_a_hostile_mark_of_a_minority_moves_nothing(peers: Peers, name: str) -> 
     decision = play(peers, record=unserved, mark=MARKS[name])
     assert tuple(each.uid for each in decision.contributions) == HONEST
     assert decision.left_out == ((HOSTILE, "not marked by more than half"),)
-
-
-def test_a_mark_from_who_has_no_permit_is_nothing(peers: Peers) -> None:
-    decision = play(peers, mark=partial(Attack.mark, state=bytes(32)), judge=HOSTILE)
-    assert tuple(each.uid for each in decision.contributions) == HONEST
 
 
 # Answers over p2p, without a daemon: streams in memory --------------------------------------------

@@ -352,20 +352,14 @@ def test_the_end_of_children_kills_what_is_left() -> None:
 
 def test_a_thread_that_dies_is_named() -> None:
     needed = ChildProcesses()
-    ended, done = threading.Thread(target=lambda: None), threading.Event()
-    running = threading.Thread(target=done.wait)
-    running.start()
-    try:
-        needed.watch_thread("what goes on", running)
+    needed.watch_thread("what goes on", threading.current_thread())
+    needed.check()
+    ended = threading.Thread(target=lambda: None)
+    ended.start()
+    ended.join()
+    needed.watch_thread("the progress tracker", ended)
+    with pytest.raises(SwarmError, match="the thread of the progress tracker has died"):
         needed.check()
-        ended.start()
-        ended.join()
-        needed.watch_thread("the progress tracker", ended)
-        with pytest.raises(SwarmError, match="the thread of the progress tracker has died"):
-            needed.check()
-    finally:
-        done.set()
-        running.join()
 
 
 def test_too_little_shared_memory_is_one_line_with_what_is_needed(tmp_path: Path) -> None:
