@@ -29,10 +29,8 @@ from hiveminer.training.model import (
     builtin_tokenizer,
     choose_device,
     encode,
-    integer_weights,
     load_model,
     load_tokenizer,
-    report_beyond,
     schema_hash,
     share_beyond,
     weights_hash,
@@ -75,18 +73,6 @@ def test_builtin_model_is_small_trains_and_has_no_dropout() -> None:
     ids = torch.arange(10)[None]
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
     assert model(input_ids=torch.zeros(1, 512, dtype=torch.long)).logits.shape == (1, 512, 258)
-
-
-def test_integer_weights_are_spread_as_documented() -> None:
-    weights = integer_weights("a.weight", (100, 100))
-    assert weights.dtype == torch.float32
-    assert weights.std().item() == pytest.approx(0.018, rel=0.05)
-    assert abs(weights.mean().item()) < 0.001
-    assert not torch.equal(weights, integer_weights("b.weight", (100, 100)))
-    assert torch.equal(integer_weights("norm.weight", (3,)), torch.ones(3))
-    assert torch.equal(integer_weights("norm.bias", (3,)), torch.zeros(3))
-    first = int.from_bytes(hashlib.shake_256(b"a.weight").digest(2), "little", signed=True)
-    assert weights[0, 0].item() == first / 2**20
 
 
 def test_builtin_tokenizer_has_short_words() -> None:
@@ -276,8 +262,6 @@ def test_what_is_never_trained_is_reported(caplog: pytest.LogCaptureFixture) -> 
     long = StoredRows(["x" * 1000, "x" * 63, "x" * 1_000_000], hashlib.sha256())
     share = share_beyond(tokenizer, long, max_length=64)
     assert share == pytest.approx(1 - 3 * 63 / 1_001_063, abs=1e-3)
-    report_beyond(0.0, max_length=64)
-    report_beyond(share, max_length=64)
     assert len(caplog.messages) == 1
     assert "about 100% of the data lies beyond the sequence length of 64" in caplog.messages[0]
     assert "raise model.sequence_length" in caplog.messages[0]

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
@@ -242,7 +242,7 @@ class Miner(BaseMinerNeuron):
         machine.keep_freed_memory()  # after the strategy, whose processes do not train
         self.trainer = Trainer(
             self.model,
-            encode=self._tensors,
+            encode=self.encode,
             optimizer=_WatchedStep(self.swarm, limit_seconds=step_seconds(run)),
             device=self.device,
             max_grad_norm=run.optimizer.max_grad_norm,
@@ -268,10 +268,6 @@ class Miner(BaseMinerNeuron):
             len(self.dataset),
             self.swarm.epoch,
         )
-
-    def _tensors(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        encoded = self.encode(texts)
-        return {key: encoded[key] for key in ("input_ids", "attention_mask")}
 
     def _sync(self) -> None:
         self.swarm.sync()

@@ -153,7 +153,7 @@ class Validator:
         neuron.go_on()
         self.replayer = Replayer(
             self.task.model,
-            encode=self.task.tensors,
+            encode=self.task.encode,
             run=run,
             device=model.choose_device(settings.neuron.device),
             step_from=self.observer.local_step,

@@ -9,7 +9,6 @@ the training.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -45,7 +44,7 @@ STATE_FOLDER, SCORES_FOLDER = "checkpoints", "scores"
 MAX_MANIFEST_BYTES = 4 * 1024 * 1024
 
 DRAFT = ".draft-"
-"""Prefix of folders that are being written or removed."""
+"""Prefix of folders that are being written."""
 
 SERIAL_NUMBERS = 32768
 """PyTorch uses only the calling thread up to this size; more threads would compete with
@@ -112,7 +111,8 @@ class Checkpoints:
                 return None
             self._last_error, self.newest = "", name
             for number in _numbers(self.folder)[: -self.keep]:
-                self._remove(_name(number))
+                # What is left of one that cannot be removed goes after the next one.
+                shutil.rmtree(self.folder / _name(number), ignore_errors=True)
         logger.debug("%s written in %.2f s", name, time.monotonic() - began)
         return name
 
@@ -174,13 +174,6 @@ class Checkpoints:
             shutil.rmtree(draft, ignore_errors=True)
             raise
         return _name(number)
-
-    def _remove(self, name: str) -> None:
-        # Renamed first, so that a half removed one does not look like a checkpoint.
-        draft = self.folder / f"{DRAFT}{name}"
-        with contextlib.suppress(OSError):
-            (self.folder / name).rename(draft)
-            shutil.rmtree(draft, ignore_errors=True)
 
 
 def newest(

@@ -71,7 +71,7 @@ def load_model(name: str = BUILTIN, *, revision: str = "") -> PreTrainedModel:
     """
     if name == BUILTIN:
         return builtin_model()
-    source, config = _source(name, "model"), load_config(name, revision=revision)
+    config = load_config(name, revision=revision)
     if not sys.stderr.isatty():
         disable_progress_bar()  # type: ignore[no-untyped-call]
     model_checks.configure_without_noise(config)
@@ -79,9 +79,9 @@ def load_model(name: str = BUILTIN, *, revision: str = "") -> PreTrainedModel:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     with _loading("model", name):
         if is_local(name):
-            model_checks.check_dtypes(Path(source))
+            model_checks.check_dtypes(Path(name).expanduser())
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
+            _source(name, "model"),
             config=config,
             revision=revision or "main",
             dtype=torch.float32,
@@ -102,10 +102,9 @@ def load_model(name: str = BUILTIN, *, revision: str = "") -> PreTrainedModel:
 
 def load_config(name: str, *, revision: str = "") -> PreTrainedConfig:
     """A model's configuration. Raises OperatorError as `load_model` does."""
-    source = _source(name, "model")
     with _loading("model", name):
         config: PreTrainedConfig = AutoConfig.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=False
+            _source(name, "model"), revision=revision or "main", trust_remote_code=False
         )
         if getattr(config, "quantization_config", None) is not None:
             raise OperatorError("it is quantized, which cannot be trained; give the full model")
@@ -128,10 +127,9 @@ def load_tokenizer(name: str = BUILTIN, *, revision: str = "") -> PreTrainedToke
     end-of-sequence token (only the attention mask tells padding from text)."""
     if name == BUILTIN:
         return builtin_tokenizer()
-    source = _source(name, "tokenizer")
     with _loading("tokenizer", name):
         tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=False
+            _source(name, "tokenizer"), revision=revision or "main", trust_remote_code=False
         )
         model_checks.check_tokenizer(tokenizer)
         if tokenizer.pad_token is None:
@@ -162,7 +160,7 @@ def encode(
 
 def share_beyond(tokenizer: PreTrainedTokenizerBase, rows: Rows, *, max_length: int) -> float:
     """The share of the text beyond the sequence length, which is never trained; estimated from
-    rows spread evenly over the data."""
+    rows spread evenly over the data. From REPORTED_SHARE on it is logged, with the remedy."""
     step = -(-len(rows) // REPORTED_ROWS)
     trained = total = 0.0
     for text in rows.texts(range(0, len(rows), step)):
@@ -170,17 +168,14 @@ def share_beyond(tokenizer: PreTrainedTokenizerBase, rows: Rows, *, max_length: 
         tokens = len(tokenizer(part, verbose=False).input_ids)
         trained += len(part) * min(1.0, max_length / max(1, tokens))
         total += len(text)
-    return 1 - trained / total if total else 0.0
-
-
-def report_beyond(share: float, *, max_length: int) -> None:
-    """Log what part of the data is never trained, and the remedy."""
+    share = 1 - trained / total if total else 0.0
     if share >= REPORTED_SHARE:
         logger.warning(
             "about %.0f%% of the data lies beyond the sequence length of %d tokens and is never "
             "trained: cut its rows into shorter ones, or raise model.sequence_length in run.toml",
             100 * share, max_length,
         )  # fmt: skip
+    return share
 
 
 def schema_hash(model: torch.nn.Module) -> str:
@@ -295,12 +290,11 @@ def ready_to_train(model: PreTrainedModel) -> PreTrainedModel:
 def _source(name: str, what: str) -> str:
     """The argument for transformers: a checked folder's path, or a hub name."""
     if not name:
-        raise OperatorError(f"{what} {name}: the name is empty; give {BUILTIN!r} or a folder")
+        raise OperatorError(f"the name is empty; give {BUILTIN!r} or a folder")
     if not is_local(name):
         return name
-    with _loading(what, name):
-        folder = Path(name).expanduser()
-        model_checks.check_folder(folder, what=what)
+    folder = Path(name).expanduser()
+    model_checks.check_folder(folder, what=what)
     return str(folder)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from hiveminer.config.run import Run, RunId
@@ -49,11 +47,6 @@ class Task:
             return f"data hash differs: {data_hash} there, {self.dataset.hash} here"
         return difference
 
-    def tensors(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """`encode` as a trainer wants it."""
-        encoded = self.encode(texts)
-        return {key: encoded[key] for key in ("input_ids", "attention_mask")}
-
 
 def load_model(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load and check a run's model and tokenizer. Raises OperatorError."""
@@ -78,8 +71,6 @@ def load_task(run: Run, *, threads: int | None = None) -> Task:
         torch.set_num_threads(threads)
     dataset = load_rows(run.data)
     model, tokenizer = load_model(run)
-    length = run.model.sequence_length
-    beyond = models.share_beyond(tokenizer, dataset, max_length=length)
-    models.report_beyond(beyond, max_length=length)
+    beyond = models.share_beyond(tokenizer, dataset, max_length=run.model.sequence_length)
     run_id = RunId.of(run, schema_hash=models.schema_hash(model), data_hash=dataset.hash)
     return Task(run, run_id, model, tokenizer, dataset, beyond)

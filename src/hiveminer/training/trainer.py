@@ -16,7 +16,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -83,6 +83,7 @@ class TrainResult:
     steps, samples, tokens: optimizer steps taken, rows and real tokens in them.
     discarded: rows whose step was discarded; they count in nothing else.
     finished: False if the deadline stopped it.
+    targets: real tokens predicted.
     """
 
     loss: float | None = None
@@ -92,9 +93,20 @@ class TrainResult:
     tokens: int = 0
     discarded: int = 0
     finished: bool = True
+    targets: int = 0
+
+    def add(self, batch: GlobalBatch, loss: float | None = None) -> None:
+        """Count a global batch of this mean loss; None if it has no token to predict."""
+        self.samples += len(batch.rows)
+        self.tokens += batch.tokens
+        if loss is not None:
+            self.losses.append(loss)
+            nats = (self.loss or 0.0) * self.targets + loss * batch.targets
+            self.targets += batch.targets
+            self.loss = nats / self.targets
 
 
-Encode = Callable[[Sequence[str]], dict[str, Tensor]]
+Encode = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Texts to `input_ids` and `attention_mask`, each [rows, longest]."""
 
 EncodedRows = list[Tensor]
@@ -194,8 +206,6 @@ class Trainer:
             return stopped() or self.clock() > deadline
 
         result = TrainResult()
-        loss_sum = 0.0
-        targets = 0
         slowest = 0.0
         batches = self._global_batches(
             texts, batch_size * gradient_accumulation_steps, micro_batch_size=batch_size
@@ -207,8 +217,7 @@ class Trainer:
                     result.finished = False
                     break
                 if not batch.targets:  # rows of one token: nothing to learn from them
-                    result.samples += len(batch.rows)
-                    result.tokens += batch.tokens
+                    result.add(batch)
                     continue
                 try:
                     step_loss, kept = self._learn(batch, late)
@@ -218,11 +227,7 @@ class Trainer:
                     break
                 if kept:
                     result.steps += 1
-                    result.samples += len(batch.rows)
-                    result.tokens += batch.tokens
-                    result.losses.append(step_loss)
-                    loss_sum += step_loss * batch.targets
-                    targets += batch.targets
+                    result.add(batch, step_loss)
                 else:
                     result.discarded += len(batch.rows)
                 if on_step is not None:
@@ -230,8 +235,6 @@ class Trainer:
                 slowest = max(slowest, self.clock() - began)
         if result.finished and not result.steps and not result.discarded:
             raise TrainingError("the rows hold no token to learn from")
-        if targets:
-            result.loss = loss_sum / targets
         return result
 
     def evaluate(
@@ -243,8 +246,6 @@ class Trainer:
         to predict, as in `train`.
         """
         result = TrainResult()
-        loss_sum = 0.0
-        targets = 0
         was_training = self.model.training
         self.model.eval()
         batches = self._global_batches(
@@ -253,17 +254,12 @@ class Trainer:
         try:
             with contextlib.closing(batches), torch.no_grad():
                 for batch in batches:
-                    result.samples += len(batch.rows)
-                    result.tokens += batch.tokens
                     if batch.targets:
-                        batch_sum = self._loss_sum(batch, learn=False).item()
-                        result.losses.append(batch_sum / batch.targets)
-                        loss_sum += batch_sum
-                        targets += batch.targets
+                        result.add(batch, self._loss_sum(batch, learn=False).item() / batch.targets)
+                    else:
+                        result.add(batch)
         finally:
             self.model.train(was_training)
-        if targets:
-            result.loss = loss_sum / targets
         return result
 
     def encode_rows(self, texts: Sequence[str]) -> EncodedRows:

@@ -209,7 +209,7 @@ def credited(answered: Answered, task: Task) -> tuple[int, int]:
     rows = given[: min(answered.answer.samples, len(given))]
     if not rows:
         return 0, 0
-    tokens = int(task.tensors(texts(task, rows))["attention_mask"].sum())
+    tokens = int(task.encode(texts(task, rows))["attention_mask"].sum())
     return len(rows), min(answered.answer.tokens, tokens)
 
 
