@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from hiveminer.config.run import Run, RunId, is_local, load_run
+from hiveminer.config.run import LimitsSection, Run, RunId, is_local, load_run
 from hiveminer.errors import OperatorError
 
 BASE: dict[str, Any] = {
@@ -163,6 +163,17 @@ def test_hash_of_a_run_does_not_change_with_the_version_of_this_package(
     values: dict[str, Any], golden: str
 ) -> None:
     assert with_values({}, values).hash == golden
+
+
+def test_a_key_that_is_added_later_leaves_the_hash_of_existing_runs_unchanged() -> None:
+    class LaterLimits(LimitsSection):
+        new: int = 1
+
+    class Later(Run):
+        limits: LaterLimits = LaterLimits()
+
+    assert Later().hash == Run().hash
+    assert Later.model_validate({"limits": {"new": 2}}).hash != Run().hash
 
 
 def test_hash_does_not_see_where_local_data_and_models_lie(tmp_path: Path) -> None:

@@ -196,6 +196,11 @@ def test_limits_are_those_of_the_protocol() -> None:
             "must be embedded, finney, test, local, or an address such as wss://host:443, "
             "not 'finny'",
         ),
+        (
+            "--subtensor.network ws://node:99999",
+            "must be embedded, finney, test, local, or an address such as wss://host:443, "
+            "not 'ws://node:99999'",
+        ),
         ("--axon.ip here", "must be an IP address such as 192.0.2.1, not 'here'"),
         ("--wallet.hotkey ../key", "must be a name, without spaces and slashes, not '../key'"),
         ("--neuron.device tpu", "must be cpu, cuda, cuda:0 (or another number) or mps, not 'tpu'"),

@@ -165,9 +165,22 @@ class LimitsSection(_Section):
     timeout_seconds: Annotated[float, Field(gt=0, le=MAX_TIMEOUT_SECONDS)] = 600.0
 
 
-_LATER_KEYS = {"model": ("hash",), "optimizer": ("name", "momentum", "embedding_rate")}
-"""Keys that were added after the first release. One of them is part of a run's hash only where it
-differs from its default, so that an upgrade does not change the ids of existing runs."""
+_FIRST_KEYS: dict[str, tuple[str, ...]] = {
+    "": ("name", "strategy", "oldest_version"),
+    "model": ("name", "revision", "sequence_length"),
+    "data": (
+        *("name", "hash", "column", "config", "split", "revision"),
+        *("streaming", "rows", "shard_rows", "held_out"),
+    ),
+    "optimizer": (
+        *("learning_rate", "betas", "eps", "weight_decay", "max_grad_norm"),
+        *("schedule", "warmup_epochs", "total_epochs"),
+    ),
+    "swarm": ("epoch_samples", "matchmaking_seconds", "averaging_timeout_seconds", "compression"),
+    "limits": ("rows", "batch_size", "timeout_seconds"),
+}
+"""The keys that are always part of a run's hash. A key that was added later is part of it only
+where it differs from its default, so that an upgrade does not change the ids of existing runs."""
 
 
 class Run(_Section):
@@ -210,12 +223,8 @@ class Run(_Section):
     def hash(self) -> str:
         """Hex SHA-256 of the run's values, without the paths of local models and data: the rest
         of the run id compares their content."""
-        hashed = self.model_dump(mode="json", exclude={"sparseloco"})
-        defaults = Run().model_dump(mode="json")
-        for section, keys in _LATER_KEYS.items():
-            for key in keys:
-                if hashed[section][key] == defaults[section][key]:
-                    del hashed[section][key]
+        values = self.model_dump(mode="json", exclude={"sparseloco"})
+        hashed = _without_later_defaults(values, type(self)().model_dump(mode="json"))
         if self.strategy == "sparseloco":  # all of it: it decides which bits the weights have
             hashed["sparseloco"] = self.sparseloco.model_dump(mode="json")
         for part in ("model", "data"):
@@ -302,3 +311,17 @@ def run_from_table(table: dict[str, Any], *, source: str) -> Run:
         key = ".".join(str(part) for part in first["loc"]) or "the run"
         words = _WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
         raise OperatorError(f"{source}: {key}: {words}") from None
+
+
+def _without_later_defaults(
+    values: dict[str, Any], defaults: dict[str, Any], *, section: str = ""
+) -> dict[str, Any]:
+    """The values that are part of a run's hash; see `_FIRST_KEYS`."""
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            part = _without_later_defaults(value, defaults[key], section=key)
+            kept |= {key: part} if part else {}
+        elif key in _FIRST_KEYS.get(section, ()) or value != defaults[key]:
+            kept[key] = value
+    return kept

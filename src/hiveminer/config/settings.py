@@ -6,11 +6,13 @@ Settings describe this machine and its operator; what all miners of a run share 
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
@@ -25,6 +27,15 @@ def _check_ip(text: str) -> str:
         return str(ipaddress.ip_address(text))
     except ValueError:
         raise ValueError("must be an IP address such as 192.0.2.1") from None
+
+
+def _check_network(text: str) -> str:
+    with contextlib.suppress(ValueError):  # of a port or an address that is none
+        url = urlsplit(text)
+        is_url = url.scheme in ("ws", "wss") and url.hostname and url.port != 0
+        if text in ("embedded", "finney", "test", "local") or (is_url and text.split() == [text]):
+            return text
+    raise ValueError("must be embedded, finney, test, local, or an address such as wss://host:443")
 
 
 def _matching(pattern: str, what: str) -> AfterValidator:
@@ -50,13 +61,7 @@ def _split(value: object) -> object:
 
 Ip = Annotated[str, AfterValidator(_check_ip)]
 Name = Annotated[str, _matching(r"[^\s/\\.][^\s/\\]{0,127}", "a name, without spaces and slashes")]
-Network = Annotated[
-    str,
-    _matching(
-        r"embedded|finney|test|local|wss?://[^\s/]\S*",
-        "embedded, finney, test, local, or an address such as wss://host:443",
-    ),
-]
+Network = Annotated[str, AfterValidator(_check_network)]
 Device = Annotated[
     str, _matching(r"cpu|mps|cuda(:\d{1,3})?", "cpu, cuda, cuda:0 (or another number) or mps")
 ]
