@@ -144,31 +144,22 @@ def test_a_hotkey_that_is_not_registered_is_refused() -> None:
     )
 
 
-def other_key(token: Any) -> None:
-    token.public_key = who("Eve").public_key
-
-
-def cut_signature(token: Any) -> None:
-    token.signature = token.signature[:-1] + bytes([token.signature[-1] ^ 1])
-
-
-def other_hotkey(token: Any) -> None:
-    token.username = f"{CHARLIE} {RUN}"
-
-
-def other_run(token: Any) -> None:
-    token.username = f"{ALICE} {OTHER_RUN}"
-
-
-def longer_life(token: Any) -> None:
-    token.expiration_time = f"{float(token.expiration_time) + 1:.3f}"
-
-
-@pytest.mark.parametrize("tamper", [other_key, cut_signature, other_hotkey, other_run, longer_life])
-def test_a_token_with_one_field_changed_is_refused(tamper: Callable[[Any], None]) -> None:
+@pytest.mark.parametrize(
+    ("field", "changed"),
+    [
+        ("public_key", lambda _: who("Eve").public_key),
+        ("signature", lambda signature: signature[:-1] + bytes([signature[-1] ^ 1])),
+        ("username", lambda _: f"{CHARLIE} {RUN}"),
+        ("username", lambda _: f"{ALICE} {OTHER_RUN}"),
+        ("expiration_time", lambda seconds: f"{float(seconds) + 1:.3f}"),
+    ],
+)
+def test_a_token_with_one_field_changed_is_refused(
+    field: str, changed: Callable[[Any], Any]
+) -> None:
     bob, token = authorizer("Bob"), token_of(who("Alice"))
     assert bob.refusal(token) is None
-    tamper(token)
+    setattr(token, field, changed(getattr(token, field)))
     assert str(bob.refusal(token)).startswith("the token is not signed by ")
 
 
@@ -237,7 +228,7 @@ def test_a_peer_of_another_run_is_refused_aloud(caplog: pytest.LogCaptureFixture
 
 def test_a_stranger_cannot_make_us_say_anything(caplog: pytest.LogCaptureFixture) -> None:
     bob, token = authorizer("Bob"), token_of(who("Alice", run_id=OTHER_RUN))
-    cut_signature(token)
+    token.signature = bytes(64)
     with caplog.at_level(logging.WARNING):
         assert bob.refusal(token) is not None
         assert bob.refusal(token_of(who("Eve", run_id=OTHER_RUN))) is not None

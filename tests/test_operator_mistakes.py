@@ -46,10 +46,6 @@ def write(name: str, text: str) -> Prepare:
     return prepare
 
 
-def variable(name: str, value: str) -> Prepare:
-    return lambda _, patch: patch.setenv(name, value)
-
-
 def held_key(here: Path, _: pytest.MonkeyPatch) -> contextlib.AbstractContextManager[object]:
     return named_embedded_wallet(here / "network", "default", "mine")
 
@@ -90,13 +86,6 @@ MISTAKES = [
         ["--subtensor.network", "wss://host:443"],
     ),
     Mistake("zero rows", "validator --validator.rows 0", ["--validator.rows", "from 1 to 4096"]),
-    # Variables and files
-    Mistake(
-        "misspelled variable",
-        "miner",
-        ["HIVEMINER_AXON_PORT: nothing reads", "did you mean HIVEMINER_AXON__PORT?"],
-        prepare=variable("HIVEMINER_AXON_PORT", "1"),
-    ),
     # Run, model and data
     Mistake("no run.toml", RUN, ["run.toml: no such file", "--neuron.run wants"]),
     *(
@@ -151,7 +140,6 @@ MISTAKES = [
     Mistake(
         "port in use", "miner", ["--dht.port", "in use on", "choose another"], prepare=busy_port
     ),
-    Mistake("status of nothing", "status", ["there is no embedded network", "start a miner"]),
 ]
 
 

@@ -95,5 +95,6 @@ def test_without_a_network_it_is_one_line(
     assert cli.main(["status", "--subtensor.path", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert told.startswith("hiveminer: there is no embedded network at")
+    assert "start a miner" in told
     assert told.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
