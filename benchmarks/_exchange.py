@@ -227,7 +227,7 @@ def _run(folder: Path, uid: int, rounds: int, claimed: Claimed) -> None:
     figures: dict[str, Any] = {}
     if uid == 0:
         observer = SparselocoObserver(model, parts)
-        observer.begin()
+        observer.follower.begin()
         while not counts.done(log):
             time.sleep(0.5)
         observer.close()

@@ -20,9 +20,8 @@ logger = logging.getLogger(__name__)
 class CuttingFollower(Follower):
     """Cuts what a miner has learned, and commits a record.
 
-    weights: called with the round; a copy of the local weights since the last move, as (number of
-    moves, tensors), or None, which requests one at the end of the running step. has_trained:
-    whether there is anything to cut.
+    weights: called with the round; a copy of the local weights since the last move, or why there
+    is none yet, "" if there is nothing to cut.
     """
 
     def __init__(
@@ -31,12 +30,10 @@ class CuttingFollower(Follower):
         parts: Parts,
         *,
         start_state: State,
-        weights: Callable[[int], tuple[int, Tensors] | None],
-        has_trained: Callable[[], bool],
+        weights: Callable[[int], Tensors | str],
     ):
         super().__init__(replica, parts, start_state=start_state)
         self._weights = weights
-        self._has_trained = has_trained
 
     def before_records(self, number: int) -> None:
         if self.committed == number:
@@ -49,12 +46,11 @@ class CuttingFollower(Follower):
             own = self.replica.cuts[position.cut.blob_hash]
         else:
             copied = self._weights(number)
-            if copied is None or copied[0] != self.replica.moves:
-                late = "no training step ended after the cut was due"
-                self.why = number, late if self._has_trained() else ""
+            if isinstance(copied, str):
+                self.why = number, copied
                 return
             try:
-                own = self.replica.cut(number, copied[1])
+                own = self.replica.cut(number, copied)
             except ValueError as error:  # a weight is not finite: the trainer recovers from that
                 self.why = number, str(error)
                 return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import logging
 import random
 import time
 from collections import defaultdict
@@ -26,15 +27,20 @@ from hiveminer.strategies.sparseloco.pieces import (
 from hiveminer.strategies.sparseloco.records import MAX_UIDS, unpack_uids
 from hiveminer.strategies.sparseloco.rounds import Contribution
 from hiveminer.strategies.sparseloco.streams import (
+    ANSWER,
+    CHUNK_BYTES,
     CHUNK_SECONDS,
     GET,
     HAVE,
+    OK,
     OPEN_SECONDS,
     REQUEST,
-    call,
+    SLOWEST_BYTES,
 )
 from hiveminer.swarm.admission import Admission
 from hiveminer.swarm.identity import proved_peers
+
+logger = logging.getLogger(__name__)
 
 MAX_CALLS = 64
 """Concurrent `have` calls."""
@@ -245,12 +251,27 @@ class Fetching:
         answer_seconds: float,
         chunk_seconds: float,
     ) -> None:
-        """Append a peer's answer to `into`, or what came of it, and note whether it answers."""
-        answers = await call(
-            self._p2p, peer, self._name, request, size=size, into=into,
-            answer_seconds=answer_seconds, chunk_seconds=chunk_seconds,
-        )  # fmt: skip
-        (self._silent.discard if answers else self._silent.add)(str(peer))
+        """Append the `size` bytes of a peer's answer to `into`, or what came of them, and note
+        whether it answers."""
+        try:
+            async with asyncio.timeout(answer_seconds):
+                _, reader, writer = await self._p2p.call_binary_stream_handler(peer, self._name)
+            with contextlib.closing(writer):
+                writer.write(request)
+                answer = await asyncio.wait_for(reader.readexactly(ANSWER.size), answer_seconds)
+                left = size if ANSWER.unpack(answer) == (OK, size) else 0
+                latest = time.monotonic() + OPEN_SECONDS + left / SLOWEST_BYTES
+                while left:
+                    seconds = min(chunk_seconds, latest - time.monotonic())
+                    chunk = await asyncio.wait_for(reader.read(min(left, CHUNK_BYTES)), seconds)
+                    if not chunk:
+                        break
+                    into += chunk
+                    left -= len(chunk)
+            self._silent.discard(str(peer))
+        except Exception as error:  # noqa: BLE001 - also the daemon's own: the peer is gone
+            logger.debug("peer %s does not answer: %r", peer, error)
+            self._silent.add(str(peer))
 
 
 async def _at_most(count: int, work: Sequence[Awaitable[None]]) -> None:

@@ -31,10 +31,6 @@ class SparselocoObserver(Observer):
         self.follower = MarkingFollower(self.replica, parts, start_state=self._start)
         self.follower.remember_logged()
 
-    def begin(self) -> None:
-        """Connect with other peers, and start to follow the rounds."""
-        self.follower.begin()
-
     @property
     def epoch(self) -> int:
         """The current round."""
@@ -51,17 +47,10 @@ class SparselocoObserver(Observer):
     def fetch(self, *, timeout_seconds: float = 30.0) -> GlobalState | None:
         """The newest state, which this validator has computed itself."""
         deadline = time.monotonic() + timeout_seconds
-        while self._is_behind:
-            if time.monotonic() > deadline or self.follower.stopping.is_set():
+        while not self.replica.is_ready or self.replica.position.missing_blobs:
+            if time.monotonic() > deadline or self.follower.stopping.wait(LOOK_SECONDS):
                 return None
-            time.sleep(LOOK_SECONDS)
         return self._global(self.replica.state, epoch=self.epoch)
-
-    @property
-    def _is_behind(self) -> bool:
-        position = self.replica.position
-        missing = position.missing_state is not None or bool(position.missing_blobs)
-        return missing or not self.replica.is_ready
 
     def shares(self) -> dict[str, float]:
         """By hotkey, the share of the last rounds that were not empty in which its blob counted."""

@@ -35,7 +35,7 @@ def open_sparseloco_observer(context: Context) -> Observer:
     hotkey has a validator permit. Raises OperatorError."""
     with _parts(context) as parts:
         observer = SparselocoObserver(context.task.model, parts)
-        observer.begin()
+        observer.follower.begin()
         return observer
 
 

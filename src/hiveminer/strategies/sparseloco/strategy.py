@@ -26,6 +26,7 @@ from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.replay import rebuild
 from hiveminer.strategies.sparseloco.replica import OwnCut, Replica
 from hiveminer.strategies.sparseloco.rounds import Position
+from hiveminer.strategies.sparseloco.update import Tensors
 from hiveminer.training.optimizer import inner_optimizer
 
 logger = logging.getLogger(__name__)
@@ -56,11 +57,7 @@ class SparselocoStrategy(Strategy):
         self._start_hash = start.hash()
         self.replica = Replica(self.plan, hotkey=parts.hotkey, start=start)
         self.follower = CuttingFollower(
-            self.replica,
-            parts,
-            start_state=start,
-            weights=self._copied_weights,
-            has_trained=self._has_trained,
+            self.replica, parts, start_state=start, weights=self._copied_weights
         )
         self._lock = threading.Lock()
         self._wanted: int | None = None
@@ -200,21 +197,18 @@ class SparselocoStrategy(Strategy):
 
     # The follower's thread ---------------------------------------------------------------
 
-    def _copied_weights(self, number: int) -> tuple[int, dict[str, Tensor]] | None:
-        """Called by the follower: the copy for this round, or None, which requests one."""
+    def _copied_weights(self, number: int) -> Tensors | str:
+        """Called by the follower: the copy for this round, or why there is none; one is requested
+        if there is something that was not sent yet."""
         copy, self._copy = self._copy, None
-        if copy is not None and copy[0] == number:
+        if copy is not None and copy[:2] == (number, self.replica.moves):
             self._cut_at = self._steps
-            return copy[1], copy[2]
-        if self._has_trained():
-            self._wanted = number
-        return None
-
-    def _has_trained(self) -> bool:
-        """Whether there is something that was not sent yet."""
-        return self._steps > 0 and (
-            self._steps > self._cut_at or self.replica.position.counted is None
-        )
+            return copy[2]
+        is_sent = self._steps == self._cut_at and self.replica.position.counted is not None
+        if self._steps == 0 or is_sent:
+            return ""
+        self._wanted = number
+        return "no training step ended after the cut was due"
 
     # Resuming ----------------------------------------------------------------------------
 

@@ -9,17 +9,10 @@ message of whatever length the other side claims, and these calls only what was 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import logging
 import struct
-import time
 from collections import Counter
 from collections.abc import Iterator
-
-from hivemind.p2p import P2P, PeerID
-
-logger = logging.getLogger(__name__)
 
 HAVE, GET = 1, 2
 OK, ABSENT = 0, 1
@@ -63,43 +56,3 @@ class Streams:
             yield True
         finally:
             self._open -= Counter([caller])
-
-
-async def call(
-    p2p: P2P,
-    peer: PeerID,
-    name: str,
-    request: bytes,
-    *,
-    size: int,
-    into: bytearray,
-    answer_seconds: float,
-    chunk_seconds: float,
-) -> bool:
-    """Append the `size` bytes of a peer's answer to `into`, or what came of them; returns whether
-    the peer answers."""
-    answered = False
-    try:
-        async with asyncio.timeout(answer_seconds):
-            _, reader, writer = await p2p.call_binary_stream_handler(peer, name)
-        with contextlib.closing(writer):
-            writer.write(request)
-            answer = await asyncio.wait_for(reader.readexactly(ANSWER.size), answer_seconds)
-            answered = True
-            if ANSWER.unpack(answer) != (OK, size):
-                return True
-            latest = time.monotonic() + OPEN_SECONDS + size / SLOWEST_BYTES
-            while size:
-                seconds = min(chunk_seconds, latest - time.monotonic())
-                chunk = await asyncio.wait_for(reader.read(min(size, CHUNK_BYTES)), seconds)
-                if not chunk:
-                    break
-                into += chunk
-                size -= len(chunk)
-        return True
-    except (OSError, TimeoutError, asyncio.IncompleteReadError) as error:
-        logger.debug("peer %s does not answer: %r", peer, error)
-        return False
-    except Exception as error:  # noqa: BLE001 - the daemon's own: the peer is gone, or refuses
-        logger.debug("a call of peer %s failed: %r", peer, error)
-        return answered
