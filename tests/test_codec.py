@@ -189,15 +189,6 @@ def test_what_is_not_finite_is_not_encoded(
         encode({"w": tensor}, header=HEADER, compression=Compression(density, 2, 64))
 
 
-@pytest.mark.parametrize(
-    ("density", "bits", "chunk"),
-    [(0, 2, 64), (1.1, 2, 64), (math.nan, 2, 64), (1, 0, 64), (1, 5, 64), (1, 2, 0), (1, 2, 65537)],
-)
-def test_compression_has_bounds(density: float, bits: int, chunk: int) -> None:
-    with pytest.raises(ValueError, match="must be"):
-        Compression(density, bits, chunk)
-
-
 def test_sizes_are_those_that_are_promised() -> None:
     """Within 3% of the entropy of the coordinates, 2 bits a value and two levels a chunk."""
     tensor = draw(5, 200, 4096)

@@ -64,7 +64,6 @@ class Host(Protocol):
     metagraph: Metagraph
     hotkey: str
     folder: Path
-    stopping: threading.Event
 
     @property
     def registered(self) -> frozenset[str]:
@@ -100,23 +99,35 @@ class Context:
     on_round: Callable[[RoundResult], None] = lambda _: None
 
 
-class Strategy(ABC):
+class Participant(ABC):
+    """What a miner's strategy and a validator's observer have in common."""
+
+    @property
+    @abstractmethod
+    def epoch(self) -> int:
+        """This peer's epoch; an observer's is the run's."""
+
+    @property
+    @abstractmethod
+    def peers(self) -> int:
+        """Peers of the run that are working, a miner itself included."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise SwarmError when something that the neuron needs has ended."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave the swarm, and end what was started. Idempotent."""
+
+
+class Strategy(Participant):
     """How a miner learns together with others; a `training.trainer.Step`.
 
     Built in the main thread, with the model on the CPU and before any other thread, since it may
     fork. Then `move_to`, perhaps `load_state_dict`, and `join` are called in this order; after
     that, `step`, `idle`, `catch_up` and `recover` in one thread, and `sync` in another.
     """
-
-    @property
-    @abstractmethod
-    def epoch(self) -> int:
-        """This peer's epoch."""
-
-    @property
-    @abstractmethod
-    def peers(self) -> int:
-        """Peers of the run that are working, this one included."""
 
     @property
     def address(self) -> str:
@@ -169,34 +180,15 @@ class Strategy(ABC):
         """Roll back to the last good state if the weights are not finite or out of bounds; returns
         whether they were valid."""
 
-    @abstractmethod
-    def check(self) -> None:
-        """Raise SwarmError when something that training needs has ended."""
-
-    @abstractmethod
     def interrupt(self) -> None:
         """Make a waiting `step` return soon; called from any thread."""
 
-    @abstractmethod
-    def close(self) -> None:
-        """Leave the swarm, and end what was started. Idempotent."""
 
-
-class Observer(ABC):
+class Observer(Participant):
     """What a validator sees of a run: its epoch, its peers, and copies of its global state.
 
     Built in the main thread. `fetch` is called in one other thread, `sync` in another.
     """
-
-    @property
-    @abstractmethod
-    def epoch(self) -> int:
-        """The run's epoch."""
-
-    @property
-    @abstractmethod
-    def peers(self) -> int:
-        """Peers of the run that are working."""
 
     @abstractmethod
     def initial_state(self) -> GlobalState:
@@ -210,7 +202,7 @@ class Observer(ABC):
     def local_step(self, model: nn.Module, state: GlobalState) -> Step:
         """A miner's optimizer between two rounds, for a model that has the state's weights."""
 
-    def declare(self) -> None:  # noqa: B027 - nothing, unless a strategy wants it
+    def declare(self) -> None:
         """Say on the chain which run this validator is in; called once, at its start."""
 
     def shares(self) -> dict[str, float] | None:
@@ -221,14 +213,6 @@ class Observer(ABC):
     def sync(self, *, working: int) -> None:
         """Called after each reading of the metagraph. working: how many miners have recently
         answered with work."""
-
-    @abstractmethod
-    def check(self) -> None:
-        """Raise SwarmError when something that observing needs has ended."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """End what was started. Idempotent."""
 
 
 @contextlib.contextmanager

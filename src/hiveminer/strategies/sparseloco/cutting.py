@@ -10,7 +10,6 @@ from hiveminer.strategies.sparseloco.checkpoint import write_journal
 from hiveminer.strategies.sparseloco.follower import Follower
 from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.records import decode_record
-from hiveminer.strategies.sparseloco.replica import Replica
 from hiveminer.strategies.sparseloco.rounds import Facts
 from hiveminer.strategies.sparseloco.update import Tensors
 
@@ -24,15 +23,8 @@ class CuttingFollower(Follower):
     is none yet, "" if there is nothing to cut.
     """
 
-    def __init__(
-        self,
-        replica: Replica,
-        parts: Parts,
-        *,
-        start_state: State,
-        weights: Callable[[int], Tensors | str],
-    ):
-        super().__init__(replica, parts, start_state=start_state)
+    def __init__(self, parts: Parts, *, start: State, weights: Callable[[int], Tensors | str]):
+        super().__init__(parts, start=start)
         self._weights = weights
 
     def before_records(self, number: int) -> None:

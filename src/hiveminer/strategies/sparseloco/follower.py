@@ -20,12 +20,7 @@ from hiveminer.strategies.sparseloco.onchain import read_marks, read_records
 from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.replay import apply_logged, does_not_follow, rebuild
 from hiveminer.strategies.sparseloco.replica import Replica
-from hiveminer.strategies.sparseloco.rounds import (
-    Decision,
-    Facts,
-    decide,
-    next_action,
-)
+from hiveminer.strategies.sparseloco.rounds import Decision, Facts, decide, next_action
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +40,11 @@ CLOSE_SECONDS = 5.0
 class Follower(ABC):
     """Follows the rounds with a `Replica`. A subclass adds what its role does in a round.
 
-    replica: with a checkpoint's position, or new, to join. start_state: the one that the run
-    starts from.
+    start: the run's initial state.
     """
 
-    def __init__(self, replica: Replica, parts: Parts, *, start_state: State):
-        self.replica = replica
+    def __init__(self, parts: Parts, *, start: State):
+        self.replica = Replica(parts.plan, hotkey=parts.hotkey, start=start)
         self.plan, self.log, self.shelf = parts.plan, parts.log, parts.shelf
         self.chain = parts.chain
         self.downloads = Downloads(parts)
@@ -67,7 +61,6 @@ class Follower(ABC):
         """The last round in which this peer committed its record or mark."""
         self.why = (-1, "")
         """A round, and why nothing was committed in it."""
-        self._start_state = start_state
         self._poll_seconds = parts.poll_seconds or max(0.1, parts.chain.block_seconds / 2)
         self._known: Facts | None = None
         self.stopping = threading.Event()
@@ -179,8 +172,8 @@ class Follower(ABC):
                 return
         if newest >= 0 and not kept:
             raise ChainError(f"round {newest} cannot be read yet")
-        self.replica.start_at(newest, self._start_state)
-        self.log.add_state(max(0, newest + 1), self._start_state)
+        self.replica.start_at(newest)
+        self.log.add_state(max(0, newest + 1), self.replica.start)
         self.shelf.serve_states(self.replica.states.values())
         self.decided = newest
 

@@ -38,7 +38,6 @@ from hiveminer.strategies.sparseloco.pieces import (
 from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.records import decode_record, run_prefix
 from hiveminer.strategies.sparseloco.rounds import Facts, Rules
-from hiveminer.strategies.sparseloco.schedule import Schedule
 from hiveminer.strategies.sparseloco.tensor import Compression
 
 logger = logging.getLogger(__name__)
@@ -297,12 +296,9 @@ def _facts_from_json(content: Mapping[str, Any]) -> Facts:
 
 def _plan_to_json(plan: Plan) -> dict[str, Any]:
     rules = plan.rules
-    return {
-        "run": rules.run.hex(),
+    return as_json(vars(rules)) | {  # type: ignore[no-any-return]
         "schedule": asdict(rules.schedule),
-        "max_blob_bytes": rules.max_blob_bytes,
         "quorum": str(rules.quorum),
-        "max_contributors": rules.max_contributors,
         "compression": asdict(plan.compression),
         "step": asdict(plan.step),
         "rho": plan.keep,
@@ -311,13 +307,10 @@ def _plan_to_json(plan: Plan) -> dict[str, Any]:
 
 
 def _plan_from_json(content: Mapping[str, Any]) -> Plan:
-    rules = Rules(
-        bytes.fromhex(content["run"]),
-        Schedule(**content["schedule"]),
-        int(content["max_blob_bytes"]),
-        Fraction(content["quorum"]),
-        int(content["max_contributors"]),
+    return Plan(
+        from_json(Rules, {**content, "quorum": Fraction(content["quorum"])}),
+        Compression(**content["compression"]),
+        OuterStep(**content["step"]),
+        float(content["rho"]),
+        {str(name): torch.Size(shape) for name, shape in content["shapes"].items()},
     )
-    shapes = {str(name): torch.Size(shape) for name, shape in content["shapes"].items()}
-    compression = Compression(**content["compression"])
-    return Plan(rules, compression, OuterStep(**content["step"]), float(content["rho"]), shapes)

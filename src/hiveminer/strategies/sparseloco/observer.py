@@ -12,7 +12,6 @@ from hiveminer.strategies.base import GlobalState, Observer
 from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.marking import MarkingFollower
 from hiveminer.strategies.sparseloco.parts import Parts
-from hiveminer.strategies.sparseloco.replica import Replica
 from hiveminer.training.optimizer import inner_optimizer
 from hiveminer.training.trainer import LocalStep, Step
 
@@ -24,11 +23,10 @@ class SparselocoObserver(Observer):
 
     def __init__(self, model: nn.Module, parts: Parts):
         self.section, self.membership = parts.section, parts.membership
-        self._start = State.of(model)
         named = model.named_parameters()
         self._frozen = {n: each.detach().clone() for n, each in named if not each.requires_grad}
-        self.replica = Replica(parts.plan, hotkey=parts.hotkey, start=self._start)
-        self.follower = MarkingFollower(self.replica, parts, start_state=self._start)
+        self.follower = MarkingFollower(parts, start=State.of(model))
+        self.replica = self.follower.replica
         self.follower.remember_logged()
 
     @property
@@ -42,7 +40,7 @@ class SparselocoObserver(Observer):
         return self.follower.contributors
 
     def initial_state(self) -> GlobalState:
-        return self._global(self._start, epoch=0)
+        return self._global(self.replica.start, epoch=0)
 
     def fetch(self, *, timeout_seconds: float = 30.0) -> GlobalState | None:
         """The newest state, which this validator has computed itself."""

@@ -46,7 +46,7 @@ class Replica:
     """
 
     def __init__(self, plan: Plan, *, hotkey: bytes, start: State):
-        self.plan = plan
+        self.plan, self.start = plan, start
         self.position = Position(hotkey)
         self.decision: Decision | None = None
         """The last decision that was not empty."""
@@ -91,13 +91,13 @@ class Replica:
 
     # The thread that follows the rounds ----------------------------------------------
 
-    def start_at(self, number: int, state: State) -> None:
+    def start_at(self, number: int) -> None:
         """Start from the run's initial state; round `number` is the newest settled one."""
         with self.lock:
-            digest = state.hash()
+            digest = self.start.hash()
             self.position = rounds.start(self.position.hotkey, digest, settled=number)
-            self.states = {digest: state}
-            self._go_to(state)
+            self.states = {digest: self.start}
+            self._go_to(self.start)
 
     def resume(
         self, position: Position, *, cuts: Mapping[bytes, OwnCut], states: Iterable[State]

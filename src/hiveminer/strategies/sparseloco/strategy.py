@@ -24,7 +24,7 @@ from hiveminer.strategies.sparseloco.cutting import CuttingFollower
 from hiveminer.strategies.sparseloco.log import as_json, from_json
 from hiveminer.strategies.sparseloco.parts import Parts
 from hiveminer.strategies.sparseloco.replay import rebuild
-from hiveminer.strategies.sparseloco.replica import OwnCut, Replica
+from hiveminer.strategies.sparseloco.replica import OwnCut
 from hiveminer.strategies.sparseloco.rounds import Position
 from hiveminer.strategies.sparseloco.update import Tensors
 from hiveminer.training.optimizer import inner_optimizer
@@ -53,12 +53,8 @@ class SparselocoStrategy(Strategy):
         self.plan, self.log, self.membership = parts.plan, parts.log, parts.membership
         self.on_round = on_round
         self.optimizer = inner_optimizer(model, parts.section)
-        start = State.of(model)
-        self._start_hash = start.hash()
-        self.replica = Replica(self.plan, hotkey=parts.hotkey, start=start)
-        self.follower = CuttingFollower(
-            self.replica, parts, start_state=start, weights=self._copied_weights
-        )
+        self.follower = CuttingFollower(parts, start=State.of(model), weights=self._copied_weights)
+        self.replica = self.follower.replica
         self._lock = threading.Lock()
         self._wanted: int | None = None
         self._copy: tuple[int, int, dict[str, Tensor]] | None = None
@@ -107,8 +103,8 @@ class SparselocoStrategy(Strategy):
             if all(bool(torch.isfinite(each).all()) for each in self._parameters().values()):
                 return True
             self.replica.apply_move(self._parameters())
-            nothing = {name: torch.zeros(shape) for name, shape in self.plan.shapes.items()}
-            update.rebase(self._parameters(), self.replica.state.weights, update=nothing)
+            for name, own in self._parameters().items():
+                own.copy_(self.replica.state.weights[name])
             self.zero_grad()
             self.optimizer.state.clear()
             tell(
@@ -123,7 +119,7 @@ class SparselocoStrategy(Strategy):
             position, cuts, learned = self.replica.snapshot(self._parameters())
             tensors = {f"u.{name}": each for name, each in learned.items()}
             weights = self.replica.state.weights
-            counts = position.held is not None and position.held != self._start_hash
+            counts = position.held is not None and position.held != self.replica.start.hash()
             if not counts:  # the local weights are worth more
                 weights = {name: weights[name] - u for name, u in learned.items()}
             tensors |= {f"weights.{name}": value for name, value in weights.items()}
@@ -166,9 +162,6 @@ class SparselocoStrategy(Strategy):
 
     def check(self) -> None:
         self.membership.children.check()
-
-    def interrupt(self) -> None:
-        """A step never waits for others."""
 
     def close(self) -> None:
         self.follower.close()

@@ -34,19 +34,12 @@ _COUNT = struct.Struct("<I")
 
 @dataclass(frozen=True)
 class Compression:
-    """Keeps the share `density` of the values of each `chunk`, with `bits` (1 to 4) per value."""
+    """Keeps the share `density` of the values of each `chunk` (1 to 65536), with `bits` (1 to 4)
+    per value."""
 
     density: float
     bits: int
     chunk: int = 4096
-
-    def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density is {self.density}: it must be above 0 and at most 1")
-        if self.bits not in (1, 2, 3, 4):
-            raise ValueError(f"bits is {self.bits}: it must be 1, 2, 3 or 4")
-        if not 1 <= self.chunk <= 2**16:
-            raise ValueError(f"chunk is {self.chunk}: it must be 1 to 65536")
 
     def kept(self, size: int) -> int:
         """Values to keep of a chunk of `size` elements; fewer if some of them are zero."""
