@@ -40,17 +40,11 @@ WRITE_BYTES = 25e6
 
 @dataclass
 class Trained:
-    """Totals: requests answered, rows and real tokens. running: rows of the current request, which
-    are not in `rows` yet."""
+    """Totals: requests answered, rows and real tokens."""
 
     requests: int = 0
     rows: int = 0
     tokens: int = 0
-    running: int = 0
-
-    @property
-    def all_rows(self) -> int:
-        return self.rows + self.running
 
 
 class Progress:
@@ -77,6 +71,7 @@ class Progress:
         self.every_seconds = every_seconds
         self.last_seconds = LAST_SECONDS
         self.trained = Trained()
+        self._rows_before = 0
         self._clock = clock
         self._kept_at = clock()
         self._epoch_began = False
@@ -92,7 +87,7 @@ class Progress:
     @property
     def _place(self) -> tuple[int, int]:
         """Changes whenever there is something new to save."""
-        return self.strategy.epoch, self.trained.all_rows
+        return self.strategy.epoch, self.trained.rows
 
     def resume(self) -> bool:
         """Resume from the newest valid checkpoint of this run; returns whether there was one."""
@@ -112,20 +107,18 @@ class Progress:
 
     def request(self) -> None:
         """Called when a request begins."""
-        self.trained.rows += self.trained.running
-        self.trained.running = 0
+        self._rows_before = self.trained.rows
 
     def step(self, rows: int) -> None:
         """Called after each step of a request."""
-        self.trained.running += rows
+        self.trained.rows += rows
         self.keep_if_due()
 
     def answered(self, result: TrainResult) -> None:
-        """Called after a request."""
+        """Called after a request. Rows of steps that were discarded do not count."""
         self.trained.requests += 1
-        self.trained.rows += result.samples
+        self.trained.rows = self._rows_before + result.samples
         self.trained.tokens += result.tokens
-        self.trained.running = 0
         self.keep_if_due()
 
     def epoch_began(self) -> None:
@@ -173,13 +166,11 @@ class Progress:
             events.tell(logger, "checkpoint", f"no checkpoint was taken: {error!s:.200}")
             self._kept_at = self._clock()
             return None
-        trained = asdict(self.trained)
-        trained["rows"] += trained.pop("running")
         facts = {
             "run_id": self.run_id,
             "version": __version__,
             "written_at": round(time.time(), 3),
-            "trained": trained,
+            "trained": asdict(self.trained),
             "swarm": said,
         }
         self._bytes = sum(tensor.nbytes for tensor in tensors.values())

@@ -65,7 +65,7 @@ class MarkingFollower(Follower):
             if not todo or seconds <= 0 or self.stopping.is_set():
                 break
             self.downloads.blobs(facts.round, [left[each] for each in todo], seconds=seconds)
-            bad = set()
+            before = len(left)
             for neuron in todo:
                 blob = self.log.blob(left[neuron].blob_hash)
                 if blob is None:
@@ -79,8 +79,7 @@ class MarkingFollower(Follower):
                     good[neuron.uid] = blob
                 except BlobError as error:
                     logger.info("the blob of uid %d is not marked: %s", neuron.uid, error)
-                    bad.add(neuron)
-            if not bad:
+                    del left[neuron]
+            if len(left) == before:
                 break
-            left = {neuron: blob for neuron, blob in left.items() if neuron not in bad}
         return good
