@@ -86,7 +86,6 @@ def optimizer_state(
     tensors: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     """The state dict to load. Raises ValueError if it does not fit the parameters."""
-    own = optimizer.state_dict()
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("inner."):
@@ -98,7 +97,7 @@ def optimizer_state(
             value.dim() and value.shape != parameters[number].shape for value in values.values()
         ):
             raise ValueError("the optimizer's state is of another model")
-    return {"state": state, "param_groups": own["param_groups"]}
+    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def exported_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 
 from hiveminer.strategies.sparseloco.apply import State
 from hiveminer.strategies.sparseloco.log import Log
@@ -31,9 +31,8 @@ class Shelf:
     downloads it. Thread-safe.
     """
 
-    def __init__(self, log: Log, *, clock: Callable[[], float] = time.monotonic):
+    def __init__(self, log: Log):
         self._log = log
-        self._clock = clock
         self._lock = threading.Lock()
         self._rounds: dict[int, dict[int, bytes]] = {}
         self._states: dict[bytes, State] = {}
@@ -66,7 +65,7 @@ class Shelf:
 
     def _downloaded(self, now: Collection[bytes]) -> dict[bytes, State]:
         """The older state to keep, if any: the one that has been kept until now comes first."""
-        newest, late = max(self._rounds, default=0), self._clock() - DOWNLOAD_PAUSE_SECONDS
+        newest, late = max(self._rounds, default=0), time.monotonic() - DOWNLOAD_PAUSE_SECONDS
         kept, since = self._older or (b"", newest)
         self._older = None
         for digest in sorted(self._states.keys() - set(now), key=lambda each: each != kept):
@@ -93,7 +92,7 @@ class Shelf:
             owner, piece = self._pieces.get(digest, (digest, None))
             state = self._states.get(owner)
             if state is not None:
-                self._asked_at[owner] = self._clock()
+                self._asked_at[owner] = time.monotonic()
             is_blob = any(digest in blobs.values() for blobs in self._rounds.values())
         if state is not None:
             return state.manifest if piece is None else piece_bytes(state, piece)

@@ -208,11 +208,8 @@ class SparselocoStrategy(Strategy):
     def _resume(
         self, position: Position, cuts: Mapping[bytes, OwnCut], learned: Mapping[str, Tensor]
     ) -> None:
-        states = [
-            state
-            for digest in position.states_to_keep
-            if (state := rebuild(self.log, self.plan, digest)) is not None
-        ]
+        found = [rebuild(self.log, self.plan, digest) for digest in position.states_to_keep]
+        states = [state for state in found if state is not None]
         with self._lock:
             self.replica.resume(position, cuts=cuts, states=states)
             update.rebase(self._parameters(), self.replica.state.weights, update=learned)
