@@ -339,7 +339,7 @@ def test_a_validator_takes_no_other_validators_place() -> None:
 def test_a_validators_body_is_not_cut_for_those_of_others() -> None:
     with serving(max_unverified_bytes=30_000) as served, Crowd(served) as crowd:
         crowd.join(VALIDATOR, times=1)
-        until(lambda: served.axon._bodies.size == 1)
+        until(lambda: served.axon._gate.unverified_bytes == 1)
         head = {**signed(BODY), "content-length": "20000"}
         rest = [served.raw_call(b"x" * 10_000, head) for _ in range(4)]
         until(lambda: served.axon.counts["body_room"] == 2)
@@ -353,7 +353,7 @@ def test_the_oldest_unproved_body_gives_way_when_there_are_too_many() -> None:
     head = {**signed(BODY), "content-length": "20000"}
     with serving(max_unverified_bytes=30_000) as served:
         first = served.raw_call(b"x" * 10_000, head)
-        until(lambda: served.axon._bodies.size == 10_000)
+        until(lambda: served.axon._gate.unverified_bytes == 10_000)
         rest = [served.raw_call(b"x" * 10_000, head) for _ in range(4)]
         assert status_of(first) == 0
         until(lambda: served.axon.counts["body_room"] == 2)
@@ -398,7 +398,7 @@ def test_no_request_however_malformed_brings_a_500() -> None:
         assert fuzzed.axon.counts["fields"] > 5
         until(lambda: fuzzed.alive().status_code == 200)
         until(lambda: not fuzzed.axon._gate.open)
-        assert fuzzed.axon._bodies.size == 0
+        assert fuzzed.axon._gate.unverified_bytes == 0
         assert len(fuzzed.axon._callers._seen) <= 1000
         assert fuzzed.queue.waiting == 0
 

@@ -44,7 +44,6 @@ from hiveminer.rpc.request import (
     Receive,
     Request,
     Send,
-    UnverifiedBodies,
 )
 from hiveminer.rpc.route import Route
 from hiveminer.rpc.signatures import own_hotkey, sign_answer, verify_signed
@@ -95,7 +94,6 @@ class Axon:
         self._callers = Callers(
             limits, is_validator=lambda hotkey: self._standing(hotkey).validator_permit
         )
-        self._bodies = UnverifiedBodies(limits.max_unverified_bytes)
         self.silence = SilenceWatch(port=self.port)
         self._server = Server(self._serve, self._gate, max_header_bytes=2 * MAX_HEADER_BYTES)
         self.thread = threading.Thread(target=self._run, name="axon", daemon=True)
@@ -137,7 +135,7 @@ class Axon:
             self.metrics.count("hung_up")
             return
         finally:
-            self._bodies.remove(request)
+            self._gate.release_body(request.connection)
         if request.caller is not None:
             self.metrics.observe(request.path[1:], time.monotonic() - began)
         await request.respond(send, answer, self._signature(request, answer))
@@ -189,9 +187,7 @@ class Axon:
         request.check_header()
         route.check_caller(request.terminal)
         body = await request.read(
-            cap=route.synapse.max_request_bytes,
-            deadline_seconds=self._body_seconds,
-            bodies=self._bodies,
+            cap=route.synapse.max_request_bytes, deadline_seconds=self._body_seconds
         )
         self._verify(request, body)
         return await route.answer(route.parse(body, request.terminal), request)
@@ -218,7 +214,7 @@ class Axon:
         except http_auth.AuthError as error:
             kind = next(kind for known, kind in _AUTH_KINDS if isinstance(error, known))
             raise Refused(401, str(error), kind=kind) from None
-        self._bodies.remove(request)
+        self._gate.release_body(request.connection)
         request.caller = caller.hotkey_ss58
         rank = Rank.CALLER
         if self._standing(caller.hotkey_ss58).validator_permit:

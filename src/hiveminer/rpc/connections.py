@@ -131,7 +131,7 @@ class Rank(enum.IntEnum):
 
 
 class Gate:
-    """Limits the connections: in all, per address and per hotkey.
+    """Limits the connections (in all, per address and per hotkey) and their unverified bodies.
 
     Above the limit, the oldest one of a stranger is cut; then one of the caller without a permit
     that has the most; then an idle one of a validator; then the newcomer. So neither idle
@@ -142,6 +142,7 @@ class Gate:
         self.limits = limits
         self.count = count
         self.open: dict[Connection, None] = {}  # by age
+        self._bodies: dict[Connection, int] = {}  # sizes so far, by age
 
     def enter(self, newcomer: Connection) -> None:
         """Add a connection, and cut another if there are too many."""
@@ -161,6 +162,23 @@ class Gate:
         connection.hotkey = hotkey
         if len(others) >= self.limits.max_connections_per_hotkey:
             min(others, key=lambda each: not each.idle).drop("connections_of_hotkey")
+
+    def hold_body(self, connection: Connection, size: int) -> None:
+        """Record how much has been read of a body whose signature is not verified yet. Above the
+        limit, the oldest such request is cut, of a stranger first and of a validator last."""
+        self._bodies[connection] = size
+        while len(self._bodies) > 1 and self.unverified_bytes > self.limits.max_unverified_bytes:
+            victim = min(self._bodies, key=lambda each: each.rank)
+            self.release_body(victim)
+            victim.drop("body_room")
+
+    def release_body(self, connection: Connection) -> None:
+        """The connection's request is verified or has ended. Idempotent."""
+        self._bodies.pop(connection, None)
+
+    @property
+    def unverified_bytes(self) -> int:
+        return sum(self._bodies.values())
 
     def leave(self, connection: Connection) -> None:
         """Remove a connection. Idempotent."""

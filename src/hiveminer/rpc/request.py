@@ -98,7 +98,7 @@ class Request:
         self._complete = not message.get("more_body", False)
         return bytes(message.get("body", b""))
 
-    async def read(self, *, cap: int, deadline_seconds: float, bodies: UnverifiedBodies) -> bytes:
+    async def read(self, *, cap: int, deadline_seconds: float) -> bytes:
         """The whole body, of at most `cap` bytes. Raises `Refused` or `Disconnected`."""
         too_large = Refused(413, f"the body is larger than {cap} bytes", kind="body_size")
         length = self.headers.get("content-length") or "0"
@@ -111,7 +111,7 @@ class Request:
                     body += await self.receive()
                     if len(body) > cap:
                         raise too_large
-                    bodies.add(self, len(body))
+                    self.connection.gate.hold_body(self.connection, len(body))
         except TimeoutError:
             raise Refused(408, "the body took too long", kind="body_deadline") from None
         return bytes(body)
@@ -143,31 +143,3 @@ class Request:
             async with asyncio.timeout(DRAIN_SECONDS):
                 while not self._complete and size < DRAIN_BYTES:
                     size += len(await self.receive())
-
-
-class UnverifiedBodies:
-    """The bodies that are being read before their signature is verified, with a limit.
-
-    Above it the oldest one is cut off, of strangers first and of validators last.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._sizes: dict[Request, int] = {}
-
-    @property
-    def size(self) -> int:
-        """Bytes held now."""
-        return sum(self._sizes.values())
-
-    def add(self, request: Request, size: int) -> None:
-        """Record how much of a request's body has been read."""
-        self._sizes[request] = size
-        while len(self._sizes) > 1 and self.size > self._max_bytes:
-            victim = min(self._sizes, key=lambda each: each.connection.rank)
-            self.remove(victim)
-            victim.connection.drop("body_room")
-
-    def remove(self, request: Request) -> None:
-        """Remove a request that is verified or has ended."""
-        self._sizes.pop(request, None)

@@ -12,7 +12,7 @@ model's shape is part of the run id.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,14 +31,12 @@ def state_dict(optimizer: SwarmOptimizer) -> tuple[dict[str, Tensor], dict[str, 
     Call it between two steps.
     """
     averager = optimizer.state_averager
-    tensors: dict[str, Tensor] = {}
     with torch.no_grad(), averager.get_tensors() as buffers:
-        for number, weights in enumerate(averager.main_parameters):
-            tensors[f"weights.{number}"] = copied = _copy(weights)
-            if not torch.equal(copied, buffers[number]):
-                tensors[f"start.{number}"] = _copy(buffers[number])
-            for key, value in optimizer.opt.state[weights].items():
-                tensors[f"moments.{number}.{key}"] = _copy(value)
+        places = _places(optimizer, buffers)
+        tensors = {name: _copy(value) for name, value in places.items()}
+    for number in range(len(averager.main_parameters)):
+        if torch.equal(tensors[f"start.{number}"], tensors[f"weights.{number}"]):
+            del tensors[f"start.{number}"]
     facts: dict[str, Any] = {
         "epoch": int(optimizer.local_epoch),
         "rows": int(optimizer.local_progress.samples_accumulated),
@@ -62,9 +60,19 @@ def load_state_dict(
     epoch, rows, schedule = _read(facts, groups=len(optimizer.opt.param_groups))
     averager = optimizer.state_averager
     with torch.no_grad(), averager.get_tensors() as buffers:
-        places = list(_places(optimizer, tensors, buffers))
-        for place, value in places:
-            place.copy_(value)
+        places = _places(optimizer, buffers)
+        # A start that is left out equals the weights.
+        starts = {name.replace("weights.", "start."): value for name, value in tensors.items()}
+        values = starts | dict(tensors)
+        wrong = values.keys() ^ places.keys() or {
+            name
+            for name, place in places.items()
+            if values[name].shape != place.shape or values[name].dtype != place.dtype
+        }
+        if wrong:
+            raise ValueError(f"it does not fit the model: {min(wrong)}")
+        for name, place in places.items():
+            place.copy_(values[name])
     averager.scheduler.load_state_dict(averager.scheduler.state_dict() | schedule)
     for group, rate in zip(optimizer.opt.param_groups, schedule["_last_lr"], strict=True):
         group["lr"] = rate
@@ -97,27 +105,15 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _places(
-    optimizer: SwarmOptimizer, tensors: Mapping[str, Tensor], buffers: Any
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each tensor of the optimizer beside the one that belongs there."""
-    left = set(tensors)
-
-    def find(name: str, place: Tensor) -> tuple[Tensor, Tensor]:
-        found = tensors.get(name)
-        if found is None or found.shape != place.shape or found.dtype != place.dtype:
-            raise ValueError(f"it does not fit the model: {name}")
-        left.discard(name)
-        return place, found
-
+def _places(optimizer: SwarmOptimizer, buffers: Any) -> dict[str, Tensor]:
+    """The optimizer's own tensors by their names in a checkpoint."""
+    places: dict[str, Tensor] = {}
     for number, weights in enumerate(optimizer.state_averager.main_parameters):
-        yield find(f"weights.{number}", weights)
-        start = f"start.{number}" if f"start.{number}" in tensors else f"weights.{number}"
-        yield find(start, buffers[number])
+        places[f"weights.{number}"] = weights
+        places[f"start.{number}"] = buffers[number]
         for key, value in optimizer.opt.state[weights].items():
-            yield find(f"moments.{number}.{key}", value)
-    if left:
-        raise ValueError(f"it does not fit the model: {min(left)} has no place")
+            places[f"moments.{number}.{key}"] = value
+    return places
 
 
 def _read(facts: Mapping[str, Any], *, groups: int) -> tuple[int, int, dict[str, Any]]:
