@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import random
 from collections.abc import Sequence
@@ -12,14 +13,15 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from hiveminer.config.run import Run
 from hiveminer.errors import TrainingError
-from hiveminer.strategies.base import GlobalState
-from hiveminer.training.model import encode, weights_hash
+from hiveminer.strategies.base import GlobalState, local_step
+from hiveminer.training.model import weights_hash
 from hiveminer.training.optimizer import build_optimizer, parameter_groups
+from hiveminer.training.task import Task
 from hiveminer.training.trainer import LocalStep, Trainer
 from hiveminer.validation.curves import Evidence, score
 from hiveminer.validation.judge import States
@@ -40,9 +42,15 @@ def texts(seed: int, *, rows: int = BATCH * STEPS) -> list[str]:
     return made
 
 
-def tensors(rows: Sequence[str]) -> dict[str, Tensor]:
-    encoded = encode(tiny_tokenizer(pad_token="<end>"), rows, max_length=32)
-    return {key: encoded[key] for key in ("input_ids", "attention_mask")}
+def task_of(model: PreTrainedModel) -> Task:
+    """As much of a task as a replay needs."""
+    unused: Any = None
+    return Task(RUN, unused, model, tiny_tokenizer(pad_token="<end>"), unused, beyond=0.0)
+
+
+def replayer_of(model: PreTrainedModel) -> Replayer:
+    step_from = functools.partial(local_step, section=RUN.optimizer)
+    return Replayer(task_of(model), step_from=step_from)
 
 
 def adamw(model: nn.Module) -> torch.optim.AdamW:
@@ -59,7 +67,8 @@ class Miner:
         self.optimizer = adamw(self.model)
         if optimizer is not None:
             self.optimizer.load_state_dict(copy.deepcopy(optimizer))
-        self.trainer = Trainer(self.model, encode=tensors, optimizer=LocalStep(self.optimizer))
+        encode = task_of(self.model).encode
+        self.trainer = Trainer(self.model, encode=encode, optimizer=LocalStep(self.optimizer))
 
     def train(self, rows: Sequence[str], **options: Any) -> tuple[float, ...]:
         return tuple(self.trainer.train(rows, batch_size=BATCH, **options).losses)
@@ -86,7 +95,7 @@ def state() -> GlobalState:
 
 @pytest.fixture(scope="module")
 def replayer() -> Replayer:
-    return Replayer(tiny_model("llama"), encode=tensors, run=RUN)
+    return replayer_of(tiny_model("llama"))
 
 
 def miner_at(state: GlobalState) -> Miner:
@@ -174,7 +183,7 @@ def test_moments_that_hold_the_rows_gradients_are_not_used(
 def test_a_replay_leaves_the_state_and_the_model_as_they_were(state: GlobalState) -> None:
     before, model = copy.deepcopy(state), tiny_model("llama")
     hash_before = weights_hash(model)
-    replayer = Replayer(model, encode=tensors, run=RUN)
+    replayer = replayer_of(model)
     first = curves(replayer, state, texts(1))
     curves(replayer, state, texts(2))
     assert before.optimizer["state"], "the state has no moments, and proves nothing"

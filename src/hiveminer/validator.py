@@ -152,11 +152,9 @@ class Validator:
         parts.callback(self.observer.close)
         neuron.go_on()
         self.replayer = Replayer(
-            self.task.model,
-            encode=self.task.encode,
-            run=run,
-            device=model.choose_device(settings.neuron.device),
+            self.task,
             step_from=self.observer.local_step,
+            device=model.choose_device(settings.neuron.device),
         )
         self.models = KeptModels(
             neuron.folder / MODELS_FOLDER, task=self.task, keep=settings.neuron.keep_models

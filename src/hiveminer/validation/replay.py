@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from hiveminer.config.run import Run
-from hiveminer.strategies.base import GlobalState, local_step
-from hiveminer.training.trainer import Encode, Step, Trainer
+from hiveminer.strategies.base import GlobalState
+from hiveminer.training.task import Task
+from hiveminer.training.trainer import Step, Trainer
 
 
 @dataclass(frozen=True)
@@ -26,24 +24,21 @@ class Curves:
 
 
 class Replayer:
-    """Replays on its own copy of the model, one call at a time.
+    """Replays on its own copy of the task's model, one call at a time.
 
-    step_from: a miner's optimizer for a state; by default the run's own.
+    step_from: a miner's optimizer for a state.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        task: Task,
         *,
-        encode: Encode,
-        run: Run,
+        step_from: Callable[[nn.Module, GlobalState], Step],
         device: torch.device | None = None,
-        step_from: Callable[[nn.Module, GlobalState], Step] | None = None,
     ):
-        self.max_grad_norm = run.optimizer.max_grad_norm
-        self.step_from = step_from or functools.partial(local_step, section=run.optimizer)
-        self.model = copy.deepcopy(model)
-        self.encode = encode
+        self.task = task
+        self.step_from = step_from
+        self.model = copy.deepcopy(task.model)
         self.device = device or torch.device("cpu")
         nn.Module.to(self.model, self.device)
 
@@ -88,8 +83,8 @@ class Replayer:
                 value.copy_(state.weights[name])
         return Trainer(
             self.model,
-            encode=self.encode,
+            encode=self.task.encode,
             optimizer=self.step_from(self.model, state),
             device=self.device,
-            max_grad_norm=self.max_grad_norm,
+            max_grad_norm=self.task.run.optimizer.max_grad_norm,
         )
