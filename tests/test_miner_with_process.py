@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +81,7 @@ async def _work(talk: Talk) -> None:
 @pytest.mark.timeout(180)
 def test_what_a_validator_may_send_a_miner(tmp_path: Path) -> None:
     with Network(tmp_path, run=RUN) as network:
-        program = network.start("miner-0")
+        program = network.start("miner-0", "--logging.format", "json")
         program.says("serving on", seconds=90)
         with caller(tmp_path / "network") as chain:
             join_embedded(chain, stake_tao=10_000)
@@ -97,6 +98,10 @@ def test_what_a_validator_may_send_a_miner(tmp_path: Path) -> None:
         assert [line["request_id"] for line in trained].count("twice") == 1
         assert program.interrupt(seconds=60) == 0
         assert "Traceback" not in program.words, program.words
+    lines = [json.loads(line) for line in program.words.splitlines()]
+    assert {line["neuron"] for line in lines} == {"miner-0"}
+    events = [line["event"] for line in lines if "event" in line]
+    assert events == ["embedded_chain", "batch_meaning"]
 
 
 @pytest.mark.parametrize("name", ["miner.py", pytest.param("validator.py", marks=pytest.mark.slow)])
