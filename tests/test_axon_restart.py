@@ -25,9 +25,9 @@ from serving import (
     train,
     until,
 )
-from small_neurons import SmallMiner, miner_settings, running
+from small_neurons import SmallMiner, miner_settings, running, settings_in
 
-from hiveminer.config.settings import AxonSettings, MinerSettings, NeuronSettings, SubtensorSettings
+from hiveminer.config.settings import AxonSettings, MinerSettings
 from hiveminer.errors import OperatorError
 from hiveminer.rpc.connections import bind
 from programs import wait_for
@@ -148,12 +148,7 @@ def test_stop_tells_who_waits_and_cuts_off_who_is_silent() -> None:
 
 @contextlib.contextmanager
 def neuron(folder: Path, **axon: Any) -> Iterator[SmallMiner]:
-    settings = MinerSettings(
-        subtensor=SubtensorSettings(path=folder / "embedded"),
-        neuron=NeuronSettings(path=folder / "neuron"),
-        axon=AxonSettings(**axon),
-    )
-    with SmallMiner(settings) as miner:
+    with SmallMiner(settings_in(folder, MinerSettings, axon=axon)) as miner:
         miner.queue.start()
         yield miner
 
@@ -164,19 +159,14 @@ def taken() -> Iterator[int]:
         yield other.getsockname()[1]
 
 
-def test_a_port_that_was_asked_for_and_is_in_use_is_named(tmp_path: Path, taken: int) -> None:
+@pytest.mark.parametrize("flag", ["port", "metrics_port"])
+def test_a_port_that_was_asked_for_and_is_in_use_is_named_by_its_flag(
+    tmp_path: Path, taken: int, flag: str
+) -> None:
+    """That of the metrics also where the axon itself may take the next free port."""
     with (
-        neuron(tmp_path, port=taken) as idle,
-        pytest.raises(OperatorError, match=f"--axon.port {taken}: the port is in use"),
-    ):
-        idle._start_axon()
-
-
-def test_a_metrics_port_in_use_is_named_by_its_own_flag(tmp_path: Path, taken: int) -> None:
-    """Also where the axon itself may take the next free port."""
-    with (
-        neuron(tmp_path, metrics_port=taken) as idle,
-        pytest.raises(OperatorError, match=f"--axon.metrics_port {taken}: the port is in use"),
+        neuron(tmp_path, **{flag: taken}) as idle,
+        pytest.raises(OperatorError, match=f"--axon.{flag} {taken}: the port is in use"),
     ):
         idle._start_axon()
 

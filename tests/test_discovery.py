@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from embedded_network import Clock
 from small_neurons import miner_settings, told
 
 from hiveminer.errors import OperatorError
@@ -143,24 +144,17 @@ class Dialled:
         return DialResult(answered=answered, silent=silent)
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 def test_peers_that_work_and_do_not_report_are_a_split(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     clock, peer = Clock(), Dialled()
     discovery = Discovery(peer, clock=clock)  # type: ignore[arg-type]
     discovery.compare(working=3, reporting=1)
-    clock.now += 40
+    clock.seconds += 40
     discovery.compare(working=3, reporting=3)  # they had only just begun
     for _ in range(5):
         assert not told(caplog, "dht_split")
         discovery.compare(working=3, reporting=1)
-        clock.now += 12
+        clock.seconds += 12
     discovery.compare(working=3, reporting=1)
     discovery.compare(working=3, reporting=1)
     (words,) = told(caplog, "dht_split")
@@ -177,7 +171,7 @@ def test_peers_are_dialled_again_now_and_then(caplog: pytest.LogCaptureFixture) 
         before = peer.looks
         for _ in range(seconds):
             discovery.meet(["a", "b"])
-            clock.now += 1
+            clock.seconds += 1
         return peer.looks - before
 
     peer.reached = {"a", "b"}
@@ -191,7 +185,7 @@ def test_peers_are_dialled_again_now_and_then(caplog: pytest.LogCaptureFixture) 
     discovery.meet(["a", "b", "c"])  # a new one is dialled at once
     assert peer.looks == 17
     peer.reached = {"c"}
-    clock.now += 30
+    clock.seconds += 30
     discovery.meet(["a", "b", "c"])
     peer.reached = set()
     assert looks(60) > 2

@@ -12,7 +12,7 @@ from typing import Any
 import bittensor as bt
 import pytest
 import torch
-from small_neurons import miner_settings
+from small_neurons import SmallMiner, miner_settings
 from talk import caller
 from tiny import tiny_model
 
@@ -24,7 +24,7 @@ from hiveminer.commands.checks.base import Check, Examination, passed
 from hiveminer.commands.checks.machine import PYTHONS
 from hiveminer.commands.doctor import examine, within
 from hiveminer.config.settings import MinerSettings
-from hiveminer.errors import OperatorError
+from hiveminer.errors import NotYetRegistered, OperatorError
 from hiveminer.training.memory import memory_needed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,7 +197,9 @@ def test_a_real_network_wants_a_real_wallet_and_says_how(tmp_path: Path) -> None
     assert chain_checks.wallet(Examination(settings)).verdict == "warned"
 
 
-def test_not_registered_names_the_price_and_the_line(tmp_path: Path) -> None:
+def test_a_miner_and_doctor_say_what_a_registration_costs_and_how_to_make_one(
+    tmp_path: Path,
+) -> None:
     """On an embedded chain that claims to be a real one."""
     bt.Wallet("w", "h", str(tmp_path / "wallets")).create_new_hotkey(suppress=True)
     settings = miner_settings(
@@ -209,10 +211,14 @@ def test_not_registered_names_the_price_and_the_line(tmp_path: Path) -> None:
     with Chain(network="test", netuid=1, wallet=exam.wallet, client=client) as chain:
         exam.chain, exam.metagraph = chain, chain.metagraph()
         check = chain_checks.registered(exam)
+        with pytest.raises(NotYetRegistered) as raised:
+            SmallMiner(settings, chain=chain)
     assert check.verdict == "failed"
     assert "it costs 1.0000 TAO now" in check.found
     line = "btcli tx burned-register --netuid 1 --wallet w --wallet-hotkey h --network test"
     assert line in check.cure
+    assert raised.value.exit_code == 2
+    assert f"{line} (it costs 1.0000 TAO now)" in str(raised.value)
 
 
 def test_wandb_without_a_key_stays_offline(tmp_path: Path) -> None:
@@ -269,7 +275,7 @@ def test_a_hotkey_that_cannot_sign_fails(tmp_path: Path, how: str, found: str) -
     settings = miner_settings(
         tmp_path,
         subtensor={"network": "test"},
-        wallet={"name": "w", "hotkey": "h", "path": tmp_path / "wallets"},
+        wallet={"name": "w", "hotkey": "h"},
     )
     check = within(lambda: chain_checks.wallet(Examination(settings)), seconds=60)
     assert check.verdict == "failed"

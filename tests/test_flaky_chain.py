@@ -17,8 +17,7 @@ from flaky_substrate import FlakySubstrate, refusal
 from small_neurons import SmallMiner, miner_settings, running
 
 from hiveminer.chain import Chain, join_embedded, snapshot
-from hiveminer.config.settings import MinerSettings
-from hiveminer.errors import ChainError, NotRegistered, NotYetRegistered
+from hiveminer.errors import ChainError, NotRegistered
 from programs import wait_for
 
 
@@ -233,23 +232,6 @@ def test_a_refusal_is_no_outage(subnet: Subnet, tmp_path: Path) -> None:
     chain = subnet.chain(subnet.new_substrate(), keys)
     with pytest.raises(ChainError, match="takes no registrations"):
         SmallMiner(miner_settings(tmp_path), chain=chain)
-
-
-def test_not_registered_on_a_real_network_exits_2_with_line_and_price(
-    subnet: Subnet, tmp_path: Path
-) -> None:
-    wallet = bt.Wallet("w", "h", str(tmp_path / "wallets"))
-    wallet.create_new_hotkey(suppress=True)
-    client = bt.Client("local", substrate=subnet.new_substrate())
-    settings: MinerSettings = miner_settings(tmp_path, subtensor={"network": "test"})
-    with (
-        Chain(network="test", netuid=1, wallet=wallet, client=client) as chain,
-        pytest.raises(NotYetRegistered) as raised,
-    ):
-        SmallMiner(settings, chain=chain)
-    assert raised.value.exit_code == 2
-    line = "btcli tx burned-register --netuid 1 --wallet w --wallet-hotkey h --network test"
-    assert f"{line} (it costs 1.0000 TAO now)" in str(raised.value)
 
 
 def test_what_is_in_doubt_and_what_is_not(subnet: Subnet) -> None:

@@ -207,12 +207,3 @@ def test_ctrl_c_in_the_middle_of_a_demo(tmp_path: Path) -> None:
         assert demo.process.wait(60) == 130, demo.words
         descendants_gone(family, seconds=60)
         assert "Traceback" not in demo.words
-
-
-def test_a_bad_model_ends_with_one_line_and_no_child(tmp_path: Path) -> None:
-    with Network(tmp_path, run='[model]\nname = "./no-such-model"\n') as network:
-        miner = network.start("miner-0")
-        assert miner.process.wait(60) == 2
-        last = miner.words.strip().splitlines()[-1]
-        assert last.startswith("hiveminer: model ./no-such-model: no such folder"), miner.words
-        assert "Traceback" not in miner.words
