@@ -15,7 +15,7 @@ import torch
 import torch.multiprocessing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_files import all_texts, load, refused, write_lines, write_parquet, write_rows
+from row_files import all_texts, load, refused, write_lines, write_rows
 from tiny import cut_the_network, no_file_longer_than, one_line
 
 from hiveminer.config.run import DataSection
@@ -185,13 +185,6 @@ def test_the_hash_of_records_follows_content_and_column(tmp_path: Path) -> None:
     assert all_texts(load(two, column="body")) == ["b"]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_missing_column_is_refused_in_one_line(tmp_path: Path, streaming: bool) -> None:
-    path = write_lines(tmp_path / "a.jsonl", TEXTS)
-    words = r"no column 'body'; it has text, number .data\.column"
-    refused(path, words, column="body", streaming=streaming, rows=25)
-
-
 def test_rows_without_text_keep_their_numbers_and_are_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -257,12 +250,6 @@ def test_no_room_for_the_rows_is_one_line() -> None:
 def test_a_huge_row_is_cut_to_what_can_be_trained() -> None:
     rows = StoredRows(["short", "é" * 5000], hashlib.sha256(), row_characters=1000)
     assert all_texts(rows) == ["short", "é" * 1000]
-
-
-def test_data_without_a_row_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text(" \n\n")
-    refused(tmp_path / "a.txt", "it holds no row")
-    refused(write_parquet(tmp_path / "a.parquet", []), "column .text. is null")
 
 
 def test_another_hash_than_the_runs_is_refused(tmp_path: Path) -> None:

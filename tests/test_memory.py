@@ -8,11 +8,7 @@ import pytest
 import torch
 from in_process import Hub, InProcessStrategy
 from small_neurons import miner_settings
-from steps import (
-    LONGEST,
-    ROWS,
-    trainer,
-)
+from steps import LONGEST, ROWS, trainer
 from tiny import tiny_model
 
 from hiveminer import miner
@@ -71,9 +67,9 @@ SEVEN_BILLION = MemoryNeeded(
 def test_a_model_that_cannot_fit_the_machine_is_refused_with_the_figure(
     device: str, wanted: int
 ) -> None:
-    check_machine(SEVEN_BILLION, device, left=lambda _: wanted)
+    check_machine(SEVEN_BILLION, device, left=wanted)
     with pytest.raises(OperatorError) as caught:
-        check_machine(SEVEN_BILLION, device, left=lambda _: wanted - 1)
+        check_machine(SEVEN_BILLION, device, left=wanted - 1)
     assert "7,000.0M parameters" in str(caught.value)
     assert f"{wanted / 2**30:,.2f} GiB more memory" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -81,13 +77,13 @@ def test_a_model_that_cannot_fit_the_machine_is_refused_with_the_figure(
 
 def test_a_model_that_cannot_fit_the_device_is_refused_with_the_figure() -> None:
     device = torch.device("cuda", 1)
-    check_device(SEVEN_BILLION, device, left=lambda _: 113 * 10**9)
+    check_device(SEVEN_BILLION, device, left=113 * 10**9)
     with pytest.raises(OperatorError, match=r"105\.24 GiB .* cuda:1 has 74\.51 GiB left"):
-        check_device(SEVEN_BILLION, device, left=lambda _: 80 * 10**9)
+        check_device(SEVEN_BILLION, device, left=80 * 10**9)
     # On the machine's own memory, weights and optimizer_state are there already.
-    check_device(SEVEN_BILLION, torch.device("cpu"), left=lambda _: 141 * 10**9)
+    check_device(SEVEN_BILLION, torch.device("cpu"), left=141 * 10**9)
     with pytest.raises(OperatorError, match="this machine has"):
-        check_device(SEVEN_BILLION, torch.device("cpu"), left=lambda _: 140 * 10**9)
+        check_device(SEVEN_BILLION, torch.device("cpu"), left=140 * 10**9)
 
 
 def test_a_containers_limit_counts(tmp_path: Path) -> None:

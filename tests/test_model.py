@@ -129,10 +129,7 @@ def test_a_local_folder_loads_with_its_weights(
     monkeypatch.chdir(tmp_path)
     loaded = load_model("mine")
     assert type(loaded) is type(saved)
-    ours, theirs = dict(saved.named_parameters()), dict(loaded.named_parameters())
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert all(value.dtype == torch.float32 for value in theirs.values())
+    assert all(value.dtype == torch.float32 for value in loaded.parameters())
     assert loaded.training
     assert weights_hash(loaded) == weights_hash(saved)
     tokenizer = load_tokenizer("./mine")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from steps import same, weights
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -79,9 +80,7 @@ def test_a_folder_of_another_architecture_is_written_and_read_again(
     model, tokenizer = shaken(load_model(name)), load_tokenizer(name)
     save_model(tmp_path / "out", model=model, tokenizer=tokenizer, origin=origin())
     again = load_model(str(tmp_path / "out"))
-    assert {n: v.tolist() for n, v in again.named_parameters()} == {
-        n: v.tolist() for n, v in model.named_parameters()
-    }
+    assert same(weights(again), weights(model))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.use_cache
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == len(tokenizer)
 
@@ -128,14 +127,14 @@ def test_replacing_leaves_one_folder(tmp_path: Path) -> None:
 
 def test_weights_that_do_not_fit_change_nothing() -> None:
     model = builtin_model()
-    good = {name: value.detach().clone() + 1 for name, value in model.named_parameters()}
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    good = {name: value + 1 for name, value in weights(model).items()}
+    before = weights(model)
     name = next(iter(good))
     less = {key: value for key, value in good.items() if key != name}
     for bad in (good | {"other": torch.ones(1)}, good | {name: torch.ones(3)}, less):
         with pytest.raises(ValueError, match="do not fit"):
             set_weights(model, bad)
-    assert all(torch.equal(before[n], v) for n, v in model.named_parameters())
+    assert same(weights(model), before)
 
 
 def test_an_evaluation_counts_what_it_predicts() -> None:

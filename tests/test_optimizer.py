@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from steps import same, weights
 from tiny import tiny_model
 from torch import nn
 from transformers import PreTrainedModel
@@ -26,10 +27,6 @@ def set_gradients(model: nn.Module, *, seed: int) -> None:
     random = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=random)
-
-
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
@@ -86,8 +83,7 @@ def test_each_parameter_takes_the_step_of_its_own_optimizer() -> None:
         optimizer.step()
         for part in parts:
             part.step()
-    ours, theirs = weights(model), weights(reference)
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert same(weights(model), weights(reference))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -105,8 +101,7 @@ def test_a_restarted_optimizer_goes_on_with_the_same_steps(name: str) -> None:
         set_gradients(other, seed=seed)
         optimizer.step()
         restarted.step()
-    ours, theirs = weights(model), weights(other)
-    assert all(torch.equal(ours[each], theirs[each]) for each in ours)
+    assert same(weights(model), weights(other))
     assert len(optimizer.state) == len(list(model.parameters()))
 
 

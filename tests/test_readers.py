@@ -82,11 +82,12 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12345
         ("a.jsonl", b'{"text": {"en": "a"}}\n', "line 1: column 'text' is an object"),
         ("a.jsonl", b'{"text": true}\n', "line 1: column 'text' is bool"),
         ("a.jsonl", b'{"body": "a"}\n{"body": "b"}\n', "no column 'text'; it has body"),
-        ("a.json", b'{"data": [{"text": "a"}]}', "no column 'text'; it has data"),
+        ("a.json", b'{"data": [{"text": "a"}]}', "no column 'text'; it has data .data.column"),
         ("a.jsonl", b'{"text": null}\n{"text": ""}\n', "column 'text' holds no text"),
         ("a.jsonl", b"[" * 100_000, "line 1: not JSON: nested too deeply"),
         ("a.jsonl", b"\n \n", "it holds no row"),
         ("a.txt", b"", "it holds no row"),
+        ("a.txt", b" \n\n", "it holds no row"),
     ],
 )
 def test_what_cannot_be_read_is_refused_with_file_and_line(

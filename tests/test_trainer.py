@@ -20,11 +20,10 @@ from steps import (
     trainer,
     weights,
 )
-from tiny import ARCHITECTURES, END, tiny_model, tiny_tokenizer
+from tiny import ARCHITECTURES, tiny_model
 from torch import Tensor
 
 from hiveminer.errors import TrainingError
-from hiveminer.training.model import encode
 from hiveminer.training.trainer import LocalStep
 
 
@@ -46,25 +45,6 @@ def test_loss_and_gradients_are_those_of_the_rows_one_by_one(
     assert_close(one.optimizer.gradients[0], expected)
     assert (result.steps, result.samples, result.tokens) == (1, len(ROWS), TOKENS)
     assert (result.discarded, result.finished) == (0, True)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_rows_of_one_token_of_the_longest_and_beyond_through_a_real_tokenizer(
-    architecture: str,
-) -> None:
-    tokenizer = tiny_tokenizer(pad_token="<end>")  # also the end of each row
-    words = [f"w{2 + n % 29}" for n in range(20)]
-    texts = [" ".join(words[:count]) for count in (0, 3, 7, 8, 20)]
-    lengths = [1, 4, 8, 8, 8]
-    expected = [[int(word[1:]) for word in words[: n - 1]] + [END] for n in lengths]
-    model = tiny_model(architecture)
-    loss = by_hand(model, expected)
-    hand = gradients(model)
-    one = trainer(model, encode=lambda texts: encode(tokenizer, texts, max_length=8))
-    result = one.train(texts, batch_size=5)
-    assert result.tokens == sum(lengths)
-    assert result.loss == pytest.approx(loss, rel=1e-5)
-    assert_close(one.optimizer.gradients[0], hand)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 0, 3, 1, 2], [2]])

@@ -227,7 +227,7 @@ class Miner(BaseMinerNeuron):
         self.dataset, self.run_id = self.task.dataset, self.task.run_id
         length = run.model.sequence_length
         needed = memory_needed(self.model, sequence_length=length)
-        check_machine(needed, settings.neuron.device, left=self._memory_left)
+        check_machine(needed, settings.neuron.device, left=self._memory_left(torch.device("cpu")))
         self.neuron.go_on()
         self.swarm = strategy(
             Context(self.neuron, self.task, lambda: self.public_ip, on_round=self._on_round)
@@ -237,7 +237,7 @@ class Miner(BaseMinerNeuron):
         self.device = model.choose_device(settings.neuron.device)
         bfloat16 = has_bfloat16(self.device)
         needed = memory_needed(self.model, sequence_length=length, bfloat16=bfloat16)
-        check_device(needed, self.device, left=self._memory_left)
+        check_device(needed, self.device, left=self._memory_left(self.device))
         self.swarm.move_to(self.device)
         machine.keep_freed_memory()  # after the strategy, whose processes do not train
         self.trainer = Trainer(

@@ -7,7 +7,6 @@ measurements.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,13 +90,9 @@ def memory_left(device: torch.device, *, cgroup: Path = CGROUP) -> int:
     return min(psutil.virtual_memory().available, _container_left(cgroup))
 
 
-def check_machine(
-    needed: MemoryNeeded,
-    device: str | None,
-    *,
-    left: Callable[[torch.device], int] = memory_left,
-) -> None:
-    """Refuse a loaded model that does not fit in this machine's memory, before Hivemind starts.
+def check_machine(needed: MemoryNeeded, device: str | None, *, left: int) -> None:
+    """Refuse a loaded model that does not fit in the bytes left of this machine's memory, before
+    Hivemind starts.
 
     device: as configured; on the CPU, training is counted too. No device is initialized.
     """
@@ -108,24 +103,19 @@ def check_machine(
         wanted = needed.host + needed.training - needed.weights
     else:  # weights and optimizer state have moved by the first checkpoint
         wanted = max(needed.averaging + needed.optimizer_state, needed.host - needed.weights)
-    _refuse(needed, wanted, left(torch.device("cpu")), where="this machine")
+    _refuse(needed, wanted, left, where="this machine")
 
 
-def check_device(
-    needed: MemoryNeeded,
-    device: torch.device,
-    *,
-    left: Callable[[torch.device], int] = memory_left,
-) -> None:
-    """Refuse a model that cannot train on the device, before it is moved there.
+def check_device(needed: MemoryNeeded, device: torch.device, *, left: int) -> None:
+    """Refuse a model that cannot train in the bytes left on the device, before it is moved there.
 
     Devices other than CUDA share host memory, which holds weights and optimizer state already.
     """
     if device.type == "cuda":
-        _refuse(needed, needed.training, left(device), where=str(device))
+        _refuse(needed, needed.training, left, where=str(device))
     else:
         wanted = needed.gradients + needed.activations + needed.snapshot
-        _refuse(needed, wanted, left(device), where="this machine")
+        _refuse(needed, wanted, left, where="this machine")
 
 
 def _refuse(needed: MemoryNeeded, wanted: int, left: int, *, where: str) -> None:

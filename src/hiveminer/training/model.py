@@ -131,7 +131,9 @@ def load_tokenizer(name: str = BUILTIN, *, revision: str = "") -> PreTrainedToke
         tokenizer = AutoTokenizer.from_pretrained(
             _source(name, "tokenizer"), revision=revision or "main", trust_remote_code=False
         )
-        model_checks.check_tokenizer(tokenizer)
+        # transformers creates an empty one when it finds none.
+        if not tokenizer("hello world", add_special_tokens=False).input_ids:
+            raise OperatorError("it has no vocabulary; save_pretrained it there")
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
         if tokenizer.pad_token is None:
@@ -250,7 +252,6 @@ def builtin_model() -> PreTrainedModel:
         bos_token_id=256,
         eos_token_id=256,
         pad_token_id=257,
-        use_cache=False,
     )
     model = GPT2LMHeadModel(config)
     with torch.no_grad():

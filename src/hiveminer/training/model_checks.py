@@ -225,12 +225,6 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return len(embeddings.weight)
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer without a vocabulary, as transformers creates when it finds none."""
-    if not tokenizer("hello world", add_special_tokens=False).input_ids:
-        raise OperatorError("it has no vocabulary; save_pretrained it there")
-
-
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     """Refuse a tokenizer or a sequence length that is too large for the model."""
     vocabulary = vocabulary_size(model)

@@ -16,8 +16,9 @@ import contextlib
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -149,7 +150,6 @@ class Trainer:
     encode: texts to padded tensors; called in a background thread, one call at a time.
     device: of the model.
     max_grad_norm: gradients are clipped to this norm; 0 for never.
-    max_micro_batch_size: the largest to try; halved for good when memory runs out.
     bfloat16: use PyTorch's autocast; the weights and the loss keep their precision. None: on
         CUDA devices that support it.
     cpu_tokens, cpu_pass_tokens: see CPU_TOKENS and CPU_PASS_TOKENS.
@@ -163,7 +163,6 @@ class Trainer:
         optimizer: Step,
         device: torch.device | None = None,
         max_grad_norm: float = 1.0,
-        max_micro_batch_size: int = 1024,
         bfloat16: bool | None = None,
         cpu_tokens: int = CPU_TOKENS,
         cpu_pass_tokens: int = CPU_PASS_TOKENS,
@@ -174,7 +173,8 @@ class Trainer:
         self.optimizer = optimizer
         self.device = device or torch.device("cpu")
         self.max_grad_norm = max_grad_norm
-        self.max_micro_batch_size = max_micro_batch_size
+        self.max_micro_batch_size = 1024
+        """Halved for good when memory runs out."""
         self.bfloat16 = has_bfloat16(self.device) if bfloat16 is None else bfloat16
         self.checkpointing = False
         """Activations are recomputed in the backward pass: a single row did not fit without."""
@@ -279,14 +279,13 @@ class Trainer:
 
         pool = ThreadPoolExecutor(1, thread_name_prefix="encode")
         try:
-            following = pool.submit(make, 0) if texts else None
-            for start in range(
-                global_batch_size, len(texts) + global_batch_size, global_batch_size
-            ):
-                assert following is not None
-                batch = following.result()
-                following = pool.submit(make, start) if start < len(texts) else None
-                yield batch
+            prepared: deque[Future[GlobalBatch]] = deque()
+            for start in range(0, len(texts), global_batch_size):
+                prepared.append(pool.submit(make, start))
+                if start:
+                    yield prepared.popleft().result()
+            for last in prepared:
+                yield last.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
