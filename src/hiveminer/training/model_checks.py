@@ -173,7 +173,11 @@ def _kind(key: str) -> str:
 
 def check_passes(model: PreTrainedModel) -> None:
     """Refuse a model that computes with noise, or whose tokens depend on later ones."""
-    ids, other = _probe(model)
+    positions = getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS
+    vocabulary = vocabulary_size(model)
+    ids = torch.arange(3, 3 + 7 * min(PROBE_TOKENS, positions), 7) % vocabulary
+    other = ids.clone()
+    other[-1] = (other[-1] + vocabulary // 2) % vocabulary
     try:
         with torch.no_grad():
             model.train()
@@ -198,16 +202,6 @@ def check_passes(model: PreTrainedModel) -> None:
             "it is not causal: changing the last token changes what it predicts before it; give a "
             "decoder",
         )
-
-
-def _probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """A row of tokens, and one that differs in the last."""
-    positions = getattr(model.config, "max_position_embeddings", None) or PROBE_TOKENS
-    vocabulary = vocabulary_size(model)
-    ids = torch.arange(3, 3 + 7 * min(PROBE_TOKENS, positions), 7) % vocabulary
-    other = ids.clone()
-    other[-1] = (other[-1] + vocabulary // 2) % vocabulary
-    return ids, other
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:

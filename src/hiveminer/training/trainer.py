@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -294,7 +295,7 @@ class Trainer:
         cut = micro_batches(
             rows,
             micro_batch_size,
-            max_tokens=self.cpu_tokens if on_cpu else None,
+            max_tokens=self.cpu_tokens if on_cpu else sys.maxsize,
             pass_tokens=self.cpu_pass_tokens if on_cpu else PASS_TOKENS,
         )
         parts = [collate(part) for part in cut]
@@ -411,7 +412,7 @@ def collate(rows: EncodedRows) -> MicroBatch:
 
 
 def micro_batches(
-    rows: EncodedRows, micro_batch_size: int, *, max_tokens: int | None = None, pass_tokens: int = 0
+    rows: EncodedRows, micro_batch_size: int, *, max_tokens: int = sys.maxsize, pass_tokens: int = 0
 ) -> list[EncodedRows]:
     """Cut rows into micro-batches of similar length, the longest first.
 
@@ -426,10 +427,8 @@ def micro_batches(
     cut = [count] * (count + 1)  # where the micro-batch that begins here ends
     for start in range(count - 1, -1, -1):
         longest = len(by_length[start])
-        most = (
-            micro_batch_size if max_tokens is None else min(micro_batch_size, max_tokens // longest)
-        )
-        ends = range(start + 1, min(count, start + max(1, most)) + 1)
+        most = max(1, min(micro_batch_size, max_tokens // longest))
+        ends = range(start + 1, min(count, start + most) + 1)
         # Between equals, the larger.
         cut[start] = min(ends, key=lambda end: (longest * (end - start) + cost[end], -end))
         cost[start] = longest * (cut[start] - start) + cost[cut[start]] + pass_tokens
