@@ -21,12 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 T = TypeVar("T")
 
 
-def wait_for(what: Callable[[], T], *, seconds: float, about: str = "") -> T:
-    """What the condition gives, as soon as it is true."""
+def wait_for(
+    what: Callable[[], T], *, seconds: float, about: str = "", programs: Sequence[Program] = ()
+) -> T:
+    """What the condition gives, as soon as it is true. If it never is, the end of each of these
+    programs' logs is in the error."""
     deadline = time.monotonic() + seconds
     while not (value := what()):
         if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds} s: {about or what}")
+            logs = [f"--- {each.log.parent.name}\n{each.words[-3000:]}" for each in programs]
+            raise AssertionError("\n".join([f"not within {seconds} s: {about or what}", *logs]))
         time.sleep(0.05)
     return value
 
@@ -178,11 +182,8 @@ class Network:
             lines = self.numbers(kind)
             return lines if enough(lines) else []
 
-        try:
-            return wait_for(look, seconds=seconds, about=f"enough lines of {kind}")
-        except AssertionError as error:
-            logs = "\n".join(f"--- {p.log.parent.name}\n{p.words[-3000:]}" for p in self.programs)
-            raise AssertionError(f"{error}\n{logs}") from None
+        about = f"enough lines of {kind}"
+        return wait_for(look, seconds=seconds, about=about, programs=self.programs)
 
     def __enter__(self) -> Self:
         return self

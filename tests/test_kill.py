@@ -125,7 +125,7 @@ def test_kill_9_of_a_miner_that_starts(state: str, tmp_path: Path) -> None:
     flags = [f"--{name}.port={port}" for name, port in ports.items()]
     with Network(tmp_path, run=RUN) as network:
         miner = network.start("miner-0", *flags, ports=False)
-        wait_for(lambda: STATES[state](miner), seconds=90, about=f"{state}: {miner.words}")
+        wait_for(lambda: STATES[state](miner), seconds=90, about=state, programs=[miner])
         kill(network, miner, ports)
         if state == "it serves":  # and another can have all of it
             again = network.start("miner-again", *flags, ports=False)
@@ -186,7 +186,7 @@ def test_kill_9_of_miners_that_train_and_average(tmp_path: Path) -> None:
         miner.says("in a round", seconds=90)
         kill(network, miner, ports)
         trained = len(network.numbers("train"))
-        wait_for(lambda: len(network.numbers("train")) > trained, seconds=90, about=other.words)
+        wait_for(lambda: len(network.numbers("train")) > trained, seconds=90, programs=[other])
         left = Left.of(other)
         other.process.kill()  # while it trains
         descendants_gone(left.family, seconds=60)

@@ -224,7 +224,7 @@ def test_a_sweep_beside_a_program_that_ends_is_no_error(
 
 def test_the_folder_of_a_killed_program_is_swept(tmp_path: Path) -> None:
     with started(MARKED, folder=tmp_path / "marked") as program:
-        wait_for(lambda: program.words.endswith("\n"), seconds=60, about=program.words)
+        wait_for(lambda: program.words.endswith("\n"), seconds=60, programs=[program])
         folder = Path(program.words.strip())
         sweep()
         assert folder.is_dir()  # its program lives

@@ -6,8 +6,6 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hiveminer.protocol import (
@@ -163,16 +161,3 @@ def test_the_largest_messages_fit_into_their_caps() -> None:
     assert len(largest.model_dump_json()) <= Train.max_response_bytes
     alive = IsAlive(completion=True, version=name, run_id=name, data_hash=name, epoch=2**60)
     assert len(alive.model_dump_json()) <= IsAlive.max_response_bytes
-
-
-@settings(max_examples=50)
-@given(
-    indices=st.lists(st.integers(0, 2**48 - 1), min_size=1, max_size=50, unique=True),
-    losses=st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=20),
-    tokens=st.integers(0, 2**40),
-)
-def test_an_answer_comes_back_as_it_was_sent(
-    indices: list[int], losses: list[float], tokens: int
-) -> None:
-    sent = train(dataset_indices=indices, losses=losses, tokens=tokens)
-    assert Train.from_json(sent.model_dump_json().encode()) == sent

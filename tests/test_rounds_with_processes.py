@@ -120,13 +120,8 @@ class Swarm:
         return self.wait(counted, f"a round after {after} in which {len(miners)} count")
 
     def wait(self, what: Callable[[], T], about: str) -> T:
-        try:
-            return wait_for(what, seconds=WAIT_SECONDS, about=about)
-        except AssertionError as error:
-            told = "\n".join(
-                f"--- {p.log.parent}\n{p.words[-3000:]}" for p in self.network.programs
-            )
-            raise AssertionError(f"{error}\n{told}") from None
+        programs = self.network.programs
+        return wait_for(what, seconds=WAIT_SECONDS, about=about, programs=programs)
 
     # What happens ---------------------------------------------------------------
 

@@ -96,11 +96,7 @@ class Workers:
         return any(each["size"] == size for each in self.all[name].events("round", since=since))
 
     def wait(self, what: Callable[[], T], seconds: float) -> T:
-        """Wait for the condition; if it does not come, the end of each log is told."""
-        try:
-            return wait_for(what, seconds=seconds)
-        except AssertionError as error:
-            raise AssertionError(f"{error}\n{self.told()}") from None
+        return wait_for(what, seconds=seconds, programs=list(self.all.values()))
 
     def told(self) -> str:
         return "\n".join(f"--- {each.name}\n{each.words[-2500:]}" for each in self.all.values())
