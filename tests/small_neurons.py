@@ -97,9 +97,7 @@ def small_validator(
     """A validator of a small run, which observes a swarm of nobody."""
     groups["neuron"] = {"run": small_run(folder, rows=60)} | groups.get("neuron", {})
     settings = settings_in(folder, ValidatorSettings, **groups)
-    with (
-        cls(settings, chain=chain, metrics=metrics, observer=Hub().observer) as validator,
-    ):
+    with cls(settings, chain=chain, metrics=metrics, observer=Hub().observer) as validator:
         yield validator
 
 
