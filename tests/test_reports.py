@@ -10,13 +10,18 @@ import pytest
 from hivemind.dht.crypto import RSASignatureValidator
 from hivemind.p2p import PeerID
 from hivemind.utils.timed_storage import ValueWithExpiration
-from identities import who
+from identities import NAMES, who
 
 from hiveminer.strategies.hivemind.tracker import Reports, swarm_epoch
 
 
 def peer(number: int) -> PeerID:
-    return PeerID(b"\x12\x20" + bytes([number]) * 32)
+    return PeerID.from_base58(who(NAMES[number]).peer_id)
+
+
+def key(number: int) -> bytes:
+    """Under which this peer's report is in the DHT."""
+    return bytes(RSASignatureValidator(who(NAMES[number]).private_key).local_public_key)
 
 
 def report(number: int = 0, *, epoch: int = 4, time: float = 100.0, **changes: Any) -> Any:
@@ -27,10 +32,9 @@ def report(number: int = 0, *, epoch: int = 4, time: float = 100.0, **changes: A
     return ValueWithExpiration(value | changes, 1e12)
 
 
-def entries(*epochs: int, time: float = 100.0) -> dict[str, Any]:
+def entries(*epochs: int, time: float = 100.0) -> dict[bytes, Any]:
     return {
-        f"key {number}": report(number, epoch=epoch, time=time)
-        for number, epoch in enumerate(epochs)
+        key(number): report(number, epoch=epoch, time=time) for number, epoch in enumerate(epochs)
     }
 
 
@@ -39,7 +43,7 @@ def test_who_was_left_out_counts_again_with_its_next_report() -> None:
     assert len(reports.read(entries(4, 4, 4))) == 3
     reports.leave_out(str(peer(1)))
     # The DHT still holds its last report.
-    assert set(reports.read(entries(4, 4, 4))) == {"key 0", "key 2"}
+    assert set(reports.read(entries(4, 4, 4))) == {key(0), key(2)}
     assert str(peer(1)) not in reports.seconds
     assert len(reports.read(entries(4, 4, 4, time=101.0))) == 3
 
@@ -50,7 +54,7 @@ def test_who_sent_poison_counts_again_after_a_while() -> None:
     reports.read(entries(4, 4))
     reports.leave_out(str(peer(0)), seconds=300.0)
     now = 299.0
-    assert set(reports.read(entries(4, 4, time=200.0))) == {"key 1"}
+    assert set(reports.read(entries(4, 4, time=200.0))) == {key(1)}
     now = 301.0
     assert len(reports.read(entries(4, 4, time=201.0))) == 2
 
@@ -116,10 +120,10 @@ def test_rows_that_nobody_can_have_trained_do_not_count() -> None:
     def rows_of_liar(claimed: int, *, epoch: int = 4) -> int:
         honest = report(0, epoch=epoch, samples_per_second=10.0, samples_accumulated=20)
         liar = report(1, epoch=epoch, samples_per_second=1e9, samples_accumulated=claimed)
-        kept = reports.read({"key 0": honest, "key 1": liar}, own_epoch=epoch)
+        kept = reports.read({key(0): honest, key(1): liar}, own_epoch=epoch)
         if epoch == 4:
-            assert kept["key 0"].value["samples_accumulated"] == 20
-        return int(kept["key 1"].value["samples_accumulated"])
+            assert kept[key(0)].value["samples_accumulated"] == 20
+        return int(kept[key(1)].value["samples_accumulated"])
 
     rows_of_liar(0)
     now = 1.0
@@ -136,18 +140,19 @@ def test_rows_that_nobody_can_have_trained_do_not_count() -> None:
 
 def test_a_lone_peer_s_rows_all_count() -> None:
     reports = Reports(own=str(peer(0)), clock=lambda: 0.0)
-    kept = reports.read({"key": report(0, samples_accumulated=10_000)}, own_epoch=4)
-    assert kept["key"].value["samples_accumulated"] == 10_000
+    kept = reports.read({key(0): report(0, samples_accumulated=10_000)}, own_epoch=4)
+    assert kept[key(0)].value["samples_accumulated"] == 10_000
     # Nor does one that has never trained set a limit.
     idle = report(1, samples_per_second=1e-20)
-    kept = reports.read({"key": report(0, samples_accumulated=20_000), "idle": idle}, own_epoch=4)
-    assert kept["key"].value["samples_accumulated"] == 20_000
+    kept = reports.read({key(0): report(0, samples_accumulated=20_000), key(1): idle}, own_epoch=4)
+    assert kept[key(0)].value["samples_accumulated"] == 20_000
 
 
 def test_a_peer_counts_once_however_often_it_writes() -> None:
     reports = Reports()
-    twice = {"a": report(0, time=1.0), "b": report(0, time=2.0, samples_accumulated=3)}
-    assert list(reports.read(twice)) == ["b"]
+    again = key(0).replace(b"]", b" with a comment]")
+    twice = {key(0): report(0, time=1.0), again: report(0, time=2.0, samples_accumulated=3)}
+    assert list(reports.read(twice)) == [again]
 
 
 @pytest.mark.parametrize(
@@ -162,15 +167,11 @@ def test_a_peer_counts_once_however_often_it_writes() -> None:
 )  # fmt: skip
 def test_what_is_no_report_does_not_count(value: object) -> None:
     reports = Reports()
-    assert reports.read({"key": SimpleNamespace(value=value)}) == {}
+    assert reports.read({key(0): SimpleNamespace(value=value)}) == {}
     assert reports.seconds == {}
 
 
 def test_a_report_counts_for_the_peer_that_signed_it() -> None:
-    identity = who("Alice")
-    owner = RSASignatureValidator(identity.private_key).local_public_key
-    ours = report(peer_id=PeerID.from_base58(identity.peer_id).to_bytes(), epoch=0)
-    assert Reports(signed=True).read({owner: ours}) == {owner: ours}
-    assert Reports(signed=True).read({owner: report(1, epoch=0)}) == {}
-    for key in ("key 0", b"", b"[owner:x]", owner + owner):
-        assert Reports(signed=True).read({key: ours}) == {}
+    assert Reports().read({key(0): report(0)})
+    for other in (key(1), b"key 0", b"", b"[owner:x]", key(0) + key(0)):
+        assert Reports().read({other: report(0)}) == {}

@@ -22,8 +22,7 @@ class SwarmOptimizer(hivemind.Optimizer):  # type: ignore[misc]
     """How often a step was discarded because this peer had fallen behind."""
 
     def _make_state_averager(self, **kwargs: Any) -> SwarmAverager:
-        if self.tracker.reports.signed:  # else no entry is its peer's own
-            self.dht.add_validators([Shapes(self.run_id)])
+        self.dht.add_validators([Shapes(self.run_id)])
         try:
             return SwarmAverager(
                 dht=self.dht,

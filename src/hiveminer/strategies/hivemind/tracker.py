@@ -48,18 +48,15 @@ class Counted:
 class Reports:
     """The peers' last reports, without those that are not counted.
 
-    own: our peer id. signed: count only reports under the key of the peer that they name, whose
-    signature the DHT has verified. seconds, epochs: by peer id, a report's time by the peer's own
-    clock, and its epoch.
+    A report counts under the key of the peer that it names, whose signature the DHT has verified.
+    own: our peer id. seconds, epochs: by peer id, a report's time by the peer's own clock, and its
+    epoch.
     """
 
-    def __init__(
-        self, *, own: str = "", signed: bool = False, clock: Callable[[], float] = monotonic
-    ):
+    def __init__(self, *, own: str = "", clock: Callable[[], float] = monotonic):
         self.seconds: dict[str, float] = {}
         self.epochs: dict[str, int] = {}
         self._own = own
-        self.signed = signed
         self._clock = clock
         self._gone: dict[str, float] = {}
         self._shunned_until: dict[str, float] = {}
@@ -123,7 +120,7 @@ class Reports:
         }
 
     def _counts(self, key: Any, report: Report) -> bool:
-        if self.signed and signer_of(key) != report.peer:
+        if signer_of(key) != report.peer:
             return False
         if report.time <= self._gone.get(report.peer, float("-inf")):
             return False
@@ -156,8 +153,7 @@ class SampleTracker(ProgressTracker):  # type: ignore[misc]
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        signed = kwargs.get("private_key") is not None
-        self.reports = Reports(own=str(kwargs["dht"].peer_id), signed=signed)
+        self.reports = Reports(own=str(kwargs["dht"].peer_id))
         periods = {
             "min_refresh_period": 0.2, "max_refresh_period": 1.0, "default_refresh_period": 1.0,
         }  # fmt: skip
