@@ -20,7 +20,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 
@@ -74,6 +74,7 @@ def version_key(version: str) -> int:
     return 1000 * major + 10 * minor + patch
 
 
+@dataclass(eq=False)
 class WeightSetter:
     """Sets a validator's weights. Use it from one thread at a time.
 
@@ -82,25 +83,15 @@ class WeightSetter:
     stopping: ends all waiting.
     """
 
-    def __init__(
-        self,
-        chain: Chain,
-        *,
-        path: Path,
-        every_seconds: float,
-        stopping: Event,
-        version: str = __version__,
-        first_pause_seconds: float = 1.0,
-    ):
-        self.chain = chain
-        self.path = path
-        self.every_seconds = every_seconds
-        self.stopping = stopping
-        self.version = version
-        self._first_pause_seconds = first_pause_seconds
-        self._in_doubt: Sent | None = None
-        self._again = False
-        self._told = ""
+    chain: Chain
+    path: Path
+    every_seconds: float
+    stopping: Event
+    version: str = __version__
+    first_pause_seconds: float = 1.0
+    _in_doubt: Sent | None = field(default=None, init=False)
+    _again: bool = field(default=False, init=False)
+    _told: str = field(default="", init=False)
 
     def set_if_due(self, choose: Choose) -> Sent | None:
         """Set the weights of `choose` if they are due, retrying across an outage.
@@ -111,7 +102,7 @@ class WeightSetter:
             sent = across_outage(
                 lambda: self._attempt(choose),
                 stopping=self.stopping,
-                first_pause_seconds=self._first_pause_seconds,
+                first_pause_seconds=self.first_pause_seconds,
             )
         except ChainError:
             return None

@@ -82,28 +82,20 @@ class LiveMiner:
     worked_at: float = -math.inf
 
 
+@dataclass(eq=False)
 class Feed:
     """Finds live miners, and sends them requests.
 
     work: what to ask for. assign: the rows for a hotkey. take: called with each answer.
     """
 
-    def __init__(
-        self,
-        *,
-        task: Task,
-        work: WorkSettings,
-        assign: Callable[[str], list[int]],
-        take: Callable[[Answered], Awaitable[None]],
-        metrics: Metrics,
-    ):
-        self.task = task
-        self.work = work
-        self.assign = assign
-        self.take = take
-        self.metrics = metrics
-        self._miners: dict[str, LiveMiner] = {}
-        self._complaints: dict[str, str] = {}
+    task: Task
+    work: WorkSettings
+    assign: Callable[[str], list[int]]
+    take: Callable[[Answered], Awaitable[None]]
+    metrics: Metrics
+    _miners: dict[str, LiveMiner] = field(default_factory=dict, init=False)
+    _complaints: dict[str, str] = field(default_factory=dict, init=False)
 
     @property
     def hotkeys(self) -> Collection[str]:
