@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -135,7 +136,17 @@ def test_every_damaged_file_is_named(
         assert any(problem.startswith(name_of(path)) for problem in found), path
 
 
-@pytest.mark.parametrize("damage", [flipped, cut_short, longer, Path.unlink])
+def crafted(path: Path) -> None:
+    """Somebody's plan with its own hash, whose blobs nobody could decode."""
+    content = json.loads(path.read_bytes())
+    content["compression"]["bits"] = 99
+    del content["sha256"]
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    content["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("damage", [flipped, cut_short, longer, crafted, Path.unlink])
 def test_a_log_without_its_plan_is_one_line(
     folder: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

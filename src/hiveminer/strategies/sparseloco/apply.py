@@ -90,6 +90,10 @@ class OuterStep:
     rate: float = 1.0
     contributor_power: float = 0.75
 
+    def __post_init__(self) -> None:
+        if self.contributor_power not in (0, 0.25, 0.5, 0.75, 1):
+            raise ValueError("contributor_power must be 0, 0.25, 0.5, 0.75 or 1")
+
     def factor(self, count: int, *, blobs: int) -> float:
         """The factor on the sum of a coordinate that `count` of `blobs` blobs hold."""
         a = self.contributor_power

@@ -41,6 +41,10 @@ class Compression:
     bits: int
     chunk: int = 4096
 
+    def __post_init__(self) -> None:  # it may come from somebody's log
+        if not (0 < self.density <= 1 and 1 <= self.bits <= 4 and 1 <= self.chunk <= 2**16):
+            raise ValueError(f"there is no such compression: {self}")
+
     def kept(self, size: int) -> int:
         """Values to keep of a chunk of `size` elements; fewer if some of them are zero."""
         return max(1, round(self.density * size))
