@@ -78,7 +78,7 @@ class LiveMiner:
     """A miner that answered `IsAlive` and is in our run. worked_at: a monotonic time."""
 
     endpoint: Endpoint
-    feeding: asyncio.Future[Any] = field(init=False)
+    feeding: asyncio.Task[Any] = field(init=False)
     worked_at: float = -math.inf
 
 
@@ -128,8 +128,7 @@ class Feed:
                 known.feeding.cancel()
             logger.info("miner %s is alive at %s:%d", hotkey[:8], endpoint.ip, endpoint.port)
             miner = self._miners[hotkey] = LiveMiner(endpoint)
-            feeds = (self._feed(dendrite, miner) for _ in range(REQUESTS_AT_ONCE))
-            miner.feeding = asyncio.gather(*feeds)
+            miner.feeding = asyncio.create_task(self._feed(dendrite, miner))
 
     async def stop(self) -> None:
         """Cancel all requests."""
@@ -166,6 +165,9 @@ class Feed:
             logger.warning("miner %s is not asked: %s", hotkey[:8], problem)
 
     async def _feed(self, dendrite: Dendrite, miner: LiveMiner) -> None:
+        await asyncio.gather(*(self._send(dendrite, miner) for _ in range(REQUESTS_AT_ONCE)))
+
+    async def _send(self, dendrite: Dendrite, miner: LiveMiner) -> None:
         """Send one miner request after request."""
         hotkey, pause = miner.endpoint.hotkey, 1.0
         while True:
