@@ -12,11 +12,10 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import bittensor as bt
 from rich.markup import escape
 from rich.table import Table
 
@@ -31,7 +30,6 @@ from hiveminer.runtime.program import rendered
 from hiveminer.training.checkpoint import SCORES_FOLDER, newest
 from hiveminer.validation.scores import ScoreTable
 
-ALIVE_SECONDS = 3.0
 TAIL_BYTES = 512 * 1024
 """How much of the end of a neuron's metrics is read."""
 
@@ -74,7 +72,7 @@ class Local:
     hotkeys: set[str] = field(default_factory=set)
 
 
-def gather(settings: MinerSettings, *, clock: Callable[[], float] = time.time) -> list[Row]:
+def gather(settings: MinerSettings, *, clock: Callable[[], float] = time.time) -> Iterator[Row]:
     """One row per neuron. Raises OperatorError or ChainError."""
     with open_reader(settings) as chain:
         graph = chain.metagraph()
@@ -83,10 +81,30 @@ def gather(settings: MinerSettings, *, clock: Callable[[], float] = time.time) -
     local = read_local(subnet_folder(settings))
     alive = asyncio.run(probe(wallet, endpoints_of(graph)))
     commitments = chain.commitments(graph)
-    return [
-        _row(neuron, graph, local, alive, commitments, immunity=immunity, now=clock())
-        for neuron in graph
-    ]
+    for neuron in graph:
+        hotkey = neuron.hotkey
+        answer = alive.get(hotkey)
+        said = commitments.get(hotkey, b"").decode(errors="replace")
+        place = (answer.peer if isinstance(answer, IsAlive) else "") or said
+        calls = local.last_calls.get(hotkey, {})
+        yield Row(
+            uid=neuron.uid,
+            hotkey=hotkey,
+            axon=neuron.axon,
+            alive=None if answer is None else isinstance(answer, IsAlive) and answer.completion,
+            peer=place.split()[0].rpartition("/p2p/")[2] if place.startswith("/") else None,
+            run=answer.run_id if isinstance(answer, IsAlive) else said.partition("run ")[2] or None,
+            epoch=answer.epoch if isinstance(answer, IsAlive) else None,
+            stake=float(neuron.total_stake.amount),
+            permit=neuron.validator_permit,
+            score=local.scores.get(hotkey),
+            weight=float(neuron.incentive),
+            immunity_left=max(0, neuron.block_at_registration + immunity - graph.block),
+            last_calls={who: round(max(0.0, clock() - at), 1) for who, at in calls.items()},
+            refusals=local.refusals.get(hotkey),
+            why_not=answer if isinstance(answer, str) else "",
+            ours=hotkey in local.hotkeys,
+        )
 
 
 def open_reader(settings: MinerSettings) -> Chain:
@@ -102,63 +120,19 @@ def open_reader(settings: MinerSettings) -> Chain:
     return open_subnet(settings, wallet)
 
 
-def _row(
-    neuron: bt.MetagraphNeuron,
-    graph: bt.Metagraph,
-    local: Local,
-    alive: Mapping[str, IsAlive | str],
-    commitments: Mapping[str, bytes],
-    *,
-    immunity: int,
-    now: float,
-) -> Row:
-    hotkey = neuron.hotkey
-    answer = alive.get(hotkey)
-    said = commitments.get(hotkey, b"").decode(errors="replace")
-    place = (answer.peer if isinstance(answer, IsAlive) else "") or said
-    calls = local.last_calls.get(hotkey, {})
-    return Row(
-        uid=neuron.uid,
-        hotkey=hotkey,
-        axon=neuron.axon,
-        alive=None if answer is None else isinstance(answer, IsAlive) and answer.completion,
-        peer=place.split()[0].rpartition("/p2p/")[2] if place.startswith("/") else None,
-        run=answer.run_id if isinstance(answer, IsAlive) else said.partition("run ")[2] or None,
-        epoch=answer.epoch if isinstance(answer, IsAlive) else None,
-        stake=float(neuron.total_stake.amount),
-        permit=neuron.validator_permit,
-        score=local.scores.get(hotkey),
-        weight=float(neuron.incentive),
-        immunity_left=max(0, neuron.block_at_registration + immunity - graph.block),
-        last_calls={who: round(max(0.0, now - at), 1) for who, at in calls.items()},
-        refusals=local.refusals.get(hotkey),
-        why_not=answer if isinstance(answer, str) else "",
-        ours=hotkey in local.hotkeys,
-    )
-
-
-# What neurons on this machine know --------------------------------------------------------
-
-
 def read_local(folder: Path) -> Local:
     """Scores of local validators, and calls and refusals of local miners, on one subnet."""
     local = Local()
     for place in sorted(folder.glob("*/")):
         local.hotkeys.add(place.name)
-        local.scores.update(_scores(place))
+        saved = newest(place / SCORES_FOLDER)
+        with contextlib.suppress(KeyError, ValueError):
+            if saved is not None:
+                standings = ScoreTable.restore(saved.metadata["scores"]).standings
+                local.scores |= {who: standing.score for who, standing in standings.items()}
         for line in _last_lines(place / "metrics.jsonl"):
             _take(local, place.name, line)
     return local
-
-
-def _scores(place: Path) -> dict[str, float]:
-    """Scores by hotkey, from a validator's folder."""
-    found = newest(place / SCORES_FOLDER)
-    with contextlib.suppress(KeyError, ValueError):
-        if found is not None:
-            table = ScoreTable.restore(found.metadata["scores"])
-            return {who: standing.score for who, standing in table.standings.items()}
-    return {}
 
 
 def _take(local: Local, hotkey: str, text: bytes) -> None:
@@ -193,9 +167,6 @@ def _last_lines(path: Path) -> list[bytes]:
     return lines[1:] if size > TAIL_BYTES else lines
 
 
-# For people and machines -------------------------------------------------------------------
-
-
 def _cells(row: Row) -> list[str]:
     alive = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[row.alive]
     uid = f"[bold]{row.uid}*[/]" if row.ours else str(row.uid)
@@ -218,7 +189,7 @@ def _cells(row: Row) -> list[str]:
 
 def main(settings: MinerSettings, *, as_json_text: bool = False) -> int:
     """Show the subnet; 0, or 1 when the chain does not answer."""
-    rows = gather(settings)
+    rows = list(gather(settings))
     if as_json_text:
         print(json.dumps([asdict(row) for row in rows], indent=1))
         return 0
