@@ -43,8 +43,6 @@ __all__ = [
     "__version__",
 ]
 
-_IMPORTLIB = "importlib._bootstrap"
-
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
@@ -88,7 +86,8 @@ def _end(number: int, frame: object) -> None:
 def _imported_by_script() -> bool:
     """Whether the import is a statement of the program itself, not of a notebook or module."""
     frame = sys._getframe()
-    while frame.f_back and frame.f_globals["__name__"] in (__name__, "contextlib", _IMPORTLIB):
+    between = (__name__, "contextlib", "importlib._bootstrap")
+    while frame.f_back and frame.f_globals["__name__"] in between:
         frame = frame.f_back
     return frame.f_globals["__name__"] == "__main__" and "__file__" in frame.f_globals
 

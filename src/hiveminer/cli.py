@@ -11,10 +11,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-if TYPE_CHECKING:
-    from hiveminer.config.settings import ProgramSettings
+from hiveminer.__version__ import __version__
 
 
 class Command(NamedTuple):
@@ -76,9 +75,6 @@ COMMANDS = {
     ),
 }
 
-NEURONS = ("miner", "validator")
-"""The commands that are modules of the package itself, not of `commands`."""
-
 
 def main(
     argv: Sequence[str] | None = None, *, load: Callable[[str], Any] = importlib.import_module
@@ -116,8 +112,6 @@ def _run(words: Sequence[str], load: Callable[[str], Any]) -> int | None:
         print(_overview())
         return 0
     if name == "--version":
-        from hiveminer.__version__ import __version__
-
         print(f"hiveminer {__version__}")
         return 0
     if name not in COMMANDS:
@@ -130,7 +124,7 @@ def _run(words: Sequence[str], load: Callable[[str], Any]) -> int | None:
         rest = [word for word in rest if word != "--json"]
     if command.word and rest and not rest[0].startswith("-"):
         rest = [f"--{command.word}={rest[0]}", *rest[1:]]
-    tree: type[ProgramSettings] = getattr(config, command.settings)
+    tree = getattr(config, command.settings)
     settings = parse(rest, cls=tree, prog=f"hiveminer {name}", description=command.sentence)
     try:
         code: int | None = load(module_of(name)).main(settings, **options)
@@ -144,7 +138,7 @@ def _run(words: Sequence[str], load: Callable[[str], Any]) -> int | None:
 
 def module_of(name: str) -> str:
     """The module whose `main(settings)` is this command."""
-    package = "hiveminer" if name in NEURONS else "hiveminer.commands"
+    package = "hiveminer" if name in ("miner", "validator") else "hiveminer.commands"
     return f"{package}.{name.replace(' ', '_')}"
 
 

@@ -55,8 +55,7 @@ def parse(
     argv = sys.argv[1:] if argv is None else argv
     env = os.environ if env is None else env
     mine = options(cls)
-    trees: list[type[BaseModel]] = [cls, *PROGRAMS]
-    known = {key: None for each in trees for key in options(each)}
+    known = {key: None for tree in (cls, *PROGRAMS) for key in options(tree)}
     parser = _Parser(known, prog=prog, description=description, epilog=EPILOG)
     version = f"hiveminer {__version__}"
     parser.add_argument("--version", action="version", version=version, help="show the version")
@@ -106,14 +105,8 @@ def variable(key: str) -> str:
 class _Parser(argparse.ArgumentParser):
     """Raises OperatorError instead of exiting. known: the keys of all programs."""
 
-    def __init__(self, known: Collection[str], *, prog: str, description: str, epilog: str):
-        super().__init__(
-            prog=prog,
-            description=description,
-            epilog=epilog,
-            usage="%(prog)s [--flag value ...]",
-            allow_abbrev=False,
-        )
+    def __init__(self, known: Collection[str], **words: Any):
+        super().__init__(usage="%(prog)s [--flag value ...]", allow_abbrev=False, **words)
         self._known = known
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterator
-from typing import Any
 
 from pydantic import BaseModel
 
@@ -38,9 +37,6 @@ def _keys(section: BaseModel, *, comments: bool) -> Iterator[str]:
             if comments:
                 words = textwrap.wrap(field.description or "", 90)
                 yield from (f"# {line}" for line in words)
-            yield f"{name} = {_value(value)}"
-
-
-def _value(value: Any) -> str:
-    """A TOML value; JSON's strings, numbers, booleans and lists are written the same way."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            # TOML writes strings, numbers, booleans and lists as JSON does.
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            yield f"{name} = {text}"

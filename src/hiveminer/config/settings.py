@@ -260,7 +260,6 @@ class ProgramSettings(Group):
         *groups, name = key.split(".")
         for group in groups:
             model = getattr(model, group)
-        assert name in type(model).model_fields, key
         return name in model.model_fields_set
 
 
