@@ -16,14 +16,12 @@ from hiveminer.config.run import Run, RunId
 from hiveminer.config.settings import MinerSettings
 from hiveminer.runtime import addresses
 
-Verdict = Literal["passed", "warned", "failed"]
-
 
 @dataclass(frozen=True)
 class Check:
     """The result of one check: what was found, and what to do about it."""
 
-    verdict: Verdict
+    verdict: Literal["passed", "warned", "failed"]
     found: str
     cure: str = ""
     name: str = ""

@@ -5,19 +5,13 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from bittensor import http_auth
+
 from hiveminer.chain import open_subnet
 from hiveminer.chain.wallets import Reader, own_wallet
 from hiveminer.commands.checks.base import Check, Examination, failed, passed, warned
 from hiveminer.errors import HiveminerError
 from hiveminer.runtime import addresses
-
-CHAIN_SECONDS = 8.0
-
-ALLOWED_SKEW_SECONDS = 2.0
-"""How far a clock may be ahead of another's before signed requests are refused."""
-
-OLD_SECONDS = 10.0
-"""The age at which a signed request is refused."""
 
 
 def wallet(exam: Examination) -> Check:
@@ -46,7 +40,7 @@ def chain(exam: Examination) -> Check:
     file = settings.subtensor.file
     if settings.embedded and not file.exists():
         return passed(f"embedded, not created yet: the first miner creates {file}")
-    exam.chain = open_subnet(settings, exam.wallet or Reader(), timeout_seconds=CHAIN_SECONDS)
+    exam.chain = open_subnet(settings, exam.wallet or Reader(), timeout_seconds=8.0)
     exam.metagraph = exam.chain.metagraph()
     return passed(
         f"{settings.subtensor.network}, block {exam.metagraph.block}, subnet "
@@ -55,16 +49,17 @@ def chain(exam: Examination) -> Check:
 
 
 def clock(exam: Examination) -> Check:
-    """Compare with the last block's time: as exact as a block is long."""
+    """Compare with the last block's time, as exact as a block is long, by the limits of signed
+    requests."""
     if exam.chain is None:
         return _without_chain(exam, "there is no chain to compare with")
     stamp = exam.chain.read("reading the time", lambda client: client.timestamp())
     ahead = exam.clock() - stamp.timestamp()
     block = exam.chain.block_seconds()
     cure = "set the clock by NTP: timedatectl set-ntp true"
-    if ahead < -ALLOWED_SKEW_SECONDS:
+    if ahead < -http_auth.DEFAULT_ALLOWED_SKEW:
         return failed(f"{-ahead:.0f} s behind the chain: calls will be refused", cure)
-    if ahead > 3 * block + OLD_SECONDS:
+    if ahead > 3 * block + http_auth.DEFAULT_MAX_AGE:
         return failed(
             f"the last block is {ahead:.0f} s old",
             f"{cure}; if it is right, the node lags: try another with --subtensor.network",

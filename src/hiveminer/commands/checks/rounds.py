@@ -32,9 +32,8 @@ def rounds(exam: Examination) -> Check:
     )
     if problems := problems_for(roles=1):
         return failed("; ".join(problems), "set them in [sparseloco] of run.toml")
-    disagreement = _disagreement(exam)
-    if disagreement:
-        return failed(disagreement, "compare with others: hiveminer log --verify")
+    if contradiction := _disagreement(exam):
+        return failed(contradiction, "compare with others: hiveminer log --verify")
     found = (
         f"{schedule.round_blocks} blocks per round, {latency.blocks} from a cut to its settling; "
         f"tempo {tempo}"

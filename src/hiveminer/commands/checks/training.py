@@ -19,7 +19,6 @@ from hiveminer.training.memory import MemoryNeeded, memory_left, memory_needed
 from hiveminer.training.model import REPORTED_SHARE, choose_device, shape_of_model
 from hiveminer.training.task import load_task
 
-PEER_SECONDS = 3.0
 MAX_PEERS = 64
 
 USUAL_ROWS = 4
@@ -102,8 +101,7 @@ def peers(exam: Examination) -> Check:
             said |= {who: each.peer for who, each in axons.items() if isinstance(each, IsAlive)}
         others = (text for who, text in said.items() if who != own)
         known = known or [text.split()[0] for text in others if text.startswith("/")]
-    other = _other_run(exam, commitments)
-    if other:
+    if other := _other_run(exam, commitments):
         return failed(other, "get the subnet's run.toml and data: --neuron.run")
     if not known:
         return passed("none yet; this miner would be the first")
@@ -138,7 +136,7 @@ def _answers(peer: str) -> bool:
     parts = peer.split("/")
     try:
         host, port = parts[2], int(parts[parts.index("tcp") + 1])
-        with socket.create_connection((host, port), timeout=PEER_SECONDS):
+        with socket.create_connection((host, port), timeout=3.0):
             return True
     except (OSError, ValueError, IndexError, OverflowError):
         return False
