@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -125,7 +126,9 @@ class Demo:
         try:
             with (self.out / "metrics.jsonl").open("w", encoding="utf-8") as numbers:
                 try:
-                    self._start()
+                    self._launch("validator", "--validator.rows", str(self.task.request_rows))
+                    for number in range(self.settings.miners):
+                        self._launch(f"miner-{number}", "--axon.port", "0")
                     self._watch(numbers)
                 finally:
                     signals.allow(STOP_SECONDS + 2 * GONE_SECONDS)
@@ -157,11 +160,6 @@ class Demo:
             (self.out / "run.toml").write_text(to_toml(self.task.run), encoding="utf-8")
         except OSError as error:
             raise OperatorError(f"--out {self.out}: {error.strerror}; choose another") from None
-
-    def _start(self) -> None:
-        self._launch("validator", "--validator.rows", str(self.task.request_rows))
-        for number in range(self.settings.miners):
-            self._launch(f"miner-{number}", "--axon.port", "0")
 
     def _launch(self, name: str, *flags: str) -> None:
         out = self.out.resolve()
@@ -286,11 +284,11 @@ def summarise(lines: Sequence[Line], *, miners: int) -> dict[str, Any]:
     last = {line["hotkey"]: line["loss"] for line in answers}
     rounds = [line for line in lines if line["kind"] == "epoch" and line["group_size"] > 1]
     held_out = [line["loss"] for line in evaluations(lines)]
-    started = min((line["time"] for line in answers), default=0.0)
+    started = min((line["time"] for line in answers), default=math.inf)
     alive = [
         line["milliseconds"]
         for line in lines
-        if line["kind"] == "alive" and answers and line["time"] >= started
+        if line["kind"] == "alive" and line["time"] >= started
     ]
     weights = [line["weights"] for line in lines if line["kind"] == "weights"]
     return {

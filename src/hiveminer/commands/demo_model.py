@@ -12,10 +12,7 @@ from hiveminer.config.run import Run
 from hiveminer.errors import OperatorError
 from hiveminer.validation.models import MODELS_FOLDER, name_of
 
-HELD_OUT_TRIED = 32
 PROMPT_CHARACTERS = 60
-SAMPLE_TOKENS = 120
-TEMPERATURE = 0.7
 
 
 def evaluations(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -48,7 +45,7 @@ def samples(run: Run, model: Path) -> dict[str, str]:
     from hiveminer.training.data import load_rows
     from hiveminer.training.model import load_model, load_tokenizer
 
-    prompt = prompt_of(held_out_texts(run, load_rows(run.data), rows=HELD_OUT_TRIED))
+    prompt = prompt_of(held_out_texts(run, load_rows(run.data), rows=32))
     written = {"prompt": prompt}
     for name, place in (("before", run.model.name), ("after", str(model))):
         torch.manual_seed(0)
@@ -57,8 +54,8 @@ def samples(run: Run, model: Path) -> dict[str, str]:
                 load_model(place, revision=run.model.revision if name == "before" else ""),
                 load_tokenizer(place),
                 prompt,
-                tokens=SAMPLE_TOKENS,
-                temperature=TEMPERATURE,
+                tokens=120,
+                temperature=0.7,
             )
     return written
 

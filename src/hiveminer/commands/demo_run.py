@@ -19,7 +19,6 @@ HELD_OUT_ROWS = 8
 TRAINED_SHARE = 0.1
 """Learning rate of a trained model, as a share of the rate for training from scratch."""
 
-
 SPARSELOCO: dict[str, Any] = {
     "round_blocks": 18,
     "mark_blocks": 7,
