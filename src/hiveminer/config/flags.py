@@ -55,7 +55,8 @@ def parse(
     argv = sys.argv[1:] if argv is None else argv
     env = os.environ if env is None else env
     mine = options(cls)
-    known = {key: None for tree in (cls, *PROGRAMS) for key in options(tree)}
+    trees: list[type[BaseModel]] = [cls, *PROGRAMS]
+    known = {key: None for each in trees for key in options(each)}
     parser = _Parser(known, prog=prog, description=description, epilog=EPILOG)
     version = f"hiveminer {__version__}"
     parser.add_argument("--version", action="version", version=version, help="show the version")
