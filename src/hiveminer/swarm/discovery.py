@@ -53,7 +53,12 @@ class Discovery:
             self._pause_seconds = SOONER_SECONDS
         self._known = known
         result = self.peer.dial(sorted(known))
-        self._next_at = self._clock() + self._pause(result)
+        if result.silent:
+            pause = min(MEET_AGAIN_SECONDS, self._pause_seconds)
+            self._pause_seconds = 2 * pause
+        else:
+            pause, self._pause_seconds = MEET_AGAIN_SECONDS, SOONER_SECONDS
+        self._next_at = self._clock() + pause
         counts = len(result.answered), len(result.tried)
         if counts != self._counts:
             logger.info("%d of %d known peers answered", *counts)
@@ -81,15 +86,6 @@ class Discovery:
                 f"{missing} of {working} peers of this run that answer do not report in our part "
                 "of the DHT: it is split and not healed yet, or they have no work",
             )  # fmt: skip
-
-    def _pause(self, result: DialResult) -> float:
-        """Seconds until known addresses are dialed again."""
-        if not result.silent:
-            self._pause_seconds = SOONER_SECONDS
-            return MEET_AGAIN_SECONDS
-        pause = min(MEET_AGAIN_SECONDS, self._pause_seconds)
-        self._pause_seconds = 2 * pause
-        return pause
 
     def _report_alone(self, result: DialResult) -> None:
         """Report once, until somebody answers, that nobody does."""

@@ -218,7 +218,9 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
         if proof is None:
             return f"the token is not signed by {hotkey} for an RSA key"
         if run_id != self.identity.run_id:
-            self._tell_other_run(proof)
+            if self._may_tell(hotkey):
+                told = f"peer {proof.peer_id} of hotkey {hotkey} is refused: it is in run {run_id}"
+                tell(logger, "other_run", f"{told}, we are in {self.identity.run_id}")
             return f"it is in run {run_id}"
         left = expires - self._clock()
         if not 0 < left <= LIFETIME_SECONDS + SKEW_SECONDS:
@@ -294,15 +296,6 @@ class Authorizer(TokenAuthorizerBase):  # type: ignore[misc]
                 self._by_hotkey.pop(known.hotkey, None)
                 self._by_peer.pop(known.peer_id, None)
         self._by_hotkey[proof.hotkey] = self._by_peer[proof.peer_id] = proof
-
-    def _tell_other_run(self, proof: Proof) -> None:
-        if self._may_tell(proof.hotkey):
-            tell(
-                logger,
-                "other_run",
-                f"peer {proof.peer_id} of hotkey {proof.hotkey} is refused: it is in run "
-                f"{proof.run_id}, we are in {self.identity.run_id}",
-            )
 
     def _tell_clock(self, auth: Any) -> None:
         """Report that a registered peer is refused because of its clock."""

@@ -44,17 +44,13 @@ def log_to_root() -> None:
     """Send Hivemind's log lines to the root logger."""
     use_hivemind_log_handler("nowhere")
     logging.addLevelName(logging.WARNING, "WARNING")  # hivemind has shortened it for everybody
-    dht = logging.getLogger("hivemind.dht.dht")
-    if not any(isinstance(known, _NoGhosts) for known in dht.filters):
-        dht.addFilter(_NoGhosts())
+    logging.getLogger("hivemind.dht.dht").addFilter(_has_sender)
 
 
-class _NoGhosts(logging.Filter):
-    """Drops the DHT's errors about messages whose sender has ended, as at each shutdown."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        return not isinstance(error, FileNotFoundError | ConnectionError | EOFError)
+def _has_sender(record: logging.LogRecord) -> bool:
+    """False for the DHT's errors about messages whose sender has ended, as at each shutdown."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, FileNotFoundError | ConnectionError | EOFError)
 
 
 def before_fork() -> None:

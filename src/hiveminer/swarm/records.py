@@ -84,7 +84,7 @@ class SignedRecords(RecordValidatorBase):  # type: ignore[misc]
             token = AccessToken.FromString(raw_token)
         except Exception:  # noqa: BLE001 - the parser raises whatever it meets
             return False
-        if not self._is_admitted(token):
+        if token != self._token and self._authorizer.refusal(token) is not None:
             return False
         name = hashlib.sha256(_statement(record, value, raw_token) + signature).digest()
         if name in self._checked:
@@ -99,10 +99,6 @@ class SignedRecords(RecordValidatorBase):  # type: ignore[misc]
         if len(self._checked) > MAX_CACHED:
             self._checked.popitem(last=False)
         return True
-
-    def _is_admitted(self, token: Any) -> bool:
-        """Whether the token is our own, or proves a registered hotkey."""
-        return token == self._token or self._authorizer.refusal(token) is None
 
     def _own_token(self) -> Any:
         now = get_dht_time()
