@@ -91,9 +91,7 @@ class Axon:
         )
         self.metrics = AxonMetrics(connections=lambda: len(self._gate.open))
         self.counts = self.metrics.counts
-        self._callers = Callers(
-            limits, is_validator=lambda hotkey: self._standing(hotkey).validator_permit
-        )
+        self._callers = Callers(limits, is_validator=lambda who: standing(who).validator_permit)
         self.silence = SilenceWatch(port=self.port)
         self._server = Server(self._serve, self._gate, max_header_bytes=2 * MAX_HEADER_BYTES)
         self.thread = threading.Thread(target=self._run, name="axon", daemon=True)

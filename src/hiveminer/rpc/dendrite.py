@@ -127,11 +127,13 @@ class Dendrite:
             raise MinerError(endpoint.hotkey, reason) from None
 
     async def _attempts(self, endpoint: Endpoint, synapse: S, body: bytes) -> S:
+        # Whether it may be repeated although it may have arrived.
+        is_idempotent = isinstance(synapse, IsAlive) or bool(getattr(synapse, "request_id", ""))
         for attempt in range(self.retries + 1):
             try:
                 return await self._attempt(endpoint, synapse, body)
             except httpx.HTTPError as error:
-                again = isinstance(error, NEVER_SENT) or _is_idempotent(synapse)
+                again = isinstance(error, NEVER_SENT) or is_idempotent
                 if not again or attempt == self.retries:
                     raise MinerError(endpoint.hotkey, _reason(error)) from error
             await asyncio.sleep(self._retry_seconds * 2**attempt * random.uniform(0.5, 1.5))
@@ -187,11 +189,6 @@ async def probe(wallet: Any, endpoints: Sequence[Endpoint]) -> dict[str, IsAlive
     return answers
 
 
-def _is_idempotent(synapse: Synapse) -> bool:
-    """Whether a call may be repeated although it may have arrived."""
-    return isinstance(synapse, IsAlive) or bool(getattr(synapse, "request_id", ""))
-
-
 def _parse(hotkey: str, synapse: S, answer: bytes) -> S:
     try:
         parsed = type(synapse).from_json(answer)
@@ -210,18 +207,14 @@ def _refused(hotkey: str, response: httpx.Response, answer: bytearray) -> MinerE
     except (ValueError, RecursionError):
         detail = None
     reason = detail if isinstance(detail, str) and detail else f"HTTP {response.status_code}"
+    after = response.headers.get("retry-after", "")
+    is_number = after.isascii() and after.isdigit() and len(after) < 10
     return MinerError(
         hotkey,
         clean(reason),
         status=response.status_code,
-        retry_after_seconds=_retry_after(response.headers.get("retry-after", "")),
+        retry_after_seconds=min(float(after), MAX_RETRY_AFTER_SECONDS) if is_number else None,
     )
-
-
-def _retry_after(text: str) -> float | None:
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        return None
-    return min(float(text), MAX_RETRY_AFTER_SECONDS)
 
 
 def _reason(error: httpx.HTTPError) -> str:

@@ -183,13 +183,10 @@ class WorkQueue:
             if job is not None:
                 self._run(job)
             elif not self._stopping:
-                self._run_idle()
-
-    def _run_idle(self) -> None:
-        try:
-            self.idle()
-        except Exception:
-            log.exception("the worker's idle step failed; the worker continues")
+                try:
+                    self.idle()
+                except Exception:
+                    log.exception("the worker's idle step failed; the worker continues")
 
     def _next(self) -> _Job | None:
         """The job with the highest priority among the callers not served yet in this round; None
