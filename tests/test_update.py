@@ -56,7 +56,7 @@ def test_the_worked_example_when_the_blob_counts() -> None:
     close(learned(new, local), 0.5, 0.8)  # the new step and 0.8 of e
 
     settle(local, new, state)
-    give_back(local, made.settled())
+    give_back(local, Cut(made.sent, {}))
     close(learned(state, local), 3.5, 0.8)  # all but the 0.2 that was forgotten
 
 
@@ -109,7 +109,7 @@ class Peer:
         add(self.forgotten, mine.left, factor=1 - keep)
 
     def void(self, mine: Cut) -> None:
-        give_back(self.local, mine.settled())
+        give_back(self.local, Cut(mine.sent, {}))
         add(self.counted, mine.sent, factor=-1)
 
     def off_by(self, state: Tensors) -> float:

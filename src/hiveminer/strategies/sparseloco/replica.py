@@ -213,7 +213,7 @@ class Replica:
         self.states = {digest: each for digest, each in self.states.items() if digest in kept}
         own = {blob.blob_hash: blob for blob in self.position.own_blobs}
         self.cuts = {
-            digest: replace(each, cut=each.cut.settled()) if own[digest].forgotten else each
+            digest: replace(each, cut=replace(each.cut, left={})) if own[digest].forgotten else each
             for digest, each in self.cuts.items()
             if digest in own
         }

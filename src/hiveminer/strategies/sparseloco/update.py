@@ -27,7 +27,7 @@ class Cut:
     """One cut, from the moment it is made until its round is confirmed.
 
     sent: q, which everybody decodes from this peer's blob. left: e = u - q, which is needed until
-    the cut settles; see `settled`.
+    the cut settles, and empty afterwards.
     """
 
     sent: Tensors
@@ -37,10 +37,6 @@ class Cut:
     def of(cls, learned: Tensors, sent: Tensors) -> Cut:
         """The cut of u, `learned`, from whose blob q, `sent`, was decoded."""
         return cls(sent, {name: u.sub(sent[name]) for name, u in learned.items()})
-
-    def settled(self) -> Cut:
-        """Without e, which `give_back` does not need."""
-        return Cut(self.sent, {})
 
 
 @torch.no_grad()
