@@ -187,8 +187,7 @@ class Progress:
 def read_trained(facts: dict[str, Any]) -> Trained:
     """The counts in a checkpoint's metadata. Raises ValueError."""
     said = facts.get("trained")
-    names = {"requests", "rows", "tokens"}
-    if not isinstance(said, dict) or set(said) != names:
+    if not isinstance(said, dict) or set(said) != {"requests", "rows", "tokens"}:
         raise ValueError("it does not say what was trained")
     if not all(type(count) is int and count >= 0 for count in said.values()):
         raise ValueError("its counts are out of bounds")

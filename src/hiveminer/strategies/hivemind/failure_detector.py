@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,7 +121,8 @@ class FailureDetector:
                 self._leave_out(lost, left=len(misses))
             if ended:
                 return
-            if self._is_deserted(misses.keys()):
+            epochs, ours = self.tracker.reports.epochs, self.tracker.local_progress.epoch
+            if all(epochs.get(peer, ours) != ours for peer in misses):
                 self.on_deserted()
 
     def _alive(self, expected: set[str]) -> set[str]:
@@ -138,7 +139,3 @@ class FailureDetector:
             cause = f"peer {peer} no longer answers or reports"
             tell(logger, "no_group", f"{cause}: it is left out, {rest}")
         self.on_lost(lost)
-
-    def _is_deserted(self, others: Collection[str]) -> bool:
-        epochs, ours = self.tracker.reports.epochs, self.tracker.local_progress.epoch
-        return all(epochs.get(peer, ours) != ours for peer in others)

@@ -37,17 +37,16 @@ def state_dict(optimizer: SwarmOptimizer) -> tuple[dict[str, Tensor], dict[str, 
     for number in range(len(averager.main_parameters)):
         if torch.equal(tensors[f"start.{number}"], tensors[f"weights.{number}"]):
             del tensors[f"start.{number}"]
-    facts: dict[str, Any] = {
+    scheduler = averager.scheduler.state_dict()
+    return tensors, {
         "epoch": int(optimizer.local_epoch),
         "rows": int(optimizer.local_progress.samples_accumulated),
+        "schedule": {
+            "epoch": int(scheduler["last_epoch"]),
+            "steps": int(scheduler["_step_count"]),
+            "rates": [float(rate) for rate in scheduler["_last_lr"]],
+        },
     }
-    scheduler = averager.scheduler.state_dict()
-    facts["schedule"] = {
-        "epoch": int(scheduler["last_epoch"]),
-        "steps": int(scheduler["_step_count"]),
-        "rates": [float(rate) for rate in scheduler["_last_lr"]],
-    }
-    return tensors, facts
 
 
 def load_state_dict(
@@ -87,11 +86,8 @@ def weights_by_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str
     Raises ValueError for a checkpoint that does not hold all of them.
     """
     names = {id(value): name for name, value in model.named_parameters()}
-    ordered = (
-        parameter
-        for group in parameter_groups(model.parameters(), weight_decay=0.0)
-        for parameter in group["params"]
-    )
+    groups = parameter_groups(model.parameters(), weight_decay=0.0)
+    ordered = [parameter for group in groups for parameter in group["params"]]
     try:
         return {
             names[id(parameter)]: tensors[f"weights.{number}"]

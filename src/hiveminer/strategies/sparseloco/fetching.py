@@ -275,7 +275,6 @@ class Fetching:
 
 
 async def _at_most(count: int, work: Sequence[Awaitable[None]]) -> None:
-    """Run these, at most `count` at a time."""
     semaphore = asyncio.Semaphore(count)
 
     async def run(each: Awaitable[None]) -> None:

@@ -19,7 +19,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, astuple, dataclass, is_dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -93,9 +93,8 @@ class Log:
     def add_blob(self, blob: bytes) -> bytes:
         """Save a blob, and return its hash."""
         digest = hashlib.sha256(blob).digest()
-        path = self._blobs / digest.hex()
         if self.blob(digest) is None:
-            write_atomically(path, blob)
+            write_atomically(self._blobs / digest.hex(), blob)
         return digest
 
     def add_state(self, number: int, state: State) -> None:
@@ -215,8 +214,8 @@ class Log:
         return self._states / f"{number:010d}-{digest.hex()}"
 
     def _size(self) -> int:
-        paths: Iterator[Path] = (p for f in (self._blobs, self._states) for p in f.iterdir())
-        return sum(path.stat().st_size for path in paths)
+        folders = (self._blobs, self._states)
+        return sum(path.stat().st_size for folder in folders for path in folder.iterdir())
 
 
 def logs_below(folder: Path) -> list[Log]:
