@@ -36,8 +36,9 @@ from hiveminer.config.settings import NeuronSettings
 from hiveminer.strategies.base import RoundResult
 from hiveminer.strategies.checkpointer import Progress
 from hiveminer.strategies.hivemind.strategy import HivemindStrategy
-from hiveminer.swarm import Identity, Peer
+from hiveminer.swarm.identity import Identity
 from hiveminer.swarm.membership import Membership
+from hiveminer.swarm.peer import Peer
 from hiveminer.training.checkpoint import Checkpoints, of_run
 from hiveminer.training.data import builtin_rows
 from hiveminer.training.model import builtin_model, builtin_tokenizer, encode

@@ -37,8 +37,9 @@ from hiveminer.strategies.sparseloco.plan import Plan
 from hiveminer.strategies.sparseloco.rounds import Contribution, Rules, decide
 from hiveminer.strategies.sparseloco.shelf import Shelf
 from hiveminer.strategies.sparseloco.strategy import SparselocoStrategy
-from hiveminer.swarm import Identity, Peer
+from hiveminer.swarm.identity import Identity
 from hiveminer.swarm.membership import Membership
+from hiveminer.swarm.peer import Peer
 from hiveminer.training.optimizer import inner_optimizer
 
 RUN_ID = "exchange-a-b-c"

@@ -24,8 +24,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.machine import RESULTS, describe, write
 from hiveminer.config.run import Run
 from hiveminer.strategies.hivemind.strategy import HivemindStrategy
-from hiveminer.swarm import Identity, Peer
+from hiveminer.swarm.identity import Identity
 from hiveminer.swarm.membership import Membership
+from hiveminer.swarm.peer import Peer
 
 WIDTHS = (768, 1024)
 TRAINING = 12

@@ -12,8 +12,7 @@ from typing import Any
 from bittensor.keyfiles import Keypair
 from hivemind.proto import dht_pb2
 
-from hiveminer.swarm import Identity
-from hiveminer.swarm.identity import Authorizer
+from hiveminer.swarm.identity import Authorizer, Identity
 
 RUN = "embedded-11aa-22bb-33cc"
 OTHER_RUN = "embedded-99ff-22bb-33cc"

@@ -43,8 +43,10 @@ from tiny import VOCABULARY, tiny_model
 from hiveminer.config.run import Run
 from hiveminer.strategies.base import RoundResult
 from hiveminer.strategies.hivemind.strategy import HivemindStrategy
-from hiveminer.swarm import Discovery, Identity, Peer
+from hiveminer.swarm.discovery import Discovery
+from hiveminer.swarm.identity import Identity
 from hiveminer.swarm.membership import Membership
+from hiveminer.swarm.peer import Peer
 from hiveminer.training.optimizer import build_optimizer
 
 ROWS = 4

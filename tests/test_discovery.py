@@ -12,9 +12,9 @@ from embedded_network import Clock
 from small_neurons import miner_settings, told
 
 from hiveminer.errors import OperatorError
-from hiveminer.swarm import DialResult, Discovery
+from hiveminer.swarm.discovery import Discovery
 from hiveminer.swarm.membership import start_peer
-from hiveminer.swarm.peer import FOREIGN, start_cure, why_silent
+from hiveminer.swarm.peer import FOREIGN, DialResult, start_cure, why_silent
 from programs import started
 
 # peer_start and dht_split
@@ -24,7 +24,9 @@ import itertools, logging, socket, sys
 import psutil
 import pytest
 from hiveminer.errors import OperatorError
-from hiveminer.swarm import Discovery, Peer, PortTaken, peer as peers
+from hiveminer.swarm import peer as peers
+from hiveminer.swarm.discovery import Discovery
+from hiveminer.swarm.peer import Peer, PortTaken
 from hiveminer.swarm.peer import UNREACHED
 from identities import EVERYBODY, who
 from programs import free_port, wait_for

@@ -129,7 +129,7 @@ import logging, sys
 from pathlib import Path
 from hiveminer.runtime.logs import configure_logging
 from hiveminer.config.settings import MinerSettings
-from hiveminer.swarm import Peer
+from hiveminer.swarm.peer import Peer
 from hiveminer.swarm.processes import log_to_root
 from identities import who
 

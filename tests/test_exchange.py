@@ -27,7 +27,7 @@ from hiveminer.strategies.sparseloco.exchange import Exchange
 from hiveminer.strategies.sparseloco.pieces import piece_bytes, read_manifest
 from hiveminer.strategies.sparseloco.rounds import Contribution
 from hiveminer.strategies.sparseloco.streams import REQUEST
-from hiveminer.swarm import Peer
+from hiveminer.swarm.peer import Peer
 from hiveminer.swarm.announced import AnnouncedAddresses
 
 torch.set_num_threads(1)

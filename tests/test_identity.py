@@ -33,8 +33,8 @@ from identities import (
 )
 
 from hiveminer.errors import SwarmError
-from hiveminer.swarm import Identity, identity
-from hiveminer.swarm.identity import Authorizer
+from hiveminer.swarm import identity
+from hiveminer.swarm.identity import Authorizer, Identity
 from hiveminer.swarm.keys import peer_id_of_key
 
 # Requests and responses

@@ -18,7 +18,7 @@ from hivemind.proto import crypto_pb2
 from identities import RUN, hotkey
 
 from hiveminer.errors import OperatorError
-from hiveminer.swarm import Identity
+from hiveminer.swarm.identity import Identity
 
 # The key's file
 

@@ -17,7 +17,7 @@ import torch
 torch.set_num_threads(1)
 import hivemind
 from hivemind.p2p import PeerID
-from hiveminer.swarm import Peer
+from hiveminer.swarm.peer import Peer
 from identities import OTHER_RUN, RUN, hotkey, who
 from programs import wait_for
 

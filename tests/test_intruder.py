@@ -15,7 +15,7 @@ from hivemind.p2p import P2P, PeerID
 from hivemind.proto import averaging_pb2
 from hivemind.utils import get_dht_time
 from hiveminer.config.run import Run
-from hiveminer.swarm import Peer
+from hiveminer.swarm.peer import Peer
 from hiveminer.swarm.membership import Membership
 from hiveminer.strategies.hivemind.averager import SwarmAverager
 from hiveminer.strategies.hivemind.records import averager_prefix

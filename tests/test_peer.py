@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from hiveminer.swarm import addresses_in
-from hiveminer.swarm.peer import peer_id_of
+from hiveminer.swarm.peer import addresses_in, peer_id_of
 from programs import started
 
 ID = "QmcarEgZaGuB2HrUo7yJMwWP1fKCR1YBZrmgnQXoDCzyjY"
 
 MEET = """
 import sys
-from hiveminer.swarm import Peer, addresses_in
+from hiveminer.swarm.peer import Peer, addresses_in
 from identities import EVERYBODY, NAMES, who
 from programs import free_port
 

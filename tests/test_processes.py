@@ -38,7 +38,7 @@ PEER = """
 import sys, time
 from pathlib import Path
 import torch
-from hiveminer.swarm import Peer
+from hiveminer.swarm.peer import Peer
 from hiveminer.swarm.processes import ChildProcesses
 from identities import who
 
@@ -61,7 +61,7 @@ import torch
 from hiveminer.config.run import Run
 from hiveminer.strategies.hivemind.averager import SwarmAverager
 from hiveminer.strategies.hivemind.bounds import Bounds
-from hiveminer.swarm import Peer
+from hiveminer.swarm.peer import Peer
 from hiveminer.swarm.processes import ChildProcesses
 from identities import who
 from programs import wait_for
@@ -113,7 +113,7 @@ peer.Peer(identity=who("Alice"))
 # A tracker that ends while it waits for the DHT.
 WAITING_TRACKER = """
 import asyncio, gc, os, signal
-from hiveminer.swarm import Peer
+from hiveminer.swarm.peer import Peer
 from hiveminer.strategies.hivemind.tracker import SampleTracker
 from identities import who
 from programs import wait_for

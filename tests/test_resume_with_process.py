@@ -32,7 +32,7 @@ from hiveminer.training.data import builtin_rows
 from hiveminer.training.model import builtin_model, builtin_tokenizer, encode
 from hiveminer.config.run import Run
 from hiveminer.strategies.hivemind.strategy import HivemindStrategy
-from hiveminer.swarm import Peer
+from hiveminer.swarm.peer import Peer
 from hiveminer.swarm.membership import Membership
 from identities import who
 

@@ -22,7 +22,7 @@ from hiveminer.strategies.hivemind.records import (
     averager_prefix, donors_key, group_key, progress_key,
 )
 from hiveminer.strategies.hivemind.strategy import HivemindStrategy
-from hiveminer.swarm import Peer
+from hiveminer.swarm.peer import Peer
 from hiveminer.swarm.membership import Membership
 from identities import RUN as RUN_ID, hotkey, who
 from tiny import VOCABULARY, tiny_model

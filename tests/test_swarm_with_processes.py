@@ -23,7 +23,7 @@ from hiveminer.training.data import builtin_rows
 from hiveminer.training.model import builtin_model, builtin_tokenizer, encode
 from hiveminer.config.run import Run
 from hiveminer.strategies.hivemind.strategy import HivemindStrategy
-from hiveminer.swarm import Peer
+from hiveminer.swarm.peer import Peer
 from hiveminer.swarm.membership import Membership
 from hiveminer.training.trainer import Trainer
 from identities import EVERYBODY, NAMES, who

@@ -42,7 +42,8 @@ from hiveminer.runtime.locks import Held, hold
 from hiveminer.runtime.logs import configure_logging
 from hiveminer.runtime.metrics import Metrics, open_metrics
 from hiveminer.runtime.signals import Signals
-from hiveminer.swarm import Identity, addresses_in
+from hiveminer.swarm.identity import Identity
+from hiveminer.swarm.peer import addresses_in
 from hiveminer.swarm.processes import log_to_root
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,8 @@ from hiveminer.config.run import OptimizerSection
 from hiveminer.config.settings import Settings
 from hiveminer.errors import SwarmError
 from hiveminer.runtime.addresses import ask_outside
-from hiveminer.swarm import Identity
+from hiveminer.swarm.identity import Identity
+from hiveminer.swarm.membership import Membership
 from hiveminer.training.optimizer import build_optimizer
 from hiveminer.training.task import Task
 from hiveminer.training.trainer import LocalStep, Step
@@ -102,6 +103,8 @@ class Context:
 class Participant(ABC):
     """What a miner's strategy and a validator's observer have in common."""
 
+    membership: Membership
+
     @property
     @abstractmethod
     def epoch(self) -> int:
@@ -112,9 +115,9 @@ class Participant(ABC):
     def peers(self) -> int:
         """Peers of the run that are working, a miner itself included."""
 
-    @abstractmethod
     def check(self) -> None:
         """Raise SwarmError when something that the neuron needs has ended."""
+        self.membership.children.check()
 
     @abstractmethod
     def close(self) -> None:

@@ -16,8 +16,8 @@ from hiveminer.strategies.hivemind.averager import SwarmAverager
 from hiveminer.strategies.hivemind.bounds import Bounds
 from hiveminer.strategies.hivemind.records import Shapes
 from hiveminer.strategies.hivemind.tracker import SampleTracker
-from hiveminer.swarm import Peer
 from hiveminer.swarm.membership import Membership
+from hiveminer.swarm.peer import Peer
 from hiveminer.swarm.processes import require_shared_memory
 from hiveminer.training.optimizer import build_optimizer, build_scheduler, parameter_groups
 from hiveminer.training.trainer import Step
@@ -91,9 +91,6 @@ class HivemindObserver(Observer):
     def sync(self, *, working: int) -> None:
         if self.membership.sync() is not None:
             self.membership.discovery.compare(working=working, reporting=self.peers)
-
-    def check(self) -> None:
-        self.membership.children.check()
 
     def close(self) -> None:
         if self._closed:

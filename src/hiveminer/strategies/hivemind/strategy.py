@@ -138,8 +138,7 @@ class HivemindStrategy(Strategy):
 
     def catch_up(self) -> bool:
         with self._lock:
-            tracker = self.optimizer.tracker
-            if tracker.global_epoch <= self.epoch:
+            if self.optimizer.tracker.global_epoch <= self.epoch:
                 return True
             self.optimizer.load_state_from_peers()
             return bool(self.optimizer.state_averager.loaded)
@@ -185,9 +184,6 @@ class HivemindStrategy(Strategy):
             self.membership.discovery.compare(
                 working=len(result.answered), reporting=self.peers - 1
             )
-
-    def check(self) -> None:
-        self.membership.children.check()
 
     def interrupt(self) -> None:
         for control in (self.optimizer.scheduled_state, self.optimizer.state_averager.last_control):

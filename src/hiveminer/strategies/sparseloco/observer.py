@@ -63,9 +63,6 @@ class SparselocoObserver(Observer):
     def sync(self, *, working: int) -> None:
         self.membership.sync()
 
-    def check(self) -> None:
-        self.membership.children.check()
-
     def close(self) -> None:
         self.follower.close()
 

@@ -160,9 +160,6 @@ class SparselocoStrategy(Strategy):
     def sync(self) -> None:
         self.membership.sync()
 
-    def check(self) -> None:
-        self.membership.children.check()
-
     def close(self) -> None:
         self.follower.close()
 
@@ -178,15 +175,12 @@ class SparselocoStrategy(Strategy):
         moves = self.replica.apply_move(self._parameters())
         number, self._wanted = self._wanted, None
         if number is not None:
-            copy = {
-                name: each.to("cpu", torch.float32, copy=True)
-                for name, each in self._parameters().items()
-            }
+            weights = self._parameters().items()
+            copy = {name: each.to("cpu", torch.float32, copy=True) for name, each in weights}
             self._copy = number, moves, copy
         if moves != self._moves:
             self._moves = moves
-            seconds = time.monotonic() - began
-            self.on_round(RoundResult(self.epoch, self.peers, seconds))
+            self.on_round(RoundResult(self.epoch, self.peers, time.monotonic() - began))
 
     # The follower's thread ---------------------------------------------------------------
 
