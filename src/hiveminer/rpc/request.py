@@ -134,9 +134,12 @@ class Request:
             return
         # Complete for the caller by its length, and for the server after the drain.
         await send({"type": "http.response.body", "body": answer.body, "more_body": True})
+        await self._drain()
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _drain(self) -> None:
         size = 0
         with contextlib.suppress(TimeoutError, Disconnected):
             async with asyncio.timeout(DRAIN_SECONDS):
                 while not self._complete and size < DRAIN_BYTES:
                     size += len(await self.receive())
-        await send({"type": "http.response.body", "body": b""})
