@@ -39,9 +39,6 @@ FINALITY_BLOCKS = 2
 KEPT_BLOCKS = 256
 """The state can be read as of this many blocks before the head, as from a pruned node."""
 
-BUSY_SECONDS = 5.0
-"""How long a writer waits for another process's transaction to end."""
-
 _CURE = "remove it, or choose another place"
 
 
@@ -221,7 +218,7 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode=rw",
         uri=True,
-        timeout=BUSY_SECONDS,
+        timeout=5.0,  # for another process's transaction to end
         isolation_level=None,
         # Used by one thread only, but closed by whichever thread calls `close`.
         check_same_thread=False,
@@ -266,11 +263,8 @@ def _read_header(connection: sqlite3.Connection, path: Path) -> Header:
         raise OperatorError(
             f"{path} is of version {version}, and this program reads {SCHEMA_VERSION}; {_CURE}"
         )
-    return Header(
-        *connection.execute(
-            "SELECT chain_id, genesis_seconds, block_seconds FROM network"
-        ).fetchone()
-    )
+    query = "SELECT chain_id, genesis_seconds, block_seconds FROM network"
+    return Header(*connection.execute(query).fetchone())
 
 
 def _create(path: Path, *, block_seconds: float, now: float) -> None:

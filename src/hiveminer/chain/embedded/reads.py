@@ -36,8 +36,7 @@ def _setting_of(name: str) -> Reader:
 
 
 def _account(db: sqlite3.Connection, params: list[Any], block: int) -> dict[str, Any]:
-    free = state.balance(db, params[0])
-    data = {"free": free, "reserved": 0, "frozen": 0, "flags": 0}
+    data = {"free": state.balance(db, params[0]), "reserved": 0, "frozen": 0, "flags": 0}
     return {"nonce": state.nonce(db, params[0]), "data": data}
 
 

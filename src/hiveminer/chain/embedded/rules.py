@@ -31,9 +31,6 @@ from hiveminer.chain.embedded.state import Neuron, refuse
 MAX_COMMITMENT_SPACE = 3100
 """Bytes that one hotkey may commit in one tempo."""
 
-MIN_COMMITMENT_SPACE = 100
-"""Least bytes that a commitment counts for."""
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -230,24 +227,6 @@ def set_commitment(
     if len(info["fields"]) > 1:
         refuse("TooManyFieldsInCommitmentInfo", "a commitment has one field")
     ((variant, value),) = info["fields"][0].items()
-    data = _content(variant, value)
-    # The chain's epochs are one block longer than the tempo.
-    epoch = (origin.block + netuid + 1) // (settings["tempo"] + 1)
-    before = db.execute(
-        "SELECT epoch, used_bytes FROM commitments WHERE netuid = ? AND hotkey = ?",
-        (netuid, origin.signer),
-    ).fetchone()
-    used = int(before[1]) if before and int(before[0]) == epoch else 0
-    used += max(MIN_COMMITMENT_SPACE, len(data))
-    if used > MAX_COMMITMENT_SPACE:
-        refuse("SpaceLimitExceeded", f"{origin.signer} has committed enough for this tempo")
-    db.execute(
-        "INSERT OR REPLACE INTO commitments VALUES (?, ?, ?, ?, ?, ?, ?)",
-        (netuid, origin.signer, origin.block, variant, data, epoch, used),
-    )
-
-
-def _content(variant: str, value: str) -> bytes:
     try:
         data = bytes.fromhex(value.removeprefix("0x"))
     except ValueError:
@@ -255,7 +234,20 @@ def _content(variant: str, value: str) -> bytes:
     big = variant == "BigRaw"
     if not (big or variant == f"Raw{len(data)}") or len(data) > (512 if big else 128):
         invalid(f"a {variant[:32]} of {len(data)} bytes; kept are Raw up to 128, BigRaw up to 512")
-    return data
+    # The chain's epochs are one block longer than the tempo.
+    epoch = (origin.block + netuid + 1) // (settings["tempo"] + 1)
+    before = db.execute(
+        "SELECT epoch, used_bytes FROM commitments WHERE netuid = ? AND hotkey = ?",
+        (netuid, origin.signer),
+    ).fetchone()
+    used = int(before[1]) if before and int(before[0]) == epoch else 0
+    used += max(100, len(data))  # the least that a commitment counts for
+    if used > MAX_COMMITMENT_SPACE:
+        refuse("SpaceLimitExceeded", f"{origin.signer} has committed enough for this tempo")
+    db.execute(
+        "INSERT OR REPLACE INTO commitments VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (netuid, origin.signer, origin.block, variant, data, epoch, used),
+    )
 
 
 @_checked

@@ -146,9 +146,6 @@ HYPERPARAMETERS: dict[str, Hyperparameter] = {
 }
 
 
-TABLES = re.findall(r"CREATE TABLE (\w+)", STATE)
-
-
 def write_schema(connection: sqlite3.Connection, *, block_seconds: float, now: float) -> None:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.executescript(f"BEGIN; {NETWORK} {BLOCKS} {STATE} COMMIT;")
@@ -174,7 +171,8 @@ def add_subnet(connection: sqlite3.Connection, netuid: int, *, block: int) -> No
 
 def copied(db: sqlite3.Connection) -> bytes:
     """A copy of all tables of the state."""
-    tables = {name: db.execute(f"SELECT * FROM {name}").fetchall() for name in TABLES}
+    names = re.findall(r"CREATE TABLE (\w+)", STATE)
+    tables = {name: db.execute(f"SELECT * FROM {name}").fetchall() for name in names}
     text = json.dumps(tables, default=lambda raw: {"hex": raw.hex()}, separators=(",", ":"))
     return zlib.compress(text.encode(), 1)
 

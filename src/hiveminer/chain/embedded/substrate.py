@@ -36,11 +36,6 @@ class Composed(NamedTuple):
     function: str
     params: dict[str, Any]
 
-    @property
-    def data(self) -> bytes:
-        """Its canonical form, which is signed and hashed."""
-        return json.dumps(self, default=repr, sort_keys=True).encode()
-
 
 def _unsupported(what: str) -> bt.ChainError:
     return bt.ChainError(f"the embedded network has no {what}", code=bt.ErrorCode.DISABLED)
@@ -53,9 +48,15 @@ def _refuses(what: str) -> Callable[..., Any]:
     return refuse
 
 
-class Unsupported:
-    """The methods of `bittensor.Substrate` that make no sense for a chain in a file."""
+class EmbeddedSubstrate:
+    """The embedded network in the file `path`, which is created if it does not exist.
 
+    block_seconds: seconds per block in a new file; an existing file keeps its own.
+    clock: seconds since 1970. Usable from any thread, and on both sides of a fork: each thread of
+    each process has its own connection.
+    """
+
+    # The methods of `bittensor.Substrate` that make no sense for a chain in a file.
     decode_scale = spec_version = constant = estimate_weight = _refuses("runtime")
     map_has_entries = query_batch = _refuses("batched reads")
     blocks = events = _refuses("stream of blocks and events")
@@ -63,15 +64,6 @@ class Unsupported:
     mev_next_key = _refuses("MEV shield; submit the call in the clear, by submit_call")
     sign_extrinsic = prepare = submit_signature = submit_signed = _refuses("signed extrinsics")
     multisig_account = submit_multisig = _refuses("multisig accounts")
-
-
-class EmbeddedSubstrate(Unsupported):
-    """The embedded network in the file `path`, which is created if it does not exist.
-
-    block_seconds: seconds per block in a new file; an existing file keeps its own.
-    clock: seconds since 1970. Usable from any thread, and on both sides of a fork: each thread of
-    each process has its own connection.
-    """
 
     def __init__(
         self,
@@ -233,9 +225,9 @@ class EmbeddedSubstrate(Unsupported):
         A public key alone, or a key that claims another's address, cannot submit anything.
         """
         signer = str(keypair.ss58_address)
-        message = hashlib.blake2b(
-            f"{self._ledger.header.chain_id}{nonce}".encode() + call.data
-        ).digest()
+        content = json.dumps(call, default=repr, sort_keys=True)
+        signed = f"{self._ledger.header.chain_id}{nonce}{content}"
+        message = hashlib.blake2b(signed.encode()).digest()
         try:
             signature = keypair.sign(message)
             signature = bytes(await signature if inspect.isawaitable(signature) else signature)
