@@ -6,7 +6,6 @@ become one of this package's errors, in one line.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from decimal import Decimal
@@ -28,10 +27,8 @@ logger = logging.getLogger(__name__)
 EMBEDDED = "embedded"
 """The value of `--subtensor.network` that means the network in a file."""
 
-MAX_RAW_BYTES = 128
 MAX_COMMITMENT_BYTES = 512
 
-_NOT_ON_SUBNET = "AccountNotAllowedCommit"
 # The call waited too long in the pool, or its block was dropped in a reorganization. It may still
 # be included.
 _IN_DOUBT = frozenset({"FinalityTimeout", "Retracted", "Usurped", "Dropped"})
@@ -65,6 +62,7 @@ class Chain:
         must_connect: bool = True,
     ):
         self.network = network
+        self.embedded = network == EMBEDDED
         self.netuid = netuid
         self.wallet = wallet
         self.hotkey: str = wallet.hotkey.ss58_address
@@ -75,20 +73,13 @@ class Chain:
         self._by_us: dict[str, Any] = {"wallet": wallet, "wait_for_finalization": False}
         self._turns = Turns()
         self._connection = Connection(client, network=network)
-        with contextlib.ExitStack() as undo:
-            undo.callback(self.close)
-            try:
-                self.read("connecting", self._connection.connected)
-            except ChainError as error:
-                if must_connect:
-                    raise
-                logger.warning("%s; continuing with what is known", error)
-            undo.pop_all()
-
-    @property
-    def embedded(self) -> bool:
-        """Whether this is the network in a file."""
-        return self.network == EMBEDDED
+        try:
+            self.read("connecting", self._connection.connected)
+        except BaseException as error:
+            if must_connect or not isinstance(error, ChainError):
+                self.close()
+                raise
+            logger.warning("%s; continuing with what is known", error)
 
     def __enter__(self) -> Chain:
         return self
@@ -212,7 +203,7 @@ class Chain:
         """
         if len(data) > MAX_COMMITMENT_BYTES:
             raise ValueError(f"a commitment holds {MAX_COMMITMENT_BYTES} bytes, not {len(data)}")
-        kind = f"Raw{len(data)}" if len(data) <= MAX_RAW_BYTES else "BigRaw"
+        kind = f"Raw{len(data)}" if len(data) <= 128 else "BigRaw"
         call = bt.calls.Commitments.set_commitment(
             netuid=self.netuid, info={"fields": [{kind: "0x" + data.hex()}]}
         )
@@ -283,7 +274,7 @@ class Chain:
 
     def _explained(self, doing: str, error: Exception, hint: str) -> HiveminerError:
         if isinstance(error, bt.ChainError):
-            if error.code is bt.ErrorCode.NOT_REGISTERED or error.name == _NOT_ON_SUBNET:
+            if error.code is bt.ErrorCode.NOT_REGISTERED or error.name == "AccountNotAllowedCommit":
                 cure = "restart to register again" if self.embedded else self.registration()
                 return NotRegistered(
                     f"{doing}: hotkey {self.hotkey} is not registered on subnet {self.netuid} of "
@@ -350,9 +341,8 @@ def open_chain(
     """
     if network == EMBEDDED:
         assert path is not None, "the embedded network needs a file"
-        substrate = EmbeddedSubstrate(path, block_seconds=block_seconds)
         # The label has no meaning here, but must not be a public network's.
-        client = bt.Client("local", substrate=substrate)
+        client = bt.Client("local", substrate=EmbeddedSubstrate(path, block_seconds=block_seconds))
     else:
         client = bt.Client(network)
     return Chain(network=network, netuid=netuid, wallet=wallet, client=client, **options)

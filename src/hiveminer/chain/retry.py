@@ -33,11 +33,6 @@ from hiveminer.errors import ChainError
 
 READ_ATTEMPTS = 3
 
-OUTAGE_SECONDS = 3600.0
-"""How long `across_outage` keeps trying."""
-
-LONGEST_PAUSE_SECONDS = 60.0
-
 TRANSIENT = (bt.RpcConnectionError, OSError)
 """What the SDK raises for a broken connection, as opposed to a bad request."""
 
@@ -55,15 +50,16 @@ def of_reads(attempts: int) -> AsyncRetrying:
 
 
 def across_outage(act: Callable[[], T], *, stopping: Event, first_pause_seconds: float) -> T:
-    """Call `act` until the chain answers, with jittered pauses that grow to a minute.
+    """Call `act` until the chain answers, for up to an hour, with jittered pauses that grow to a
+    minute.
 
     Ends early when `stopping` is set. Raises the last ChainError; a refusal by the chain is raised
     at once.
     """
     retrying = Retrying(
         sleep=sleep_using_event(stopping),
-        stop=stop_any(stop_when_event_set(stopping), stop_after_delay(OUTAGE_SECONDS)),
-        wait=wait_exponential(multiplier=first_pause_seconds, max=LONGEST_PAUSE_SECONDS)
+        stop=stop_any(stop_when_event_set(stopping), stop_after_delay(3600.0)),
+        wait=wait_exponential(multiplier=first_pause_seconds, max=60.0)
         + wait_random(0.0, first_pause_seconds),
         retry=retry_if_exception(lambda e: isinstance(e, ChainError) and not e.refused),
         reraise=True,

@@ -44,15 +44,6 @@ EMBEDDED_FILL_SECONDS = 30.0
 VALID_BLOCKS = 16
 """Blocks after which the signed call expires."""
 
-CUTOFF_MARGIN = 0.1
-"""The last weights are sent again when this share of the activity cutoff remains."""
-
-TOLERANCE = 0.01
-"""How much a share that is read back may differ from the one sent."""
-
-WHOLE = 65535
-"""The chain's value for a share of 1."""
-
 Choose = Callable[[bt.Metagraph], Mapping[str, float] | None]
 """The weights that are earned now, by hotkey: empty if nobody has, None if it is too early."""
 
@@ -145,7 +136,7 @@ class WeightSetter:
             return None
         urgent = graph.block - ours.last_update >= _before_cutoff(limits)
         chosen = self._chosen(graph, choose, urgent=urgent)
-        limit = int(limits.get("max_weights_limit", WHOLE)) / WHOLE
+        limit = int(limits.get("max_weights_limit", 65535)) / 65535
         return self._send(graph, ours.last_update, chosen, limit=limit) if chosen else None
 
     def _due(self, age: int, limits: Mapping[str, int]) -> bool:
@@ -258,13 +249,13 @@ def _of(weights: Mapping[str, float], hotkeys: Collection[str]) -> dict[str, flo
 
 
 def same(found: Mapping[int, float], sent: Mapping[int, float]) -> bool:
-    """Whether weights on the chain have the shares that were sent."""
+    """Whether weights on the chain have the shares that were sent, up to a hundredth."""
     total = sum(found.values())
     if not total or not set(found) <= set(sent):
         return False
-    return all(abs(found.get(uid, 0) / total - share) <= TOLERANCE for uid, share in sent.items())
+    return all(abs(found.get(uid, 0) / total - share) <= 0.01 for uid, share in sent.items())
 
 
 def _before_cutoff(limits: Mapping[str, int]) -> int:
-    """The age in blocks at which weights are sent again in any case."""
-    return math.floor(int(limits.get("activity_cutoff", 5000)) * (1 - CUTOFF_MARGIN))
+    """The age in blocks at which weights are sent again: a tenth before the activity cutoff."""
+    return math.floor(int(limits.get("activity_cutoff", 5000)) * 0.9)
