@@ -95,9 +95,9 @@ def test_two_services_that_agree_are_believed(service: Service) -> None:
 def test_otherwise_the_operator_is_asked_in_one_line(service: Service, other: str) -> None:
     urls = (f"{service.url}/93.184.216.34", f"{service.url}/{other}")
     with pytest.raises(OperatorError) as raised:
-        addresses.ask_outside("--dht.external_ip", services=urls, timeout_seconds=0.5)
+        addresses.ask_outside(services=urls, timeout_seconds=0.5)
     message = str(raised.value)
-    assert "give it with --dht.external_ip" in message
+    assert "give it with --axon.external_ip" in message
     assert f"{urls[1]} said" in message
     assert "\n" not in message
 

@@ -22,9 +22,6 @@ SERVICES = ("https://api.ipify.org", "https://checkip.amazonaws.com")
 EVERY_ADDRESS = ("0.0.0.0", "::")
 """Wildcards: they can be listened on, but not called."""
 
-SERVICE_SECONDS = 5.0
-MAX_ANSWER_BYTES = 256
-
 
 def check(ip: str) -> str:
     """Why this address may be hard to reach over the internet; "" if nothing speaks against it.
@@ -47,16 +44,10 @@ def check(ip: str) -> str:
     return ""
 
 
-def ask_outside(
-    flag: str = "--axon.external_ip",
-    *,
-    services: Sequence[str] = SERVICES,
-    timeout_seconds: float = SERVICE_SECONDS,
-) -> str:
+def ask_outside(*, services: Sequence[str] = SERVICES, timeout_seconds: float = 5.0) -> str:
     """This machine's public address, as all services report it within `timeout_seconds`.
 
-    flag: named in the error. Raises OperatorError when a service does not answer, or two
-    disagree.
+    Raises OperatorError when a service does not answer, or two disagree.
     """
     with ThreadPoolExecutor(len(services)) as pool:
         answers = list(pool.map(lambda url: _ask(url, timeout_seconds), services))
@@ -67,7 +58,7 @@ def ask_outside(
             for url, answer in zip(services, answers, strict=True)
         )
         raise OperatorError(
-            f"this machine's public address is not known ({said}); give it with {flag}"
+            f"this machine's public address is not known ({said}); give it with --axon.external_ip"
         )
     return found.pop()
 
@@ -86,7 +77,7 @@ def _ask(url: str, timeout_seconds: float) -> str | None:
                 return None
             for chunk in response.iter_bytes(64):
                 body += chunk
-                if len(body) > MAX_ANSWER_BYTES or time.monotonic() > deadline:
+                if len(body) > 256 or time.monotonic() > deadline:
                     return None
         return str(ipaddress.ip_address(body.decode("ascii").strip()))
     except (httpx.HTTPError, ValueError):  # ValueError: no address, or not ASCII

@@ -12,14 +12,12 @@ import signal
 import sys
 import time
 
-MAX_LINE_BYTES = 64 * 1024
-
 
 def main(neuron: str) -> None:
     """Filter stdin to stdout until all who write there have ended."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    while raw := sys.stdin.buffer.readline(MAX_LINE_BYTES):
+    while raw := sys.stdin.buffer.readline(64 * 1024):
         for part in re.split(r"[\r\n]", raw.decode(errors="replace")):
             if part.strip():
                 sys.stdout.write(as_json(part, neuron) + "\n")

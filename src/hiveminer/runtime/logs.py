@@ -22,9 +22,6 @@ from hiveminer.runtime import json_filter
 HANDLER = "hiveminer"
 """The name of our handler; configuring again replaces it."""
 
-FLUSH_SECONDS = 2.0
-"""How long a program waits at its end for the last lines."""
-
 
 def configure_logging(settings: Settings, name: str) -> None:
     """Log to stderr as the settings say; each line contains `name`."""
@@ -100,7 +97,7 @@ class _JsonOutput:
         for descriptor in (1, 2):
             os.dup2(self._stream.fileno(), descriptor)
         with contextlib.suppress(subprocess.TimeoutExpired):  # a child of ours still writes
-            self.filter.wait(FLUSH_SECONDS)
+            self.filter.wait(2.0)
 
     def _flush(self) -> None:
         for stream in (sys.stdout, sys.stderr):
@@ -160,9 +157,8 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        event = getattr(record, "event", None)
-        if event is not None:
-            fields["event"] = event
+        if hasattr(record, "event"):
+            fields["event"] = record.event
         if record.exc_info:
             fields["error"] = self.formatException(record.exc_info)
         return json.dumps(fields)

@@ -25,9 +25,6 @@ NEEDED_DESCRIPTORS = 256
 
 WANTED_DESCRIPTORS = 4096
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-"""Of glibc's malloc.h."""
-
 
 def check_temporary_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """The folder of temporary files. Raises OperatorError if it cannot be used."""
@@ -84,6 +81,6 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
-        mallopt(M_TRIM_THRESHOLD, 2**30)
-        mallopt(M_TOP_PAD, 64 * 2**20)
+        mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD of malloc.h
+        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD
+        mallopt(-2, 64 * 2**20)  # M_TOP_PAD

@@ -24,9 +24,6 @@ from hiveminer.errors import OperatorError, one_line
 
 logger = logging.getLogger(__name__)
 
-FINISH_SECONDS = 5.0
-"""How long a program waits for Weights & Biases at its end."""
-
 
 class Metrics(Protocol):
     """A sink of metrics. Safe to call from any thread; `log` never raises."""
@@ -157,7 +154,7 @@ class Wandb:
         # Without a network, finish() waits for one.
         finish = threading.Thread(target=self._finish, args=(run,), daemon=True)
         finish.start()
-        finish.join(FINISH_SECONDS)
+        finish.join(5.0)
         if finish.is_alive():
             logger.warning("wandb did not finish in time; `wandb sync` sends what is left")
 
