@@ -13,15 +13,13 @@ from hiveminer.errors import ChainError
 
 logger = logging.getLogger(__name__)
 
-RETRY_SECONDS, EMBEDDED_RETRY_SECONDS = 60.0, 2.0
-"""Seconds before an entry that is still missing is published again."""
-
 
 class Publisher:
     """Keeps entries on chain through outages, rate limits and reorganizations."""
 
     def __init__(self, chain: Chain):
-        self._pause_seconds = EMBEDDED_RETRY_SECONDS if chain.embedded else RETRY_SECONDS
+        # Before an entry that is still missing is published again.
+        self._pause_seconds = 2.0 if chain.embedded else 60.0
         self._entries: list[Callable[[Metagraph], None]] = []
 
     def add(

@@ -60,8 +60,7 @@ def run_program(main: Callable[[], int | None]) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
         sys.stdout = Output()
-    code = _code_of(main)
-    return code or _code_of(sys.stdout.flush)
+    return _code_of(main) or _code_of(sys.stdout.flush)
 
 
 def _code_of(main: Callable[[], int | None]) -> int:

@@ -90,8 +90,7 @@ class Signals:
                     return
                 if number is not None and time.monotonic() - began > SAME_SECONDS:
                     end_at_once(128 + number)
-            seconds = time.monotonic() - began
-            logger.error("still not stopped after %.0f seconds: ending", seconds)
+            logger.error("still not stopped after %.0f seconds: ending", time.monotonic() - began)
             end_at_once(128 + first)
         finally:
             os.close(read)

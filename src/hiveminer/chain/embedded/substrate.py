@@ -105,10 +105,9 @@ class EmbeddedSubstrate:
         with self._ledger.writing() as (db, block):
             if db.execute("SELECT 1 FROM subnets WHERE netuid = ?", (netuid,)).fetchone() is None:
                 add_subnet(db, netuid, block=block)
-            coldkey = state.owner(db, owner_hotkey) or NOBODY
             db.execute(
                 "UPDATE subnets SET owner_hotkey = ?, owner_coldkey = ? WHERE netuid = ?",
-                (owner_hotkey, coldkey, netuid),
+                (owner_hotkey, state.owner(db, owner_hotkey) or NOBODY, netuid),
             )
 
     # Lifecycle --------------------------------------------------------------------
