@@ -49,9 +49,6 @@ MAX_LARGE_STEPS = 1024
 JOIN_SECONDS = 180.0
 """Joining the swarm is reported as stuck after this."""
 
-NOT_REFUSALS = ("answered", "hung_up")
-"""Kinds in the axon's counts that are not refusals."""
-
 
 class Miner(BaseMinerNeuron):
     """Trains the rows that validators send, together with the other miners of the run.
@@ -164,7 +161,6 @@ class Miner(BaseMinerNeuron):
 
     def train(self, synapse: Train) -> TrainResult:
         """Train the rows of a request; `forward` does the rest."""
-        swarm, progress = self.swarm, self.progress
         in_first_epoch = True
         with progress_bar(
             title=f"train {synapse.request_id[:8]}",
@@ -177,8 +173,8 @@ class Miner(BaseMinerNeuron):
                 nonlocal in_first_epoch
                 # The step at whose end the swarm averaged still counts as before it.
                 synapse.epoch_steps += in_first_epoch
-                in_first_epoch = in_first_epoch and swarm.epoch == synapse.epoch
-                progress.step(rows)
+                in_first_epoch = in_first_epoch and self.swarm.epoch == synapse.epoch
+                self.progress.step(rows)
                 bar.update(rows)
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
@@ -240,10 +236,13 @@ class Miner(BaseMinerNeuron):
         check_device(needed, self.device, left=self._memory_left(self.device))
         self.swarm.move_to(self.device)
         machine.keep_freed_memory()  # after the strategy, whose processes do not train
+        # The longest that a healthy step takes: matchmaking, averaging, and loading the state.
+        swarm = run.swarm
+        step_seconds = 2 * swarm.matchmaking_seconds + swarm.averaging_timeout_seconds + 90.0
         self.trainer = Trainer(
             self.model,
             encode=self.encode,
-            optimizer=_WatchedStep(self.swarm, limit_seconds=step_seconds(run)),
+            optimizer=_WatchedStep(self.swarm, limit_seconds=step_seconds),
             device=self.device,
             max_grad_norm=run.optimizer.max_grad_norm,
         )
@@ -271,15 +270,12 @@ class Miner(BaseMinerNeuron):
 
     def _sync(self) -> None:
         self.swarm.sync()
-        self._count()
-
-    def _count(self) -> None:
-        """Log the axon's counts, at most every COUNT_SECONDS."""
         if self.axon is None or time.monotonic() - self._counted_at < COUNT_SECONDS:
             return
         self._counted_at = time.monotonic()
         counts = dict(self.axon.counts)
-        refused = sum(count for kind, count in counts.items() if kind not in NOT_REFUSALS)
+        accepted = ("answered", "hung_up")
+        refused = sum(count for kind, count in counts.items() if kind not in accepted)
         self.metrics.log("axon", {"refused": refused, "counts": counts})
 
     def _check_step(self, synapse: Train) -> None:
@@ -301,13 +297,9 @@ class Miner(BaseMinerNeuron):
 
     def _on_round(self, ended: RoundResult) -> None:
         self.progress.epoch_began()
-        logger.info(
-            "epoch %d begins: %s",
-            ended.epoch,
-            f"averaged in a group of {ended.group_size}, {ended.seconds:.1f} s"
-            if ended.group_size > 1
-            else "alone",
-        )
+        together = f"averaged in a group of {ended.group_size}, {ended.seconds:.1f} s"
+        how = together if ended.group_size > 1 else "alone"
+        logger.info("epoch %d begins: %s", ended.epoch, how)
         self.metrics.log("epoch", asdict(ended) | {"seconds": round(ended.seconds, 3)})
 
     def _tell(self, synapse: Train, result: TrainResult, *, seconds: float) -> None:
@@ -363,12 +355,6 @@ def explain(run: Run) -> None:
         "peer's own steps, and does not grow with the number of peers",
         level=logging.INFO,
     )  # fmt: skip
-
-
-def step_seconds(run: Run) -> float:
-    """The longest that a healthy step takes: matchmaking, averaging, and loading the state."""
-    section = run.swarm
-    return 2 * section.matchmaking_seconds + section.averaging_timeout_seconds + 90.0
 
 
 def main(settings: MinerSettings) -> int:
