@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -144,6 +144,7 @@ class _Late(Exception):
     """The deadline passed in the middle of a global batch."""
 
 
+@dataclass(eq=False)
 class Trainer:
     """Trains one model, one request at a time.
 
@@ -156,31 +157,24 @@ class Trainer:
     cpu_tokens, cpu_pass_tokens: see CPU_TOKENS and CPU_PASS_TOKENS.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        encode: Encode,
-        optimizer: Step,
-        device: torch.device | None = None,
-        max_grad_norm: float = 1.0,
-        bfloat16: bool | None = None,
-        cpu_tokens: int = CPU_TOKENS,
-        cpu_pass_tokens: int = CPU_PASS_TOKENS,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self.model = model
-        self.encode = encode
-        self.optimizer = optimizer
-        self.device = device or torch.device("cpu")
-        self.max_grad_norm = max_grad_norm
-        self.max_micro_batch_size = 1024
-        """Halved for good when memory runs out."""
-        self.bfloat16 = has_bfloat16(self.device) if bfloat16 is None else bfloat16
-        self.checkpointing = False
-        """Activations are recomputed in the backward pass: a single row did not fit without."""
-        self.cpu_tokens, self.cpu_pass_tokens = cpu_tokens, cpu_pass_tokens
-        self.clock = clock
+    model: nn.Module
+    _: KW_ONLY
+    encode: Encode
+    optimizer: Step
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    max_grad_norm: float = 1.0
+    bfloat16: bool | None = None
+    cpu_tokens: int = CPU_TOKENS
+    cpu_pass_tokens: int = CPU_PASS_TOKENS
+    clock: Callable[[], float] = time.monotonic
+    max_micro_batch_size: int = field(default=1024, init=False)
+    """Halved for good when memory runs out."""
+    checkpointing: bool = field(default=False, init=False)
+    """Activations are recomputed in the backward pass: a single row did not fit without."""
+
+    def __post_init__(self) -> None:
+        if self.bfloat16 is None:
+            self.bfloat16 = has_bfloat16(self.device)
 
     def train(
         self,
@@ -347,7 +341,7 @@ class Trainer:
         for micro in batch.micro_batches:
             if sums and late():
                 raise _Late
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.bfloat16)):
                 logits = self.model(
                     input_ids=micro.input_ids.to(self.device, non_blocking=True)
                 ).logits
@@ -365,17 +359,15 @@ class Trainer:
 
     def _take_less(self, batch: GlobalBatch) -> None:
         """Halve the micro-batch size for good; at one row, recompute activations."""
+        model: Any = self.model
         largest = max(len(micro.input_ids) for micro in batch.micro_batches)
         if largest > 1:
             self.max_micro_batch_size = (largest + 1) // 2
             logger.warning(
                 "out of memory: the micro-batch size is %d from now on", self.max_micro_batch_size
             )
-        elif not self.checkpointing and getattr(
-            self.model, "supports_gradient_checkpointing", False
-        ):
+        elif not self.checkpointing and getattr(model, "supports_gradient_checkpointing", False):
             self.checkpointing = True
-            model: Any = self.model
             # Renamed within the supported versions of transformers.
             enable = getattr(model, "activation_checkpointing_enable", None)
             (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
