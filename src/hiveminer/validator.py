@@ -242,10 +242,8 @@ class Validator:
             | answer.model_dump(include={"request_id", "loss", "discarded", "epoch"})
             | {"seconds": round(answered.seconds, 3)},
         )
-        if self.observer.shares() is not None:
-            return  # the rounds say what is earned
-        unproved = self.table.of(hotkey).replays == 0
-        self.samples.offer(answered, unproved=unproved)
+        if self.observer.shares() is None:  # otherwise the rounds say what is earned
+            self.samples.offer(answered, unproved=self.table.of(hotkey).replays == 0)
 
     async def _follow(self) -> None:
         """Download the global state when an epoch begins, and evaluate it."""
@@ -372,7 +370,8 @@ def weights_of(
     table: ScoreTable, live: Collection[str], *, waited_seconds: float, patience: float
 ) -> dict[str, float] | None:
     """Weights by hotkey; None until every live miner was replayed, or the wait is over."""
-    replayed = {who for who, standing in list(table.standings.items()) if standing.is_known}
+    # A score without a verdict is the benefit of the doubt: that hotkey was replayed too.
+    replayed = {who for who, s in list(table.standings.items()) if s.replays or s.score}
     everybody = bool(live) and replayed.issuperset(live)
     return table.weights() if everybody or waited_seconds >= patience else None
 

@@ -98,8 +98,7 @@ def check_machine(needed: MemoryNeeded, device: str | None, *, left: int) -> Non
     """
     compiled = torch.version.cuda is not None or torch.version.hip is not None
     accelerator = compiled or torch.backends.mps.is_available()  # creates no CUDA context
-    cpu = device == "cpu" or (device is None and not accelerator)
-    if cpu:
+    if device == "cpu" or (device is None and not accelerator):
         wanted = needed.host + needed.training - needed.weights
     else:  # weights and optimizer state have moved by the first checkpoint
         wanted = max(needed.averaging + needed.optimizer_state, needed.host - needed.weights)

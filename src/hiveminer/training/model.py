@@ -268,8 +268,7 @@ def integer_weights(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     power of two, which is exact on every processor.
     """
     if len(shape) == 1:
-        is_scale = name.endswith("weight")
-        return torch.ones(shape) if is_scale else torch.zeros(shape)
+        return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     count = int(np.prod(shape))
     stream = hashlib.shake_256(name.encode()).digest(2 * count)
     integers = np.frombuffer(stream, dtype="<i2").astype(np.float32)

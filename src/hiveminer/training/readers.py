@@ -267,9 +267,8 @@ def read_json(path: Path, stream: BinaryIO, column: str) -> Iterator[str]:
     stream.seek(begin)
     by_line = _begins_with_a_record(stream)
     stream.seek(begin)
-    yield from _column(
-        path, column, _lines(path, stream) if by_line else _values(path, stream.read())
-    )
+    records = _lines(path, stream) if by_line else _values(path, stream.read())
+    yield from _column(path, column, records)
 
 
 def _begins_with_a_record(stream: BinaryIO) -> bool:

@@ -183,7 +183,7 @@ class Trainer:
         batch_size: int,
         gradient_accumulation_steps: int = 1,
         timeout_seconds: float = math.inf,
-        on_step: Callable[[int, float], None] | None = None,
+        on_step: Callable[[int, float], None] = lambda _rows, _loss: None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> TrainResult:
         """Train the rows in this order, each once.
@@ -225,8 +225,7 @@ class Trainer:
                     result.add(batch, step_loss)
                 else:
                     result.discarded += len(batch.rows)
-                if on_step is not None:
-                    on_step(len(batch.rows), step_loss)
+                on_step(len(batch.rows), step_loss)
                 slowest = max(slowest, self.clock() - began)
         if result.finished and not result.steps and not result.discarded:
             raise TrainingError("the rows hold no token to learn from")

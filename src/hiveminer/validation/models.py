@@ -54,13 +54,9 @@ class KeptModels:
         except OperatorError as error:
             logger.warning("the model of epoch %d is not kept: %s", epoch, error)
             return
-        self._remove_others()
-
-    def _remove_others(self) -> None:
-        models = (path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
-        newest = sorted(models)
-        best = min(newest, key=_loss)
-        for path in newest[: -self.keep]:
+        models = sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+        best = min(models, key=_loss)
+        for path in models[: -self.keep]:
             if path != best:
                 shutil.rmtree(path, ignore_errors=True)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import nn
@@ -23,23 +22,20 @@ class Curves:
     untrained: tuple[float, ...]
 
 
+@dataclass(eq=False)
 class Replayer:
     """Replays on its own copy of the task's model, one call at a time.
 
     step_from: a miner's optimizer for a state.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        *,
-        step_from: Callable[[nn.Module, GlobalState], Step],
-        device: torch.device | None = None,
-    ):
-        self.task = task
-        self.step_from = step_from
-        self.model = copy.deepcopy(task.model)
-        self.device = device or torch.device("cpu")
+    task: Task
+    _: KW_ONLY
+    step_from: Callable[[nn.Module, GlobalState], Step]
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+
+    def __post_init__(self) -> None:
+        self.model = copy.deepcopy(self.task.model)
         nn.Module.to(self.model, self.device)
 
     def curves(
@@ -64,7 +60,6 @@ class Replayer:
             texts,
             batch_size=batch_size,
             gradient_accumulation_steps=gradient_accumulation_steps,
-            timeout_seconds=math.inf,
             stopped=stopped,
         )
         if not trained.finished:

@@ -45,11 +45,6 @@ class Standing(BaseModel):
     tokens: float = Field(ge=0)
     _unjudged: int = PrivateAttr(default=0)
 
-    @property
-    def is_known(self) -> bool:
-        """Whether an answer was replayed, even if without a verdict."""
-        return self.replays > 0 or self.score > 0
-
 
 _STANDINGS = TypeAdapter(dict[str, Standing])
 
@@ -141,6 +136,5 @@ class SavedScores:
     def save(self, table: ScoreTable) -> None:
         """Write a checkpoint, unless the newest one is the same."""
         metadata = {"run_id": self.run_id, "scores": table.dump()}
-        saved = metadata == self._newest or self.checkpoints.save(None, metadata) is not None
-        if saved:
+        if metadata != self._newest and self.checkpoints.save(None, metadata) is not None:
             self._newest = metadata
