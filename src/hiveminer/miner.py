@@ -304,7 +304,6 @@ class Miner(BaseMinerNeuron):
 
     def _tell(self, synapse: Train, result: TrainResult, *, seconds: float) -> None:
         loss = "none" if result.loss is None else f"{result.loss:.3f}"
-        numbers = {"request_id", "loss", "steps", "samples", "tokens", "discarded", "epoch"}
         logger.info(
             "trained %d rows for %s in %.1f s: loss %s, %.0f tokens/s, epoch %s%s",
             result.samples,
@@ -315,11 +314,10 @@ class Miner(BaseMinerNeuron):
             synapse.epoch,
             "" if result.finished else " (stopped at the deadline)",
         )
-        self.metrics.log(
-            "train",
-            synapse.model_dump(include=numbers)
-            | {"caller": synapse.dendrite.hotkey, "seconds": round(seconds, 3)},
-        )
+        names = {"request_id", "loss", "steps", "samples", "tokens", "discarded", "epoch"}
+        answer = synapse.model_dump(include=names)
+        measured = {"caller": synapse.dendrite.hotkey, "seconds": round(seconds, 3)}
+        self.metrics.log("train", answer | measured)
 
 
 class _WatchedStep:

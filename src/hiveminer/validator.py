@@ -236,12 +236,10 @@ class Validator:
             self.table.add_work(hotkey, tokens)
         else:
             logger.warning("an answer of %s for epoch %s is not counted", hotkey[:8], answer.epoch)
-        self.metrics.log(
-            "answer",
-            {"hotkey": hotkey, "samples": rows, "tokens": tokens}
-            | answer.model_dump(include={"request_id", "loss", "discarded", "epoch"})
-            | {"seconds": round(answered.seconds, 3)},
-        )
+        counted = {"hotkey": hotkey, "samples": rows, "tokens": tokens}
+        said = answer.model_dump(include={"request_id", "loss", "discarded", "epoch"})
+        seconds = round(answered.seconds, 3)
+        self.metrics.log("answer", counted | said | {"seconds": seconds})
         if self.observer.shares() is None:  # otherwise the rounds say what is earned
             self.samples.offer(answered, unproved=self.table.of(hotkey).replays == 0)
 
@@ -307,12 +305,9 @@ class Validator:
             why = "; ".join(curves.shortfalls(evidence)) or "by this subnet's own score"
             cause = f"{hotkey[:8]} scores {value:.2f} of 1 with this answer: {why}"
             events.tell(logger, "score", cause, level=logging.INFO)
-        self.metrics.log(
-            "evidence",
-            asdict(evidence)
-            | {"score": value, "judged": judged, "average": average}
-            | {"fit": fit, "learning": learning},
-        )
+        verdict = {"score": value, "judged": judged, "average": average}
+        compared = {"fit": fit, "learning": learning}
+        self.metrics.log("evidence", asdict(evidence) | verdict | compared)
 
     async def _set_weights(self, live: Collection[str]) -> None:
         """Set weights from the scores when they are due. live: hotkeys of the fed miners."""
@@ -329,10 +324,8 @@ class Validator:
             {uid: round(share, 3) for uid, share in shares.items()},
             " (burnt: nobody has earned any)" if sent.burnt else "",
         )
-        self.metrics.log(
-            "weights",
-            {"weights": {str(uid): w for uid, w in shares.items()}, "burnt": sent.burnt},
-        )
+        weights = {str(uid): share for uid, share in shares.items()}
+        self.metrics.log("weights", {"weights": weights, "burnt": sent.burnt})
 
     def _earned(self, graph: Metagraph, live: Collection[str]) -> dict[str, float] | None:
         """Weights by hotkey; None while too few of the live miners were replayed."""

@@ -78,9 +78,8 @@ def predicted_bytes(tokenizer: PreTrainedTokenizerBase, text: str, *, max_length
     if not tokenizer.is_fast:
         ids = encode(tokenizer, [text], max_length=max_length)["input_ids"][0]
         return len(str(tokenizer.decode(ids[1:], skip_special_tokens=True)).encode("utf-8"))
-    offsets = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)[
-        "offset_mapping"
-    ]
+    encoded = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
+    offsets = encoded["offset_mapping"]
     if not offsets:
         return 0
     return len(text[offsets[0][1] : max(end for _, end in offsets)].encode("utf-8"))

@@ -143,10 +143,8 @@ def _of_split(folder: Path, files: list[Path], split: str) -> list[Path]:
         )
     chosen = [file for file in named if splits[file] == wanted]
     if not chosen:
-        refuse(
-            folder,
-            f"no file of the split {split!r}; it holds {_names(folder, files)} (data.split)",
-        )
+        names = _names(folder, files)
+        refuse(folder, f"no file of the split {split!r}; it holds {names} (data.split)")
     return chosen
 
 

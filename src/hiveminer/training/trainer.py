@@ -100,7 +100,7 @@ class TrainResult:
     def add(self, batch: GlobalBatch, loss: float | None = None) -> None:
         """Count a global batch of this mean loss; None if it has no token to predict."""
         self.samples += len(batch.rows)
-        self.tokens += batch.tokens
+        self.tokens += sum(map(len, batch.rows))
         if loss is not None:
             self.losses.append(loss)
             nats = (self.loss or 0.0) * self.targets + loss * batch.targets
@@ -129,10 +129,6 @@ class GlobalBatch:
     rows: EncodedRows
     micro_batch_size: int
     micro_batches: list[MicroBatch]
-
-    @property
-    def tokens(self) -> int:
-        return sum(map(len, self.rows))
 
     @property
     def targets(self) -> int:
@@ -341,9 +337,8 @@ class Trainer:
             if sums and late():
                 raise _Late
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.bfloat16)):
-                logits = self.model(
-                    input_ids=micro.input_ids.to(self.device, non_blocking=True)
-                ).logits
+                ids = micro.input_ids.to(self.device, non_blocking=True)
+                logits = self.model(input_ids=ids).logits
             # The labels are shifted, not the logits: those are large, and a slice is a copy.
             loss_sum = nn.functional.cross_entropy(
                 logits.flatten(0, 1).float(),
