@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import tempfile
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from hiveminer.swarm.identity import Authorizer, Identity
 
 RUN = "embedded-11aa-22bb-33cc"
 OTHER_RUN = "embedded-99ff-22bb-33cc"
-KEYS = tempfile.TemporaryDirectory(prefix="hiveminer-keys-")
 
 
 @functools.cache
@@ -26,9 +25,10 @@ def hotkey(name: str) -> Any:
 
 @functools.cache
 def who(name: str, *, run_id: str = RUN, key: int = 0) -> Identity:
-    """This hotkey's identity, with the `key`-th of its RSA keys."""
-    path = Path(KEYS.name) / f"{name} {run_id} {key}.key"
-    return Identity(hotkey(name), run_id=run_id, key_path=path)
+    """This hotkey's identity in this process, with the `key`-th of its RSA keys."""
+    # In the tests' own home, which pytest removes: a program that is killed removes nothing.
+    keys = Path.home() / "keys" / str(os.getpid())
+    return Identity(hotkey(name), run_id=run_id, key_path=keys / f"{name} {run_id} {key}.key")
 
 
 NAMES = ("Alice", "Bob", "Charlie")
